@@ -13,13 +13,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_convert
+
+from .files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -103,23 +104,12 @@ def to_coco_results(detections: Mapping[int, Mapping[str, Tensor]], label_to_cat
 def write_results(path: str | os.PathLike, results: Sequence[Mapping]) -> None:
     """Writes COCO results as one json array, a result per line. The file is there whole or not at all."""
     lines = ",\n".join(json.dumps(result, allow_nan=False) for result in results)
-    _write(path, f"[\n{lines}\n]\n" if lines else "[]\n")
+    write_whole(path, (f"[\n{lines}\n]\n" if lines else "[]\n").encode())
 
 
 def write_metrics(path: str | os.PathLike, metrics: Metrics) -> None:
     """Writes `{"stats": ..., "per_class": ...}` in percent, null where there is no ground truth. The file is there whole or not at all."""
-    _write(path, json.dumps(metrics.as_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def _write(path: str | os.PathLike, text: str) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, (json.dumps(metrics.as_json(), indent=2, allow_nan=False) + "\n").encode())
 
 
 def format_table(metrics: Metrics) -> str:

@@ -1,0 +1,172 @@
+"""Pictures of a run: how the losses and the AP went, and what was found on some images.
+
+Figures are built without pyplot, which would hold on to them and to a display. The colours are Okabe and Ito's, which people with any of
+the common kinds of colour blindness can tell apart ("Color Universal Design", 2008).
+"""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from .files import write_whole
+
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
+
+
+def curves(metrics_csv: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Losses (left) and AP, AP50, AP75 on the validation split (right) over the optimizer's steps.
+
+    metrics_csv: what Lightning's CSVLogger writes. The columns `step` and `train/loss` (or `train/loss_step`) must be there; `val/loss`,
+        `val/AP`, `val/AP50` and `val/AP75` are drawn where they are.
+    """
+    logged = _read_columns(metrics_csv)
+    train = next((name for name in ("train/loss", "train/loss_step") if name in logged), None)
+    if train is None:
+        raise ValueError(f"{metrics_csv} has no values of train/loss: is it a CSVLogger's file of a training run? It has {sorted(logged)}")
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    losses, precision = figure.subplots(1, 2)
+
+    steps, values = logged[train]
+    window = max(1, len(values) // 25)
+    smooth_steps, smooth = (np.convolve(x, np.full(window, 1 / window), mode="valid") for x in (steps, values))
+    losses.plot(steps, values, color=COLOURS[1], linewidth=0.8, alpha=0.5)
+    losses.plot(smooth_steps, smooth, color=COLOURS[6], label="train" if window == 1 else f"train, mean of {window} logged values")
+    highest = smooth.max()
+    if "val/loss" in logged:
+        losses.plot(*logged["val/loss"], color=COLOURS[5], marker="o", markersize=4, label="val")
+        highest = max(highest, logged["val/loss"][1].max())
+    if math.isfinite(highest) and highest > 0:
+        losses.set_ylim(0, 1.1 * highest)  # a few wild first steps must not flatten the rest
+    losses.set(title="Loss", xlabel="step")
+    losses.legend(frameon=False)
+
+    for name, colour, marker in (("AP50", COLOURS[2], "s"), ("AP75", COLOURS[0], "^"), ("AP", "black", "o")):
+        if f"val/{name}" in logged:
+            steps, values = logged[f"val/{name}"]
+            precision.plot(steps, values, color=colour, marker=marker, markersize=4, label=f"{name}, last {values[-1]:.1f}")
+    precision.set(title="Average precision on val, percent", xlabel="step", ylim=(0, 100))
+    if precision.lines:
+        precision.legend(frameon=False)
+    else:
+        precision.text(0.5, 0.5, "no validation was logged", ha="center", va="center", transform=precision.transAxes)
+
+    last = max(steps.max() for steps, _ in logged.values())
+    for axes in (losses, precision):
+        axes.set_xlim(0, max(last, 1) * 1.02)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def detections_sheet(
+    dataset, detections: Mapping[int, Mapping[str, Tensor]], path: str | os.PathLike, count: int = 12, score_threshold: float = 0.5
+) -> None:
+    """Contact sheet of `count` images, evenly spread over the data set, with ground truth (dashed) and detections (coloured by class).
+
+    dataset: `image_ids`, `categories` (label 1 is the first), `coco` (the annotations) and `read_image(image_id)` -> uint8 [3, H, W] in the
+        pixels of the annotations.
+    detections: image id -> {boxes [L, 4] xyxy in those pixels, scores [L], labels [L]}, as for `to_coco_results`. Those with a score below
+        `score_threshold` are not drawn; an image that is not there has none.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    if len(dataset.image_ids) == 0:
+        raise ValueError("no images to draw: the data set is empty")
+    image_ids = _spread(sorted(dataset.image_ids), count)
+    drawn = {image_id: _above(detections.get(image_id), score_threshold) for image_id in image_ids}
+    labels = sorted({label for found in drawn.values() for _, _, label in found})
+    colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    names = {label: category["name"] for label, category in enumerate(dataset.categories, 1)}
+
+    columns = min(4, len(image_ids))
+    rows = math.ceil(len(image_ids) / columns)
+    figure = Figure(figsize=(3.2 * columns, 3.2 * rows + 0.6), layout="constrained")
+    tiles = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in tiles:
+        axes.axis("off")
+    for axes, image_id in zip(tiles, image_ids, strict=False):
+        axes.imshow(dataset.read_image(image_id).permute(1, 2, 0).numpy())
+        annotations = dataset.coco.imgToAnns.get(image_id, [])
+        for annotation in annotations:
+            _draw_ground_truth(axes, annotation)
+        for box, score, label in drawn[image_id]:
+            _draw_detection(axes, box, f"{names[label]} {score:.2f}", colour[label])
+        objects = sum(not annotation.get("iscrowd") for annotation in annotations)
+        axes.set_title(f"image {image_id}: {objects} annotated, {len(drawn[image_id])} detected", fontsize=8)
+
+    truth = Line2D([], [], color="black", linewidth=2, linestyle=(0, (3, 2)), label="ground truth")
+    crowd = Line2D([], [], color="black", linewidth=2, linestyle=":", label="crowd region, not counted")
+    any_crowd = any(annotation.get("iscrowd") for i in image_ids for annotation in dataset.coco.imgToAnns.get(i, []))
+    if len(labels) <= len(COLOURS):
+        found = [Patch(color=colour[label], label=names[label]) for label in labels]
+    else:
+        found = [Patch(color="grey", label=f"detections: {len(labels)} classes, colours repeat")]
+    figure.legend(
+        handles=[truth, *([crowd] if any_crowd else []), *found], loc="outside lower center", ncols=2 * columns + 1, frameon=False
+    )
+    figure.suptitle(f"Detections with a score of at least {score_threshold:g}", fontsize=11)
+    _save(figure, path)
+
+
+def _read_columns(metrics_csv: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Column -> (steps, values): CSVLogger leaves a cell empty where something was not logged in that row."""
+    if not Path(metrics_csv).is_file():
+        raise FileNotFoundError(f"{metrics_csv} is not there: expected the metrics.csv of Lightning's CSVLogger")
+    columns: dict[str, list[tuple[float, float]]] = {}
+    with open(metrics_csv, newline="") as file:
+        for row in csv.DictReader(file):
+            for name, cell in row.items():
+                if cell and row.get("step") and math.isfinite(float(cell)):
+                    columns.setdefault(name, []).append((float(row["step"]), float(cell)))
+    return {name: tuple(np.array(points).T) for name, points in columns.items()}
+
+
+def _spread(ids: Sequence[int], count: int) -> list[int]:
+    """`count` of the ids at even distances: all of a sorted data set is seen, and nobody chose what."""
+    count = min(count, len(ids))
+    return [ids[i * len(ids) // count] for i in range(count)]
+
+
+def _above(found: Mapping[str, Tensor] | None, threshold: float) -> list[tuple[list[float], float, int]]:
+    """(box, score, label) of the detections to draw, the surest last and so on top."""
+    if found is None:
+        return []
+    triples = zip(found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
+    return sorted((triple for triple in triples if triple[1] >= threshold), key=lambda triple: triple[1])
+
+
+def _draw_ground_truth(axes: Axes, annotation: Mapping) -> None:
+    x, y, width, height = annotation["bbox"]
+    dashes = ":" if annotation.get("iscrowd") else (0, (3, 2))
+    corner = (x - 0.5, y - 0.5)  # imshow puts the centre of the first pixel at 0; boxes have its corner there
+    axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="black", linewidth=1.8))
+    axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=1.2, linestyle=dashes))
+
+
+def _draw_detection(axes: Axes, box: Sequence[float], text: str, colour: str) -> None:
+    x1, y1, x2, y2 = (edge - 0.5 for edge in box)
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6))
+    inside = y1 < 0.06 * axes.get_ylim()[0]  # no room above the box (the y axis of an image points down)
+    dark = np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) < 0.5
+    axes.text(
+        x1, y1, text, fontsize=6, va="top" if inside else "bottom", color="white" if dark else "black", clip_on=True,
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
+    )  # fmt: skip
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png", dpi=130)
+    write_whole(path, buffer.getvalue())

@@ -1,0 +1,107 @@
+"""Training and evaluation of a detector as Lightning runs them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch.distributed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from detection.evaluation.coco import Metrics, evaluate, to_coco_results
+
+Batch = tuple[list[Tensor], list[dict]]
+
+
+class DetectionModule(pl.LightningModule):
+    """Trains a detector; after each pass over a validation or test set holds what it found there and what COCO says of it.
+
+    Args:
+        detector: `(images, targets) -> (detections, losses)`, see `FastRCNN`.
+        groups: `model -> parameter groups`.
+        optimizer: `groups -> Optimizer`.
+        schedule: `(optimizer, total_steps) -> LRScheduler`, stepped once a training step; None keeps the rate.
+        categories: `{"id", "name"}` of the data, in the order of the labels 1..C. Kept in the checkpoint.
+        config: plain containers from which the detector can be built again. Kept in the checkpoint.
+
+    Attributes:
+        results: detections of the last evaluation in COCO's results format, in the images' own pixels.
+        metrics: of the same, see `detection.evaluation.coco`.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        groups: Callable[[nn.Module], Iterable[dict]] | None = None,
+        optimizer: Callable[[Iterable[dict]], Optimizer] | None = None,
+        schedule: Callable[[Optimizer, int], LRScheduler] | None = None,
+        categories: list[dict] = (),
+        config: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.detector = detector
+        self.groups, self.optimizer, self.schedule = groups, optimizer, schedule
+        self.categories = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
+        self.config = config or {}
+        self.detections: dict[int, dict[str, Tensor]] = {}
+        self.results: list[dict] = []
+        self.metrics: Metrics | None = None
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.groups(self.detector))
+        if self.schedule is None:
+            return optimizer
+        scheduler = self.schedule(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_epoch_start(self) -> None:
+        self.detector.roi_heads.epoch = self.current_epoch
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        images, targets = batch
+        _, losses = self.detector(images, targets)
+        loss = sum(losses.values())
+        self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(images))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(images))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.detections = {}
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        self._step(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self._evaluate("val", self.trainer.val_dataloaders.dataset)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def test_step(self, batch: Batch, _: int) -> None:
+        self._step(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self._evaluate("test", self.trainer.test_dataloaders.dataset)
+
+    def _step(self, batch: Batch, split: str) -> None:
+        images, targets = batch
+        detections, losses = self.detector(images, targets)
+        for target, detection in zip(targets, detections, strict=True):
+            self.detections[int(target["image_id"])] = {name: value.float().cpu() for name, value in detection.items()}
+        losses = {f"{split}/{name}": value for name, value in losses.items()} | {f"{split}/loss": sum(losses.values())}
+        self.log_dict(losses, batch_size=len(images), on_epoch=True, sync_dist=True)
+
+    def _evaluate(self, split: str, dataset: Any) -> None:
+        """Keyed by image id, so that an image which a distributed sampler gave out twice counts once; every process computes the same."""
+        if self.trainer.world_size > 1:
+            parts = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, self.detections)
+            self.detections = {image_id: detection for part in parts for image_id, detection in part.items()}
+        self.results = to_coco_results(self.detections, dataset.label_to_category_id)
+        self.metrics = evaluate(dataset.coco, self.results, sorted(self.detections))
+        shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in ("AP", "AP50", "AP75")}
+        self.log_dict(shown, prog_bar=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"], checkpoint["categories"] = self.config, self.categories

@@ -1,0 +1,81 @@
+"""Parameter groups and learning rate schedules.
+
+A schedule is a callable `(optimizer, total_steps) -> LRScheduler`, stepped once a training step.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, bias_lr_factor: float = 1.0, decay_biases_and_norms: bool = True
+) -> list[dict]:
+    """Three groups of what is trained: weights, biases, and the parameters of norm layers. What is frozen is in none.
+
+    Args:
+        lr: learning rate of weights and norms; biases get `bias_lr_factor` times as much (2 in Fast R-CNN).
+        weight_decay: of weights, and of biases and norms where `decay_biases_and_norms` (Fast R-CNN: not).
+    """
+    weights, biases, norms = [], [], []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            if isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm):
+                norms.append(parameter)
+            elif name == "bias":
+                biases.append(parameter)
+            else:
+                weights.append(parameter)
+    other_decay = weight_decay if decay_biases_and_norms else 0.0
+    groups = [
+        {"params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"params": biases, "lr": lr * bias_lr_factor, "weight_decay": other_decay},
+        {"params": norms, "lr": lr, "weight_decay": other_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def one_cycle(
+    optimizer: Optimizer,
+    total_steps: int,
+    warmup_fraction: float = 0.3,
+    start_factor: float = 0.04,
+    end_factor: float = 4e-6,
+    cycle_momentum: bool = True,
+) -> OneCycleLR:
+    """Cosine up from `start_factor` of each group's rate over `warmup_fraction` of the steps, then cosine down to `end_factor` of it.
+
+    `cycle_momentum`: the momentum (Adam's first beta) falls from 0.95 to 0.85 while the rate rises, and returns.
+    """
+    return OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
+        total_steps=total_steps,
+        pct_start=warmup_fraction,
+        div_factor=1 / start_factor,
+        final_div_factor=start_factor / end_factor,
+        cycle_momentum=cycle_momentum,
+    )
+
+
+def step_decay(
+    optimizer: Optimizer,
+    total_steps: int,
+    milestones: Iterable[int] = (),
+    gamma: float = 0.1,
+    warmup_steps: int = 0,
+    warmup_factor: float = 0.1,
+) -> LambdaLR:
+    """The rate times `gamma` at each milestone (in steps), after a linear warm-up from `warmup_factor` of it. `total_steps` is not used."""
+    milestones = sorted(milestones)
+
+    def factor(step: int) -> float:
+        warmup = min(1.0, warmup_factor + (1 - warmup_factor) * step / warmup_steps) if warmup_steps else 1.0
+        return warmup * gamma ** sum(step >= milestone for milestone in milestones)
+
+    return LambdaLR(optimizer, factor)

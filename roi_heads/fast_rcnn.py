@@ -1,0 +1,171 @@
+"""Fast R-CNN's heads on torchvision's `RoIHeads`: what the paper has and torchvision lacks, and nothing else."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import box_iou
+
+from roi_heads.extractor import RoIExtractor
+
+IGNORED = -1  # the label that torchvision's sampler passes over
+
+
+class FastRCNNHeads(RoIHeads):
+    """RoI features, two-FC head, sampling, losses and post-processing.
+
+    Matching, box coding, sampling and per-class NMS are torchvision's. Added here: a lower bound on the IoU of background, crowd regions,
+    sampling that a seed alone decides, the smooth L1 of the paper, and losses in evaluation as well.
+
+    Args:
+        extractor: `(features, boxes, image_shapes) -> [K, C, P, P]`.
+        box_head: `[K, C, P, P] -> [K, hidden]`.
+        box_predictor: `[K, hidden] -> (scores [K, C + 1], deltas [K, 4 (C + 1)])`.
+        rois_per_image: RoIs sampled of each training image.
+        foreground_fraction: at most this part of them is foreground.
+        foreground_iou: IoU with an object from which a proposal is foreground.
+        background_iou: `[low, high)` of the best IoU of a background proposal. (0.1, 0.5) is the paper's mining of hard examples; an image
+            without objects then has no background either. What lies between `high` and `foreground_iou`, or below `low`, is not sampled.
+        crowd_overlap: a proposal that is not foreground and has at least this part of its area inside one crowd region is not sampled.
+        append_ground_truth: whether the objects themselves are proposals in training. Never in evaluation.
+        box_weights: factors of the targets (dx, dy, dw, dh); (10, 10, 5, 5) divides by the deviations (0.1, 0.1, 0.2, 0.2).
+        smooth_l1_beta: where the loss turns from square to linear, on the scaled targets; 1 in the paper.
+        score_threshold, nms_threshold, detections_per_image: of the post-processing; NMS is per class.
+        seed: with `epoch` (an attribute, set by who trains) and a target's `image_id` it decides which RoIs are sampled.
+    """
+
+    def __init__(
+        self,
+        extractor: RoIExtractor,
+        box_head: nn.Module,
+        box_predictor: nn.Module,
+        rois_per_image: int = 64,
+        foreground_fraction: float = 0.25,
+        foreground_iou: float = 0.5,
+        background_iou: tuple[float, float] = (0.1, 0.5),
+        crowd_overlap: float = 0.5,
+        append_ground_truth: bool = True,
+        box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0),
+        smooth_l1_beta: float = 1.0,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        detections_per_image: int = 100,
+        seed: int = 0,
+    ):
+        low, high = background_iou
+        if not 0 <= low < high <= foreground_iou:
+            raise ValueError(
+                f"expected 0 <= low < high <= foreground_iou, got background_iou=[{low}, {high}], foreground_iou={foreground_iou}"
+            )
+        super().__init__(
+            box_roi_pool=extractor,
+            box_head=box_head,
+            box_predictor=box_predictor,
+            fg_iou_thresh=foreground_iou,
+            bg_iou_thresh=high,
+            batch_size_per_image=rois_per_image,
+            positive_fraction=foreground_fraction,
+            bbox_reg_weights=tuple(box_weights),
+            score_thresh=score_threshold,
+            nms_thresh=nms_threshold,
+            detections_per_img=detections_per_image,
+        )
+        self.background_low = low
+        self.crowd_overlap = crowd_overlap
+        self.append_ground_truth = append_ground_truth
+        self.smooth_l1_beta = smooth_l1_beta
+        self.seed = seed
+        self.epoch = 0
+
+    def forward(
+        self, features: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]], targets: list[dict] | None = None
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """
+        Args:
+            features: `[N, C, H, W]`.
+            proposals: one `[L, 4]` an image, pixels.
+            image_shapes: (height, width) in pixels of each image without its padding; boxes are clipped to it.
+            targets: one dict an image with `boxes` [G, 4], `labels` [G] (1..C), `image_id` and, where there are any, `crowd` [M, 4].
+
+        Returns:
+            `(detections, losses)`. In training the detections are empty and targets are needed. In evaluation each detection is a dict of
+            `boxes` [D, 4], `scores` [D] and `labels` [D], and with targets there are losses too: on RoIs sampled as in training, with the
+            same draw each time and without the ground truth among the proposals, so that nothing of the targets reaches the detections.
+        """
+        if self.training:
+            if self.append_ground_truth:
+                proposals = self.add_gt_proposals(proposals, [target["boxes"] for target in targets])
+            proposals, labels, regression_targets = self.sample(proposals, targets, self.epoch)
+            scores, deltas = self.predict(features, proposals, image_shapes)
+            return [], self.losses(scores, deltas, torch.cat(labels), torch.cat(regression_targets))
+
+        scores, deltas = self.predict(features, proposals, image_shapes)
+        boxes, confidences, classes = self.postprocess_detections(scores, deltas, proposals, image_shapes)
+        detections = [{"boxes": b, "scores": s, "labels": c} for b, s, c in zip(boxes, confidences, classes, strict=True)]
+        if targets is None:
+            return detections, {}
+        labels, matched, chosen = self.match_and_sample(proposals, targets, epoch=0)
+        regression_targets = self.box_coder.encode(matched, proposals)
+        chosen = torch.cat(chosen)
+        return detections, self.losses(scores[chosen], deltas[chosen], torch.cat(labels)[chosen], torch.cat(regression_targets)[chosen])
+
+    def predict(self, features: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Class scores `[K, C + 1]` (before softmax) and deltas `[K, 4 (C + 1)]` of all proposals, always in float32."""
+        scores, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+        return scores.float(), deltas.float()
+
+    def sample(self, proposals: list[Tensor], targets: list[dict], epoch: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The RoIs of a training step: `(proposals, labels, regression targets)` of each image."""
+        labels, matched, chosen = self.match_and_sample(proposals, targets, epoch)
+        proposals, labels, matched = ([x[keep] for x, keep in zip(xs, chosen, strict=True)] for xs in (proposals, labels, matched))
+        return proposals, labels, list(self.box_coder.encode(matched, proposals))
+
+    def match_and_sample(self, proposals: list[Tensor], targets: list[dict], epoch: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """For each image the label `[L]` of every proposal, the object `[L, 4]` it is matched to, and a mask `[L]` of those sampled."""
+        labels, matched, chosen = [], [], []
+        for boxes, target in zip(proposals, targets, strict=True):
+            # torchvision's matcher refuses an image without objects or without proposals; both occur
+            if len(boxes) and len(target["boxes"]):
+                (indices,), (label,) = self.assign_targets_to_proposals([boxes], [target["boxes"]], [target["labels"]])
+                objects = target["boxes"]
+            else:
+                indices = label = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+                objects = boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]])
+            label = self.ignore(label, boxes, target)
+            labels.append(label)
+            matched.append(objects[indices])
+            chosen.append(self.draw(label, epoch, target["image_id"]))
+        return labels, matched, chosen
+
+    def ignore(self, labels: Tensor, proposals: Tensor, target: dict) -> Tensor:
+        """The labels, with background below the lower bound or inside a crowd region marked as not to be sampled."""
+        labels = labels.clone()
+        if self.background_low > 0:
+            best = box_iou(target["boxes"], proposals).amax(dim=0) if len(target["boxes"]) else proposals.new_zeros(len(proposals))
+            labels[(labels == 0) & (best < self.background_low)] = IGNORED
+        crowd = target.get("crowd")
+        if crowd is not None and len(crowd):
+            labels[(labels == 0) & (overlap(proposals, crowd).amax(dim=1) >= self.crowd_overlap)] = IGNORED
+        return labels
+
+    def draw(self, labels: Tensor, epoch: int, image_id: int) -> Tensor:
+        """Mask of the RoIs sampled: torchvision's sampler, on a CPU generator of its own, so that the batch has no say."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash((self.seed, epoch, int(image_id))))
+            foreground, background = self.fg_bg_sampler([labels.cpu()])
+        return (foreground[0] | background[0]).bool().to(labels.device)
+
+    def losses(self, scores: Tensor, deltas: Tensor, labels: Tensor, regression_targets: Tensor) -> dict[str, Tensor]:
+        """Fast R-CNN's losses, both averaged over all sampled RoIs; 0 where none was sampled."""
+        count = max(len(labels), 1)
+        (foreground,) = torch.where(labels > 0)
+        predicted = deltas.view(len(labels), scores.shape[1], 4)[foreground, labels[foreground]]
+        box_loss = F.smooth_l1_loss(predicted, regression_targets[foreground], beta=self.smooth_l1_beta, reduction="sum")
+        return {"loss_classifier": F.cross_entropy(scores, labels, reduction="sum") / count, "loss_box": box_loss / count}
+
+
+def overlap(boxes: Tensor, regions: Tensor) -> Tensor:
+    """`[L, M]`: the part of each box's own area that lies inside each region."""
+    width_height = (torch.minimum(boxes[:, None, 2:], regions[:, 2:]) - torch.maximum(boxes[:, None, :2], regions[:, :2])).clamp(min=0)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1, keepdim=True)
+    return width_height.prod(dim=2) / area.clamp(min=torch.finfo(area.dtype).tiny)

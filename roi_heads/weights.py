@@ -1,0 +1,34 @@
+"""Where pretrained VGG16 weights come from: torchvision by name, or a file."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.models import get_model_weights
+
+
+def load_vgg16(weights: str | Path, batch_norm: bool = False) -> dict[str, Tensor]:
+    """State dict in float32, by the names of torchvision's VGG16 (`features.N.*` and, where there are any, `classifier.N.*`).
+
+    Args:
+        weights: a name of torchvision's (`IMAGENET1K_V1`; fetched once into the cache of `torch.hub`), or a file that holds such a state
+            dict, float16 or float32.
+        batch_norm: whether a name means `vgg16_bn`, whose layers are numbered differently.
+
+    Raises:
+        ValueError: neither a name nor a file, or a file that holds something else; the message names it.
+    """
+    names = get_model_weights("vgg16_bn" if batch_norm else "vgg16").__members__
+    if str(weights) in names:
+        state = names[str(weights)].get_state_dict(progress=True, check_hash=True)
+    elif Path(weights).is_file():
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{weights} is not a readable file of weights (truncated, or more than tensors inside): {error}") from error
+    else:
+        raise ValueError(f"weights={weights}: no such file, and no name of torchvision's VGG16 weights ({', '.join(names)})")
+    if not isinstance(state, dict) or not any(str(key).startswith("features.") for key in state):
+        raise ValueError(f"{weights} holds no weights of a VGG16: expected a state dict with keys like 'features.0.weight'")
+    return {key: value.float() for key, value in state.items() if isinstance(value, Tensor)}

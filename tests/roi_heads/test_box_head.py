@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from roi_heads import BoxPredictor, TwoFCHead
+
+
+def test_shapes():
+    head = TwoFCHead(in_channels=4, output_size=7, hidden=16)
+    scores, deltas = BoxPredictor(16, num_classes=6)(head(torch.rand(5, 4, 7, 7)))
+    assert (scores.shape, deltas.shape) == ((5, 6), (5, 24))
+
+
+def test_no_rois_give_no_rows():
+    assert TwoFCHead(in_channels=4, output_size=7, hidden=16)(torch.rand(0, 4, 7, 7)).shape == (0, 16)
+
+
+def test_the_predictor_starts_as_in_the_paper():
+    predictor = BoxPredictor(4096, num_classes=81)
+    assert predictor.cls_score.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert predictor.bbox_pred.weight.std().item() == pytest.approx(0.001, rel=0.02)
+    assert predictor.cls_score.bias.abs().sum() == predictor.bbox_pred.bias.abs().sum() == 0
+
+
+def _classifier(hidden, inputs):
+    return {
+        "features.0.weight": torch.zeros(1),
+        "classifier.0.weight": torch.rand(hidden, inputs),
+        "classifier.0.bias": torch.rand(hidden),
+        "classifier.3.weight": torch.rand(hidden, hidden),
+        "classifier.3.bias": torch.rand(hidden),
+    }
+
+
+def test_fc6_and_fc7_come_from_the_weights_also_in_half_precision(tmp_path):
+    state = {name: value.half() for name, value in _classifier(hidden=6, inputs=2 * 3 * 3).items()}
+    torch.save(state, tmp_path / "vgg16.pth")
+    head = TwoFCHead(in_channels=2, output_size=3, hidden=6, weights=tmp_path / "vgg16.pth")
+    assert torch.equal(head[1].weight, state["classifier.0.weight"].float())
+    assert torch.equal(head[4].bias, state["classifier.3.bias"].float())
+
+
+def test_weights_of_another_shape_name_the_layer_and_both_shapes(tmp_path):
+    torch.save(_classifier(hidden=6, inputs=18), tmp_path / "vgg16.pth")
+    with pytest.raises(ValueError, match=r"vgg16.pth: classifier.0.weight has shape \[6, 18\], the head wants \[6, 98\]"):
+        TwoFCHead(in_channels=2, output_size=7, hidden=6, weights=tmp_path / "vgg16.pth")
+
+
+def test_weights_without_fully_connected_layers_are_told(tmp_path, caplog):
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "vgg16.pth")
+    TwoFCHead(in_channels=2, output_size=3, hidden=6, weights=tmp_path / "vgg16.pth")
+    assert "fc6 and fc7 start random" in caplog.text

@@ -1,0 +1,55 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import roi_align
+
+from roi_heads import RoIExtractor
+
+align = partial(roi_align, sampling_ratio=2, aligned=True)
+
+
+def test_the_operator_gets_scale_and_size():
+    """A map whose cells hold their own x at stride 16: the mean over a box is its centre, in cells."""
+    features = torch.arange(8.0).expand(1, 1, 8, 8)
+    boxes = [torch.tensor([[32.0, 16.0, 96.0, 80.0]])]  # x from cell edge 2 to cell edge 6: centre 4, the value there is 3.5
+    pooled = RoIExtractor(align, output_size=2, spatial_scale=1 / 16)(features, boxes)
+    assert pooled.shape == (1, 1, 2, 2)
+    assert pooled.mean().item() == pytest.approx(3.5)
+
+
+def test_any_callable_is_an_operator():
+    def corners(features, boxes, output_size, spatial_scale):
+        return torch.cat(boxes)[:, :, None, None] * spatial_scale
+
+    pooled = RoIExtractor(corners, output_size=1, spatial_scale=0.5)(torch.zeros(1, 4, 2, 2), [torch.tensor([[2.0, 4.0, 6.0, 8.0]])])
+    assert pooled.flatten().tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_map_by_name_is_that_map_and_two_are_an_error():
+    features, boxes = torch.rand(1, 3, 8, 8), [torch.tensor([[0.0, 0.0, 64.0, 64.0]])]
+    extractor = RoIExtractor(align, output_size=7, spatial_scale=1 / 16)
+    assert torch.equal(extractor({"0": features}, boxes), extractor(features, boxes))
+    with pytest.raises(ValueError, match="one feature map, the backbone gives 2: fine, coarse"):
+        extractor({"fine": features, "coarse": features}, boxes)
+
+
+def test_it_stands_in_torchvisions_faster_rcnn():
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=16, padding=1), nn.ReLU())
+    backbone.out_channels = 8
+    detector = FasterRCNN(
+        backbone,
+        num_classes=3,
+        rpn_anchor_generator=AnchorGenerator(((32,),), ((1.0,),)),
+        box_roi_pool=RoIExtractor(align, output_size=3, spatial_scale=1 / 16),
+        min_size=64,
+        max_size=64,
+    )
+    targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]
+    losses = detector([torch.rand(3, 64, 64)], targets)
+    sum(losses.values()).backward()
+    assert backbone[0].weight.grad.abs().sum() > 0
+    assert set(detector.eval()([torch.rand(3, 64, 64)])[0]) == {"boxes", "labels", "scores"}

@@ -1,0 +1,180 @@
+"""Matching, sampling, losses and their corner cases, on boxes small enough to do by hand."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import roi_align
+
+from roi_heads import FastRCNNHeads, RoIExtractor
+from roi_heads.fast_rcnn import overlap
+
+OBJECT = [0.0, 0.0, 10.0, 10.0]
+PROPOSALS = torch.tensor(
+    [
+        [0.0, 0.0, 10.0, 10.0],  # IoU 1
+        [0.0, 0.0, 10.0, 5.0],  # IoU 0.5, still foreground
+        [0.0, 0.0, 10.0, 4.0],  # IoU 0.4
+        [0.0, 0.0, 10.0, 1.0],  # IoU 0.1, the lower bound belongs to background
+        [0.0, 0.0, 5.0, 1.0],  # IoU 0.05
+        [20.0, 20.0, 30.0, 30.0],  # IoU 0
+    ]
+)
+
+
+class Constant(nn.Module):
+    """A predictor that gives every RoI the same scores and deltas."""
+
+    def __init__(self, scores, deltas):
+        super().__init__()
+        self.scores, self.deltas = nn.Parameter(torch.tensor(scores)), nn.Parameter(torch.tensor(deltas))
+
+    def forward(self, x):
+        return self.scores.expand(len(x), -1), self.deltas.expand(len(x), -1)
+
+
+def make(scores=(0.0, 0.0, 0.0), deltas=(0.0,) * 12, **knobs):
+    extractor = RoIExtractor(partial(roi_align, sampling_ratio=2, aligned=True), output_size=2, spatial_scale=1 / 16)
+    return FastRCNNHeads(extractor, nn.Flatten(), Constant(scores, deltas), **knobs)
+
+
+def target(boxes=(OBJECT,), labels=(2,), **more):
+    boxes, labels = torch.tensor(boxes).reshape(-1, 4), torch.tensor(labels, dtype=torch.int64)
+    return {"boxes": boxes, "labels": labels, "image_id": 7, **more}
+
+
+def labels_of(heads, proposals, target):
+    (labels,), _, _ = heads.match_and_sample([proposals], [target], epoch=0)
+    return labels.tolist()
+
+
+def test_labels_with_the_papers_bounds():
+    assert labels_of(make(background_iou=(0.1, 0.5)), PROPOSALS, target()) == [2, 2, 0, 0, -1, -1]
+
+
+def test_labels_without_the_lower_bound():
+    assert labels_of(make(background_iou=(0.0, 0.5)), PROPOSALS, target()) == [2, 2, 0, 0, 0, 0]
+
+
+def test_a_gap_between_background_and_foreground_is_not_sampled():
+    assert labels_of(make(background_iou=(0.0, 0.3)), PROPOSALS, target()) == [2, 2, -1, 0, 0, 0]
+
+
+def test_bounds_in_the_wrong_order_are_refused():
+    with pytest.raises(ValueError, match="background_iou"):
+        make(background_iou=(0.5, 0.1))
+
+
+def test_background_inside_a_crowd_is_not_sampled_but_foreground_is():
+    """The crowd covers all but the last proposal and just half of that one."""
+    crowd = torch.tensor([[0.0, 0.0, 15.0, 15.0], [25.0, 0.0, 99.0, 99.0]])
+    assert labels_of(make(background_iou=(0.0, 0.5)), PROPOSALS, target(crowd=crowd)) == [2, 2, -1, -1, -1, -1]
+    assert labels_of(make(background_iou=(0.0, 0.5), crowd_overlap=0.51), PROPOSALS, target(crowd=crowd)) == [2, 2, -1, -1, -1, 0]
+
+
+def test_overlap_is_a_part_of_the_boxs_own_area():
+    boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [2.0, 2.0, 2.0, 2.0]])
+    assert overlap(boxes, torch.tensor([[2.0, 0.0, 9.0, 9.0], [5.0, 5.0, 6.0, 6.0]])).tolist() == [[0.5, 0.0], [0.0, 0.0]]
+
+
+def test_an_image_without_objects_is_background_or_nothing():
+    empty = target(boxes=(), labels=())
+    assert labels_of(make(background_iou=(0.0, 0.5)), PROPOSALS, empty) == [0] * 6
+    assert labels_of(make(background_iou=(0.1, 0.5)), PROPOSALS, empty) == [-1] * 6
+
+
+def test_sampling_takes_a_quarter_of_foreground_at_most():
+    heads = make(rois_per_image=8, background_iou=(0.0, 0.5))
+    proposals = torch.cat([PROPOSALS[:1].repeat(20, 1), PROPOSALS[5:].repeat(20, 1)])
+    (kept,), (labels,), _ = heads.sample([proposals], [target()], epoch=0)
+    assert (len(kept), (labels == 2).sum().item(), (labels == 0).sum().item()) == (8, 2, 6)
+
+
+def test_seed_epoch_and_image_decide_the_sample_and_nothing_else():
+    proposals = PROPOSALS.repeat(20, 1)
+
+    def draw(seed=0, epoch=0, image_id=7, beside=()):
+        heads = make(rois_per_image=8, seed=seed)
+        targets = [*beside, target() | {"image_id": image_id}]
+        return heads.match_and_sample([proposals] * len(targets), targets, epoch)[2][-1].tolist()
+
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    first = draw()
+    assert torch.equal(torch.random.get_rng_state(), before), "the global generator is left alone"
+    torch.manual_seed(1)
+    assert draw() == first
+    assert draw(beside=[target()]) == first, "nor does the rest of the batch matter"
+    assert first not in (draw(seed=1), draw(epoch=1), draw(image_id=8))
+
+
+def test_ground_truth_is_among_the_proposals_of_training_only_where_wanted():
+    far = torch.tensor([[20.0, 20.0, 30.0, 30.0]])
+    features = torch.rand(1, 3, 4, 4)
+    for append, foreground in ((True, 1), (False, 0)):
+        heads = make(append_ground_truth=append, background_iou=(0.0, 0.5), deltas=(1.0,) * 12)
+        _, losses = heads(features, [far], [(64, 64)], [target()])
+        assert (losses["loss_box"] > 0).item() == bool(foreground)
+
+
+def test_losses_by_hand():
+    """One foreground RoI on its object (targets 0) and one background: the box loss is one smooth L1 over four deltas, halved by the count.
+
+    |delta| = 2 with beta 1 costs 2 - 1/2 = 1.5 a coordinate; with beta 4 it is in the square part, 2^2 / (2 * 4) = 0.5. The scores are
+    equal: ln 3.
+    """
+    deltas = (0.0,) * 8 + (2.0,) * 4  # of class 2 alone
+    proposals = [PROPOSALS[[0, 5]]]
+    for beta, box_loss in ((1.0, 4 * 1.5 / 2), (4.0, 4 * 0.5 / 2)):
+        heads = make(deltas=deltas, background_iou=(0.0, 0.5), append_ground_truth=False, smooth_l1_beta=beta)
+        _, losses = heads(torch.rand(1, 3, 4, 4), proposals, [(64, 64)], [target()])
+        assert losses["loss_box"].item() == pytest.approx(box_loss)
+        assert losses["loss_classifier"].item() == pytest.approx(math.log(3))
+
+
+def test_targets_are_divided_by_their_deviations():
+    """The proposal must move by 5 of its 10 pixels: 0.5 / 0.1 = 5; and double in height: ln 2 / 0.2."""
+    moved = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    heads = make(foreground_iou=0.1, background_iou=(0.0, 0.1))
+    _, _, (targets,) = heads.sample([moved], [target(boxes=([5.0, -5.0, 15.0, 15.0],))], epoch=0)
+    assert targets[0].tolist() == pytest.approx([5.0, 0.0, 0.0, math.log(2) / 0.2])
+
+
+def test_no_roi_at_all_gives_zero_losses_and_gradients_not_nan():
+    heads = make(background_iou=(0.1, 0.5))
+    _, losses = heads(torch.rand(1, 3, 4, 4), [PROPOSALS], [(64, 64)], [target(boxes=(), labels=())])
+    sum(losses.values()).backward()
+    assert [loss.item() for loss in losses.values()] == [0, 0]
+    assert heads.box_predictor.scores.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_image_without_proposals(training):
+    heads = make(append_ground_truth=False).train(training)
+    detections, losses = heads(torch.rand(1, 3, 4, 4), [torch.zeros(0, 4)], [(64, 64)], [target()])
+    assert [loss.item() for loss in losses.values()] == [0, 0]
+    assert all(len(detection["boxes"]) == 0 for detection in detections)
+
+
+def test_evaluation_detects_without_looking_at_the_targets_and_has_the_same_losses():
+    heads = make(scores=(0.0, 0.0, 3.0), append_ground_truth=False, background_iou=(0.0, 0.5))
+    features = torch.rand(1, 3, 4, 4)
+    _, training_losses = heads(features, [PROPOSALS], [(64, 64)], [target()])
+    heads.eval()
+    alone, none = heads(features, [PROPOSALS], [(64, 64)])
+    beside, losses = heads(features, [PROPOSALS], [(64, 64)], [target()])
+    assert none == {}
+    assert all(torch.equal(alone[0][key], beside[0][key]) for key in alone[0])
+    assert {key: loss.item() for key, loss in losses.items()} == pytest.approx({key: loss.item() for key, loss in training_losses.items()})
+
+
+def test_detections_are_decoded_clipped_and_suppressed():
+    """Zero deltas give the proposals back; the second lies over the first (IoU 0.9) and goes; the third is cut at the image's edge."""
+    heads = make(scores=(0.0, 5.0, 0.0)).eval()
+    proposals = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 9.0], [50.0, 50.0, 70.0, 70.0]])
+    (detection,), _ = heads(torch.rand(1, 3, 4, 4), [proposals], [(60, 64)])
+    assert detection["boxes"].tolist() == [[0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 64.0, 60.0]]
+    assert detection["labels"].tolist() == [1, 1]
+    assert detection["scores"].tolist() == pytest.approx([math.exp(5) / (math.exp(5) + 2)] * 2)

@@ -1,0 +1,173 @@
+"""The instances json of a data set in COCO's layout: read, checked, cut to a subset."""
+
+import contextlib
+import io
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pycocotools.coco import COCO
+
+log = logging.getLogger(__name__)
+
+LAYOUT = """\
+COCO's layout is folders of images, and an instances json for each:
+    <root>/train2017/000000000009.jpg ...                        from train2017.zip
+    <root>/val2017/000000000139.jpg ...                          from val2017.zip
+    <root>/annotations/instances_train2017.json, ..._val2017.json    from annotations_trainval2017.zip
+(the three official archives are at https://cocodataset.org/#download; say where they are with data.root=<root>)"""
+
+REQUIRED = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
+
+
+def read_instances(path: Path | str) -> dict:
+    """Reads and checks an instances json: `{"images": [...], "annotations": [...], "categories": [...]}`.
+
+    Annotations come back with `id`, `area` and `iscrowd` filled in where they are missing, and without segmentations, which nothing here
+    uses. Boxes without area inside their image are dropped, counted and logged.
+
+    Raises `FileNotFoundError` for a missing file, and `ValueError` that names the file and the key, id or box that is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There are no annotations at {path}.\n{LAYOUT}")
+    try:
+        instances = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a json file, or was cut short: {error}") from error
+
+    instances = _check_keys(path, instances)
+    _check_ids(path, instances)
+    for image in instances["images"]:
+        if image["width"] <= 0 or image["height"] <= 0:
+            raise ValueError(f"{path}: image {image['id']} has size {image['width']} x {image['height']}.")
+    for number, annotation in enumerate(instances["annotations"]):
+        _check_box(path, number, annotation)
+    _drop_boxes_without_area(path, instances)
+    _fill_in(path, instances["annotations"])
+    return instances
+
+
+def restrict(instances: dict, image_ids: Sequence[int]) -> dict:
+    """The same with these images alone, in this order, and all categories."""
+    images = {image["id"]: image for image in instances["images"]}
+    wanted = set(image_ids)
+    return {
+        "images": [images[image_id] for image_id in image_ids],
+        "annotations": [annotation for annotation in instances["annotations"] if annotation["image_id"] in wanted],
+        "categories": instances["categories"],
+    }
+
+
+def as_coco(instances: dict) -> COCO:
+    """pycocotools' object, without what it prints on the way."""
+    coco = COCO()
+    coco.dataset = instances
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def choose_ids(
+    available: Sequence[int], subset: int | None = None, ids: Sequence[int] | Path | str | None = None, seed: int = 0
+) -> list[int]:
+    """The image ids to use, ascending: all, `subset` of them drawn with `seed`, or those listed in `ids` (or in a text file of ids).
+
+    The draw depends on the ids that there are and on `seed` alone, so that everyone evaluates the same subset.
+    """
+    available = sorted(available)
+    if subset is not None and ids is not None:
+        raise ValueError("Give `subset` (how many images) or `ids` (which ones), not both.")
+    if subset is not None:
+        if not 0 < subset <= len(available):
+            raise ValueError(f"subset={subset} of {len(available)} images: choose between 1 and {len(available)}.")
+        # The stream of RandomState is frozen by numpy (NEP 19): the subset stays the same through the years.
+        return sorted(np.random.RandomState(seed).permutation(available)[:subset].tolist())
+    if ids is not None:
+        wanted = _read_ids(ids) if isinstance(ids, Path | str) else [int(image_id) for image_id in ids]
+        unknown = sorted(set(wanted) - set(available))
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} of the {len(wanted)} image ids asked for are not in the annotations; the first is {unknown[0]}."
+            )
+        return sorted(set(wanted))
+    return available
+
+
+def _read_ids(path: Path | str) -> list[int]:
+    try:
+        return [int(word) for word in Path(path).read_text().split()]
+    except ValueError as error:
+        raise ValueError(f"{path} should hold image ids, one a line: {error}") from error
+
+
+def _check_keys(path: Path, instances: object) -> dict:
+    if not isinstance(instances, dict):
+        raise ValueError(f"{path} holds a {type(instances).__name__}; an instances json holds an object with {', '.join(REQUIRED)}.")
+    for section, keys in REQUIRED.items():
+        if not isinstance(instances.get(section), list):
+            found = ", ".join(instances) or "nothing"
+            raise ValueError(f"{path} has no list {section!r}; an instances json has {', '.join(REQUIRED)} (this file: {found}).")
+        for number, entry in enumerate(instances[section]):
+            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if missing:
+                raise ValueError(f"{path}: {section}[{number}] has no {missing[0]!r}; each needs {', '.join(keys)}.")
+    return {section: instances[section] for section in REQUIRED}
+
+
+def _check_ids(path: Path, instances: dict) -> None:
+    images, categories = ({entry["id"] for entry in instances[section]} for section in ("images", "categories"))
+    for section, ids in (("images", images), ("categories", categories)):
+        strange = next((i for i in ids if not isinstance(i, int)), None)
+        if strange is not None:
+            raise ValueError(f"{path}: the ids of {section} must be integers, but one is {strange!r}.")
+        if len(ids) != len(instances[section]):
+            raise ValueError(f"{path}: two of the {section} have the same id ({len(instances[section])} {section}, {len(ids)} ids).")
+    annotations = instances["annotations"]
+    for key, known in (("image_id", images), ("category_id", categories)):
+        lost = [annotation[key] for annotation in annotations if annotation[key] not in known]
+        if lost:
+            raise ValueError(f"{path}: {len(lost)} of {len(annotations)} annotations have an unknown {key}; the first is {lost[0]}.")
+
+
+def _check_box(path: Path, number: int, annotation: dict) -> None:
+    box = annotation["bbox"]
+    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) and math.isfinite(v) for v in box)):
+        name = f"annotation {annotation['id']}" if "id" in annotation else f"annotations[{number}]"
+        raise ValueError(
+            f"{path}: {name} of image {annotation['image_id']} has bbox {box}; expected four finite numbers [x, y, width, height]."
+        )
+
+
+def _drop_boxes_without_area(path: Path, instances: dict) -> None:
+    sizes = {image["id"]: (image["width"], image["height"]) for image in instances["images"]}
+
+    def has_area(annotation: dict) -> bool:
+        (x, y, w, h), (width, height) = annotation["bbox"], sizes[annotation["image_id"]]
+        return min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
+
+    kept = [annotation for annotation in instances["annotations"] if has_area(annotation)]
+    dropped = len(instances["annotations"]) - len(kept)
+    if dropped:
+        log.warning("%s: dropped %d boxes without area or outside their image (%d are left).", path, dropped, len(kept))
+    instances["annotations"] = kept
+
+
+def _fill_in(path: Path, annotations: list[dict]) -> None:
+    ids = {annotation.get("id") for annotation in annotations}
+    if None in ids:
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+    elif len(ids) != len(annotations):
+        raise ValueError(f"{path}: two annotations have the same id ({len(annotations)} annotations, {len(ids)} ids).")
+    for annotation in annotations:
+        annotation.pop("segmentation", None)  # most of the memory of COCO's json
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])

@@ -1,0 +1,222 @@
+"""The embedded set: drawn shapes on textured ground, written in COCO's layout, so that the small run walks the same way as COCO.
+
+Boxes are the shapes' own tight float boxes, which no pixel grid has rounded: the set is to show what rounding costs.
+Images are 256 x 256 and objects 32 to 128 pixels, which is 2 to 8 cells at stride 16: there a quarter of a cell is seen in AP75.
+"""
+
+import json
+import logging
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+STAMP = "complete.json"
+DRAWING = 1  # raised when the same settings come to draw other pictures, so that sets made before are made anew
+SUPERSAMPLING = 4
+
+
+def _regular(corners: int, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
+    """A polygon around the origin, first corner at the top; the corners' radii alternate."""
+    angles = 2 * np.pi * np.arange(corners) / corners - np.pi / 2
+    radius = np.resize(radii, corners)
+    return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
+
+
+def _inside_unit(outline: np.ndarray, *holes: np.ndarray) -> list[np.ndarray]:
+    """Moved and scaled so that the tight box of the outline is [-1, 1] x [-1, 1]."""
+    low, high = outline.min(axis=0), outline.max(axis=0)
+    return [2 * (polygon - low) / (high - low) - 1 for polygon in (outline, *holes)]
+
+
+# Category ids with gaps, as COCO's have: a label that is mistaken for a category id shows at once.
+SHAPES: dict[int, tuple[str, list[np.ndarray]]] = {
+    2: ("disc", _inside_unit(_regular(96))),
+    3: ("ring", _inside_unit(_regular(96), 0.55 * _regular(96))),
+    7: ("square", _inside_unit(np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]]))),
+    11: ("triangle", _inside_unit(_regular(3))),
+    18: ("star", _inside_unit(_regular(10, (1.0, 0.45)))),
+}
+
+
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """Settings of the set; called with a folder, it sees to it that the folder holds this very set. Pixels throughout, colours 0..255.
+
+    Args:
+        train, val, test: images in each split; the splits' draws are independent.
+        image_size: side of the square images.
+        objects: fewest and most objects of an image.
+        sides: smallest and largest of an object's longer side, drawn evenly on a log scale.
+        stretch: largest ratio of the two sides, before rotation.
+        rotation: largest rotation either way, in degrees.
+        overlap: largest part of the smaller of two boxes that the other may cover.
+        contrast: an object differs from the ground under it by at least this much in some colour channel.
+        texture: strength of the cloudy pattern on the ground.
+        noise: standard deviation of the noise of each pixel.
+        lines, blobs: most lines and small blobs of clutter, under the objects.
+        seed: of all draws.
+    """
+
+    train: int = 400
+    val: int = 100
+    test: int = 100
+    image_size: int = 256
+    objects: tuple[int, int] = (1, 5)
+    sides: tuple[float, float] = (32.0, 128.0)
+    stretch: float = 1.4
+    rotation: float = 15.0
+    overlap: float = 0.05
+    contrast: float = 70.0
+    texture: float = 25.0
+    noise: float = 1.5
+    lines: int = 5
+    blobs: int = 10
+    seed: int = 0
+
+    def __call__(self, root: Path | str) -> None:
+        """Writes the set to `root` unless it is there. A set with other settings is replaced; a folder of anything else is an error."""
+        root = Path(root)
+        if root.exists() and any(root.iterdir()):
+            if not (root / STAMP).is_file():
+                raise FileExistsError(f"{root} holds something else than an embedded set (no {STAMP}); choose another data.root.")
+            if json.loads((root / STAMP).read_text()) == self._stamp():
+                return
+            log.warning("The set in %s was made with other settings: making it anew.", root)
+        # Written beside and then renamed: a set that was interrupted is never found under the name of a whole one.
+        root.parent.mkdir(parents=True, exist_ok=True)
+        partial_root = root.with_name(f"{root.name}.{os.getpid()}.partial")
+        shutil.rmtree(partial_root, ignore_errors=True)
+        try:
+            self._write(partial_root)
+            shutil.rmtree(root, ignore_errors=True)
+            os.replace(partial_root, root)
+        finally:
+            shutil.rmtree(partial_root, ignore_errors=True)
+
+    def _stamp(self) -> dict:
+        return json.loads(json.dumps({"drawing": DRAWING, **asdict(self)}, default=list))  # as it reads back: tuples become lists
+
+    def _write(self, root: Path) -> None:
+        (root / "annotations").mkdir(parents=True)
+        categories = [{"id": category_id, "name": name} for category_id, (name, _) in SHAPES.items()]
+        for number, split in enumerate(("train", "val", "test")):
+            count = getattr(self, split)
+            (root / split).mkdir()
+            with ThreadPoolExecutor() as pool:
+                drawn = pool.map(partial(self._write_image, root / split, number), range(count))
+                pairs = list(tqdm(drawn, total=count, desc=f"drawing {split}", leave=False))
+            annotations = [{"id": i, **a} for i, a in enumerate((a for _, found in pairs for a in found), start=1)]
+            instances = {"images": [image for image, _ in pairs], "annotations": annotations, "categories": categories}
+            (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(instances))
+        (root / STAMP).write_text(json.dumps(self._stamp()))
+
+    def _write_image(self, folder: Path, split: int, index: int) -> tuple[dict, list[dict]]:
+        image_id = 100_000 * split + index + 1  # no id twice in the set
+        pixels, objects = self.draw(np.random.default_rng([self.seed, split, index]))
+        name = f"{image_id:06d}.png"
+        Image.fromarray(pixels).save(folder / name, compress_level=4)
+        image = {"id": image_id, "file_name": name, "width": self.image_size, "height": self.image_size}
+        return image, [{"image_id": image_id, "iscrowd": 0, **entry} for entry in objects]
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, list[dict]]:
+        """One image, uint8 `S x S x 3`, and its objects: category_id, bbox `[x, y, width, height]`, area of the shape."""
+        canvas = self._ground(rng)
+        self._clutter(canvas, rng)
+        objects, boxes = [], []
+        for _ in range(rng.integers(self.objects[0], self.objects[1] + 1)):
+            category_id = int(rng.choice(list(SHAPES)))
+            polygons, box = self._place(SHAPES[category_id][1], boxes, rng)
+            if box is None:
+                continue  # the image is full; the first object always finds a place
+            self._paint(canvas, polygons, rng)
+            boxes.append(box)
+            area = _area(polygons[0]) - sum(_area(hole) for hole in polygons[1:])
+            bbox = [*box[:2], *(box[2:] - box[:2])]
+            objects.append({"category_id": category_id, "bbox": [round(float(v), 3) for v in bbox], "area": round(area, 3)})
+        canvas += self.noise * rng.standard_normal(canvas.shape, dtype=np.float32)
+        return np.clip(canvas + 0.5, 0, 255).astype(np.uint8), objects
+
+    def _ground(self, rng: np.random.Generator) -> np.ndarray:
+        """A colour gradient with clouds at two scales."""
+        y, x = np.mgrid[: self.image_size, : self.image_size].astype(np.float32) / self.image_size
+        angle = rng.uniform(0, 2 * np.pi)
+        along = 0.5 + (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle)
+        start = rng.uniform(40, 215, 3)
+        end = np.clip(start + rng.uniform(-60, 60, 3), 20, 235)
+        clouds = sum(_clouds(cells, self.image_size, rng) for cells in (6, 20))
+        return (start + along[..., None] * (end - start) + self.texture * clouds[..., None]).astype(np.float32)
+
+    def _clutter(self, canvas: np.ndarray, rng: np.random.Generator) -> None:
+        size = self.image_size
+        for _ in range(rng.integers(0, self.lines + 1)):
+            start, end = rng.uniform(0, size, (2, 2))
+            along = (end - start) / max(np.linalg.norm(end - start), 1)
+            across = np.array([-along[1], along[0]]) * rng.uniform(0.5, 1.5)
+            _blend(canvas, [np.array([start - across, end - across, end + across, start + across])], rng.uniform(0, 255, 3))
+        for _ in range(rng.integers(0, self.blobs + 1)):
+            _blend(canvas, [rng.uniform(0, size, 2) + rng.uniform(2, 6, 2) * _regular(16)], rng.uniform(0, 255, 3))
+
+    def _place(
+        self, shape: list[np.ndarray], taken: list[np.ndarray], rng: np.random.Generator
+    ) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """The shape at a random size, rotation and free place, and its tight box; the box is None where no place was found."""
+        for _ in range(50):
+            side = np.exp(rng.uniform(*np.log(self.sides)))
+            ratio = np.exp(rng.uniform(-1, 1) * np.log(self.stretch))
+            angle = np.deg2rad(rng.uniform(-self.rotation, self.rotation))
+            turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+            polygons = [polygon * (ratio**0.5, ratio**-0.5) @ turn for polygon in shape]
+            scale = side / np.ptp(polygons[0], axis=0).max()
+            low, high = polygons[0].min(axis=0) * scale, polygons[0].max(axis=0) * scale
+            centre = rng.uniform(-low, self.image_size - high)
+            box = np.concatenate([low + centre, high + centre])
+            if all(_covered(box, other) <= self.overlap for other in taken):
+                return [polygon * scale + centre for polygon in polygons], box
+        return [], None
+
+    def _paint(self, canvas: np.ndarray, polygons: list[np.ndarray], rng: np.random.Generator) -> None:
+        (x1, y1), (x2, y2) = polygons[0].min(axis=0).astype(int), polygons[0].max(axis=0).astype(int)
+        ground = canvas[y1:y2, x1:x2].mean(axis=(0, 1))
+        colour = rng.uniform(0, 255, 3)
+        while np.abs(colour - ground).max() < self.contrast:
+            colour = rng.uniform(0, 255, 3)
+        _blend(canvas, polygons, colour)
+
+
+def _clouds(cells: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    coarse = rng.standard_normal((cells, cells), dtype=np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)) / 2
+
+
+def _blend(canvas: np.ndarray, polygons: list[np.ndarray], colour: np.ndarray) -> None:
+    """Paints the first polygon less the others, antialiased: a pixel takes the colour as far as the shape covers it."""
+    size = canvas.shape[0]
+    x1, y1 = np.clip(np.floor(polygons[0].min(axis=0)).astype(int), 0, size - 1)
+    x2, y2 = np.clip(np.ceil(polygons[0].max(axis=0)).astype(int), 1, size)
+    mask = Image.new("L", ((x2 - x1) * SUPERSAMPLING, (y2 - y1) * SUPERSAMPLING))
+    for polygon, fill in zip(polygons, (255, *[0] * (len(polygons) - 1)), strict=True):
+        # Pillow's pixel centres have whole coordinates, ours halves
+        ImageDraw.Draw(mask).polygon([tuple(point) for point in (polygon - (x1, y1)) * SUPERSAMPLING - 0.5], fill=fill)
+    coverage = np.asarray(mask.reduce(SUPERSAMPLING), dtype=np.float32)[..., None] / 255
+    patch = canvas[y1:y2, x1:x2]
+    patch += coverage * (colour.astype(np.float32) - patch)
+
+
+def _area(polygon: np.ndarray) -> float:
+    x, y = polygon.T
+    return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
+
+
+def _covered(a: np.ndarray, b: np.ndarray) -> float:
+    """The part of the smaller box that lies in the other."""
+    overlap = np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None))
+    return float(overlap / min(np.prod(a[2:] - a[:2]), np.prod(b[2:] - b[:2])))

@@ -1,0 +1,167 @@
+"""Everything that training and evaluation read, as one Lightning data module."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from detection.data.annotations import LAYOUT
+from detection.data.coco import CocoDetection, collate
+from detection.data.proposals import Proposals, recall
+
+log = logging.getLogger(__name__)
+
+RECALL_IMAGES = 1000  # proposals are judged on the first so many images of a split; a recall needs no more
+
+
+class EpochSampler(DistributedSampler):
+    """The order of training images depends on (seed, epoch) alone, and the data set is told the epoch in time.
+
+    Lightning calls `set_epoch` before each epoch, and leaves a DistributedSampler in its place.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.dataset.set_epoch(epoch)
+
+
+class DetectionData(pl.LightningDataModule):
+    """Train, val and test splits of a data set in COCO's layout.
+
+    Args:
+        root: the folder that the splits' paths are relative to.
+        train, val, test: each `{"images": folder, "annotations": json}`, or None where there is no such split.
+        proposals: one provider for all splits, or one for each: `{"train": ..., "val": ..., "test": ...}`.
+        train_transform, eval_transform: see `detection.data.transforms`.
+        batch_size, eval_batch_size: images in a batch.
+        num_workers: processes that load; 0 loads in the training process.
+        seed: of the order of images and of random transforms.
+        subset, ids: restrict val and test to so many images, or to these (a list, or a text file of ids).
+        train_subset: restrict train to so many images.
+        subset_seed: of those draws; apart from `seed`, so that every run sees the same images.
+        keep_empty: keep training images without objects.
+        source: called with `root` before anything is read; may write the data there.
+
+    After `setup` the splits are `train`, `val` and `test` (`CocoDetection`; None before). Batches are `(images, targets)`, see `CocoDetection`.
+    """
+
+    def __init__(
+        self,
+        root: Path | str | None,
+        train: Mapping[str, str] | None,
+        val: Mapping[str, str] | None,
+        test: Mapping[str, str] | None,
+        proposals: Proposals | Mapping[str, Proposals],
+        train_transform: Callable | None = None,
+        eval_transform: Callable | None = None,
+        batch_size: int = 2,
+        eval_batch_size: int = 1,
+        num_workers: int = 2,
+        seed: int = 0,
+        subset: int | None = None,
+        ids: Sequence[int] | Path | str | None = None,
+        train_subset: int | None = None,
+        subset_seed: int = 0,
+        keep_empty: bool = True,
+        source: Callable[[Path], None] | None = None,
+    ):
+        super().__init__()
+        if root is None:
+            raise ValueError(f"Where is the data? Say it with data.root=<folder>.\n{LAYOUT}")
+        self.root = Path(root)
+        self.paths = {"train": train, "val": val, "test": test}
+        self.proposals = proposals if isinstance(proposals, Mapping) else dict.fromkeys(self.paths, proposals)
+        self.options = {
+            "train": {"transform": train_transform, "subset": train_subset, "keep_empty": keep_empty, "seed": seed},
+            "val": {"transform": eval_transform, "subset": subset, "ids": ids},
+            "test": {"transform": eval_transform, "subset": subset, "ids": ids},
+        }
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.seed, self.subset_seed, self.source = seed, subset_seed, source
+        self.train: CocoDetection | None = None
+        self.val: CocoDetection | None = None
+        self.test: CocoDetection | None = None
+
+    def prepare_data(self) -> None:
+        if self.source is not None:
+            self.source(self.root)
+        elif not self.root.is_dir():
+            raise FileNotFoundError(f"There is no folder {self.root}.\n{LAYOUT}")
+
+    def setup(self, stage: str | None = None) -> None:
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",), None: ("train", "val", "test")}[
+            stage
+        ]
+        for split in splits:
+            if getattr(self, split) is None and self.paths[split] is not None:
+                with self._first_process_first():
+                    setattr(self, split, self._read(split))
+
+    def _read(self, split: str) -> CocoDetection:
+        paths = {name: self.root / path for name, path in self.paths[split].items()}
+        dataset = CocoDetection(**paths, proposals=self.proposals[split], subset_seed=self.subset_seed, **self.options[split])
+        for other in (self.train, self.val, self.test):
+            if other is not None and other.categories != dataset.categories:
+                raise ValueError(f"{paths['annotations']} has other categories than the other splits of {self.root}.")
+        log.info("%s: %s", split, describe(dataset))
+        return dataset
+
+    @contextmanager
+    def _first_process_first(self) -> Iterator[None]:
+        """The first process computes and caches proposals; the others find them there."""
+        several = self.trainer is not None and self.trainer.world_size > 1
+        if several and not self.trainer.is_global_zero:
+            self.trainer.strategy.barrier()
+        yield
+        if several and self.trainer.is_global_zero:
+            self.trainer.strategy.barrier()
+
+    @property
+    def categories(self) -> list[dict]:
+        """`[{"id": ..., "name": ...}]` in ascending order of id; label `i` is entry `i - 1`. After `setup`."""
+        dataset = next((split for split in (self.train, self.val, self.test) if split is not None), None)
+        if dataset is None:
+            raise RuntimeError("Categories are known after prepare_data() and setup().")
+        return dataset.categories
+
+    def train_dataloader(self) -> DataLoader:
+        if len(self.train) < self.batch_size:
+            raise ValueError(f"{len(self.train)} training images do not fill a batch of {self.batch_size}; lower data.batch_size.")
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+        sampler = EpochSampler(self.train, num_replicas=world_size, rank=rank, shuffle=True, seed=self.seed)
+        return self._loader(self.train, batch_size=self.batch_size, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.val, batch_size=self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader(self.test, batch_size=self.eval_batch_size)
+
+    def _loader(self, dataset: CocoDetection, **options) -> DataLoader:
+        return DataLoader(
+            dataset,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+
+def describe(dataset: CocoDetection) -> str:
+    """One line: how much there is, and how well the proposals cover it."""
+    some = range(min(len(dataset), RECALL_IMAGES))
+    windows = [dataset.proposals(dataset.records[index]) for index in some]
+    shares = recall(windows, [dataset.annotated(index)[0] for index in some])
+    objects = sum(len(dataset.annotated(index)[0]) for index in range(len(dataset)))
+    covered = ", ".join(f"{share:.3f} at IoU {threshold}" for threshold, share in shares.items())
+    return (
+        f"{len(dataset)} images, {objects} objects of {len(dataset.categories)} categories; "
+        f"{sum(map(len, windows)) / len(windows):.0f} proposals an image, recall {covered}"
+        + (f" (on the first {len(some)} images)" if len(some) < len(dataset) else "")
+    )

@@ -1,0 +1,72 @@
+"""Candidate windows for the detector: what a provider of them is, the simplest one, and how well a set of windows covers the objects."""
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from detection.data.images import ImageRecord
+
+
+class Proposals(Protocol):
+    """Gives each image its windows. It is told of the images alone, never of the annotations, so nothing of these can leak into a test."""
+
+    def prepare(self, images: Sequence[ImageRecord]) -> None:
+        """Called once for each set of images before any of its windows are asked for: the place to compute, read and check."""
+
+    def __call__(self, image: ImageRecord) -> Tensor:
+        """float32 `[L, 4]`: `(x1, y1, x2, y2)` in pixels of the image as it lies on disk."""
+
+
+class Grid:
+    """Windows of a few sizes and shapes, spread evenly over the image.
+
+    Args:
+        scales: the side of a window, as a fraction of the image's shorter side (for other shapes: of the square of the same area).
+        aspect_ratios: height / width.
+        step: the distance between neighbours at most, as a fraction of the window's width and height.
+
+    Windows lie wholly inside the image; one that is wider or higher than the image is cut to it.
+    """
+
+    def __init__(self, scales: Sequence[float], aspect_ratios: Sequence[float] = (1.0,), step: float = 0.3):
+        if not all(value > 0 for value in (*scales, *aspect_ratios, step)):
+            raise ValueError(f"Scales, aspect ratios and step must be positive; got {scales}, {aspect_ratios}, {step}.")
+        self.scales, self.aspect_ratios, self.step = tuple(scales), tuple(aspect_ratios), step
+
+    def prepare(self, images: Sequence[ImageRecord]) -> None:
+        """Nothing to prepare: the size of an image says it all."""
+
+    def __call__(self, image: ImageRecord) -> Tensor:
+        side = min(image.width, image.height)
+        windows = []
+        for scale, ratio in product(self.scales, self.aspect_ratios):
+            left, width = self._places(scale * side / ratio**0.5, image.width)
+            top, height = self._places(scale * side * ratio**0.5, image.height)
+            x, y = (axis.ravel() for axis in np.meshgrid(left, top))
+            windows.append(np.stack([x, y, x + width, y + height], axis=1))
+        return torch.from_numpy(np.concatenate(windows).astype(np.float32))
+
+    def _places(self, length: float, extent: int) -> tuple[np.ndarray, float]:
+        length = min(length, extent)
+        gaps = int(np.ceil((extent - length) / (self.step * length) - 1e-9))
+        if gaps == 0:
+            return np.array([(extent - length) / 2]), length
+        return np.linspace(0, extent - length, gaps + 1), length
+
+
+def recall(proposals: Iterable[Tensor], boxes: Iterable[Tensor], thresholds: Sequence[float] = (0.5, 0.75)) -> dict[float, float]:
+    """The share of objects that some window covers with at least this IoU, for each threshold; over all images together.
+
+    `proposals` `[L, 4]` and `boxes` `[G, 4]` come image by image, in the same coordinates. NaN where there is no object at all.
+    """
+    best = []
+    for windows, objects in zip(proposals, boxes, strict=True):
+        overlaps = box_iou(objects, windows) if len(windows) else objects.new_zeros(len(objects), 1)
+        best.append(overlaps.amax(dim=1))
+    best = torch.cat(best) if best else torch.zeros(0)
+    return {threshold: (best >= threshold).double().mean().item() for threshold in thresholds}

@@ -1,0 +1,73 @@
+"""Checkpoints of train.py: what is inside, and whether it fits."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from hydra.core.config_store import ConfigStore
+from torch import nn
+
+PARTS = ("roi", "backbone", "head", "data", "proposals")
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Everything in a checkpoint, on the CPU; files with more than tensors and plain containers are refused.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: truncated, damaged, or no checkpoint of train.py.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}; train.py leaves best.ckpt and last.ckpt in its run folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is no whole checkpoint (truncated, damaged or something else): {str(error).splitlines()[0]}") from error
+    missing = [key for key in ("state_dict", "config", "categories") if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise ValueError(f"{path} was not written by train.py: it has no {', '.join(missing)}")
+    return checkpoint
+
+
+def offer_parts(config: dict) -> None:
+    """Lets Hydra choose the parts of a checkpoint's configuration: the option `checkpoint` of each group in `PARTS`."""
+    for part in PARTS:
+        ConfigStore.instance().store(group=part, name="checkpoint", node=config[part])
+
+
+def check_categories(checkpoint: dict, categories: list[dict]) -> None:
+    """Raises ValueError where a checkpoint was trained on other classes, or on the same in another order."""
+    trained = [category["name"] for category in checkpoint["categories"]]
+    present = [category["name"] for category in categories]
+    if trained != present:
+        raise ValueError(
+            f"the checkpoint was trained on {len(trained)} classes ({_some(trained)}), the data has {len(present)} ({_some(present)}): "
+            "its scores mean nothing there. Evaluate it on data with its own classes, in the order of their category ids"
+        )
+
+
+def load_weights(detector: nn.Module, checkpoint: dict) -> None:
+    """Puts a checkpoint's weights into a detector.
+
+    Raises:
+        ValueError: a weight is missing, left over or of another shape; the message names the first and says what usually differs.
+    """
+    found = {key.removeprefix("detector."): value for key, value in checkpoint["state_dict"].items() if key.startswith("detector.")}
+    wanted = detector.state_dict()
+    problems = [f"{key} is not in the checkpoint" for key in wanted.keys() - found.keys()]
+    problems += [f"{key} of the checkpoint has no place in the detector" for key in found.keys() - wanted.keys()]
+    problems += [
+        f"{key} has shape {list(found[key].shape)} in the checkpoint, {list(wanted[key].shape)} in the detector"
+        for key in wanted.keys() & found.keys()
+        if wanted[key].shape != found[key].shape
+    ]
+    if problems:
+        raise ValueError(
+            f"the checkpoint does not fit the detector, {len(problems)} of its weights differ: {sorted(problems)[0]}. Was backbone, "
+            "head.extractor.output_size or head.box_head.hidden changed?"
+        )
+    detector.load_state_dict(found)
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from .files import write_whole
+from detection.evaluation.files import write_whole
 
 log = logging.getLogger(__name__)
 

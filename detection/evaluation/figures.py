@@ -19,7 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from .files import write_whole
+from detection.data.coco import CocoDetection
+from detection.data.images import ImageRecord, read_image
+from detection.evaluation.files import write_whole
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 
@@ -71,51 +73,49 @@ def curves(metrics_csv: str | os.PathLike, path: str | os.PathLike) -> None:
 
 
 def detections_sheet(
-    dataset, detections: Mapping[int, Mapping[str, Tensor]], path: str | os.PathLike, count: int = 12, score_threshold: float = 0.5
+    dataset: CocoDetection,
+    detections: Mapping[int, Mapping[str, Tensor]],
+    path: str | os.PathLike,
+    count: int = 12,
+    score_threshold: float = 0.5,
 ) -> None:
     """Contact sheet of `count` images, evenly spread over the data set, with ground truth (dashed) and detections (coloured by class).
 
-    dataset: `image_ids`, `categories` (label 1 is the first), `coco` (the annotations) and `read_image(image_id)` -> uint8 [3, H, W] in the
-        pixels of the annotations.
-    detections: image id -> {boxes [L, 4] xyxy in those pixels, scores [L], labels [L]}, as for `to_coco_results`. Those with a score below
-        `score_threshold` are not drawn; an image that is not there has none.
+    detections: image id -> {boxes [L, 4] xyxy in pixels of the original image, scores [L], labels [L]}; an image may be missing.
+        Those with a score below `score_threshold` are not drawn.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    if len(dataset.image_ids) == 0:
-        raise ValueError("no images to draw: the data set is empty")
-    image_ids = _spread(sorted(dataset.image_ids), count)
-    drawn = {image_id: _above(detections.get(image_id), score_threshold) for image_id in image_ids}
+    records = _spread(dataset.records, count)
+    drawn = {record.id: _above(detections.get(record.id), score_threshold) for record in records}
+    truth = {record.id: dataset.coco.imgToAnns.get(record.id, []) for record in records}
     labels = sorted({label for found in drawn.values() for _, _, label in found})
     colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
     names = {label: category["name"] for label, category in enumerate(dataset.categories, 1)}
 
-    columns = min(4, len(image_ids))
-    rows = math.ceil(len(image_ids) / columns)
+    columns = min(4, len(records))
+    rows = math.ceil(len(records) / columns)
     figure = Figure(figsize=(3.2 * columns, 3.2 * rows + 0.6), layout="constrained")
     tiles = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in tiles:
         axes.axis("off")
-    for axes, image_id in zip(tiles, image_ids, strict=False):
-        axes.imshow(dataset.read_image(image_id).permute(1, 2, 0).numpy())
-        annotations = dataset.coco.imgToAnns.get(image_id, [])
-        for annotation in annotations:
+    for axes, record in zip(tiles, records, strict=False):
+        axes.imshow(read_image(record).permute(1, 2, 0).numpy())
+        for annotation in truth[record.id]:
             _draw_ground_truth(axes, annotation)
-        for box, score, label in drawn[image_id]:
+        for box, score, label in drawn[record.id]:
             _draw_detection(axes, box, f"{names[label]} {score:.2f}", colour[label])
-        objects = sum(not annotation.get("iscrowd") for annotation in annotations)
-        axes.set_title(f"image {image_id}: {objects} annotated, {len(drawn[image_id])} detected", fontsize=8)
+        objects = sum(not annotation.get("iscrowd") for annotation in truth[record.id])
+        axes.set_title(f"image {record.id}: {objects} annotated, {len(drawn[record.id])} detected", fontsize=8)
 
-    truth = Line2D([], [], color="black", linewidth=2, linestyle=(0, (3, 2)), label="ground truth")
-    crowd = Line2D([], [], color="black", linewidth=2, linestyle=":", label="crowd region, not counted")
-    any_crowd = any(annotation.get("iscrowd") for i in image_ids for annotation in dataset.coco.imgToAnns.get(i, []))
+    entries = [Line2D([], [], color="black", linewidth=2, linestyle=(0, (3, 2)), label="ground truth")]
+    if any(annotation.get("iscrowd") for annotations in truth.values() for annotation in annotations):
+        entries.append(Line2D([], [], color="black", linewidth=2, linestyle=":", label="crowd region, not counted"))
     if len(labels) <= len(COLOURS):
-        found = [Patch(color=colour[label], label=names[label]) for label in labels]
+        entries += [Patch(color=colour[label], label=names[label]) for label in labels]
     else:
-        found = [Patch(color="grey", label=f"detections: {len(labels)} classes, colours repeat")]
-    figure.legend(
-        handles=[truth, *([crowd] if any_crowd else []), *found], loc="outside lower center", ncols=2 * columns + 1, frameon=False
-    )
+        entries.append(Patch(color="grey", label=f"detections: {len(labels)} classes, colours repeat"))
+    figure.legend(handles=entries, loc="outside lower center", ncols=2 * columns + 1, frameon=False)
     figure.suptitle(f"Detections with a score of at least {score_threshold:g}", fontsize=11)
     _save(figure, path)
 
@@ -133,10 +133,10 @@ def _read_columns(metrics_csv: str | os.PathLike) -> dict[str, tuple[np.ndarray,
     return {name: tuple(np.array(points).T) for name, points in columns.items()}
 
 
-def _spread(ids: Sequence[int], count: int) -> list[int]:
-    """`count` of the ids at even distances: all of a sorted data set is seen, and nobody chose what."""
-    count = min(count, len(ids))
-    return [ids[i * len(ids) // count] for i in range(count)]
+def _spread(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
+    """`count` of them at even distances: all of a sorted data set is seen, and nobody chose what."""
+    count = min(count, len(records))
+    return [records[i * len(records) // count] for i in range(count)]
 
 
 def _above(found: Mapping[str, Tensor] | None, threshold: float) -> list[tuple[list[float], float, int]]:

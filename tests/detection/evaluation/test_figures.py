@@ -1,0 +1,106 @@
+"""Pictures are tested by what can be seen on them: which colours are there."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pytorch_lightning.loggers import CSVLogger
+
+from detection.data.coco import CocoDetection
+from detection.data.proposals import Grid
+from detection.evaluation.figures import COLOURS, curves, detections_sheet
+
+PAPER = [(200, 30, 30), (30, 130, 60), (40, 40, 190), (90, 90, 90), (150, 60, 170)]  # five images of one colour each; none is in COLOURS
+
+
+def share(picture, colour):
+    """How much of a PNG file has exactly this colour, 0 to 1."""
+    if isinstance(colour, str):
+        colour = tuple(bytes.fromhex(colour[1:]))
+    return (np.asarray(Image.open(picture).convert("RGB")) == colour).all(axis=2).mean()
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    for i, colour in enumerate(PAPER, 1):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{i}.png")
+    instances = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 64} for i in range(1, 6)],
+        "categories": [{"id": 5, "name": "disc"}, {"id": 9, "name": "star"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 9, "bbox": [8, 8, 40, 40], "area": 1600, "iscrowd": 0},
+            {"id": 2, "image_id": 3, "category_id": 5, "bbox": [20, 8, 40, 40], "area": 1600, "iscrowd": 1},
+        ],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(instances))
+    return CocoDetection(tmp_path, tmp_path / "instances.json", Grid([0.5]))
+
+
+def found(score, label=1, box=(10.0, 10.0, 50.0, 50.0)):
+    return {"boxes": torch.tensor([box]), "scores": torch.tensor([score]), "labels": torch.tensor([label])}
+
+
+def test_the_sheet_shows_every_image(dataset, tmp_path):
+    detections_sheet(dataset, {}, tmp_path / "sheet.png")
+    assert all(share(tmp_path / "sheet.png", colour) > 0.03 for colour in PAPER)
+
+
+def test_a_short_sheet_spreads_over_the_data_set(dataset, tmp_path):
+    detections_sheet(dataset, {}, tmp_path / "sheet.png", count=2)
+    assert [share(tmp_path / "sheet.png", colour) > 0.1 for colour in PAPER] == [True, False, True, False, False]
+
+
+def test_detections_are_drawn_from_the_threshold_on(dataset, tmp_path):
+    shares = []
+    for score in (0.4, 0.6):
+        detections_sheet(dataset, {1: found(score), 2: found(score, label=2)}, tmp_path / "sheet.png", score_threshold=0.5)
+        shares.append([share(tmp_path / "sheet.png", colour) for colour in COLOURS[:2]])  # a colour a class
+    assert shares[0] == [0, 0]
+    assert min(shares[1]) > 0.001
+
+
+def test_more_classes_than_colours(dataset, tmp_path):
+    dataset.categories = [{"id": i, "name": f"class {i}"} for i in range(1, 31)]
+    detections = {1: {key: torch.cat([found(0.8, label)[key] for label in range(1, 31)]) for key in ("boxes", "scores", "labels")}}
+    detections_sheet(dataset, detections, tmp_path / "sheet.png")
+    assert all(share(tmp_path / "sheet.png", colour) > 0.03 for colour in PAPER)
+
+
+def test_a_sheet_of_no_images_is_refused(dataset, tmp_path):
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        detections_sheet(dataset, {}, tmp_path / "sheet.png", count=0)
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def logged(folder, *rows):
+    """metrics.csv as Lightning leaves it for rows of (step, values)."""
+    logger = CSVLogger(folder, name="", version="")
+    for step, values in rows:
+        logger.log_metrics(values, step)
+        logger.save()
+    return folder / "metrics.csv"
+
+
+def test_curves_of_what_lightning_logs(tmp_path):
+    train = [(step, {"train/loss": 3 / (1 + step)}) for step in range(0, 40, 2)]
+    val = [(step, {"val/loss": 2.0, "val/AP": 20.0 + step, "val/AP50": 40.0 + step, "val/AP75": 30.0 + step}) for step in (19, 39)]
+    curves(logged(tmp_path, *train, *val), tmp_path / "curves.png")
+    drawn = {name: share(tmp_path / "curves.png", COLOURS[i]) for name, i in {"train": 6, "val": 5, "AP50": 2, "AP75": 0}.items()}
+    assert min(drawn.values()) > 1e-4, drawn
+
+
+def test_curves_without_validation_or_with_a_loss_that_ran_away(tmp_path):
+    metrics = logged(tmp_path, (0, {"train/loss": 2.0}), (1, {"train/loss": 1.0}), (2, {"train/loss": float("nan")}))
+    curves(metrics, tmp_path / "curves.png")
+    assert share(tmp_path / "curves.png", COLOURS[6]) > 1e-4
+    assert share(tmp_path / "curves.png", COLOURS[5]) == 0
+
+
+def test_curves_of_another_file_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"metrics\.csv has no values of train/loss.*speed"):
+        curves(logged(tmp_path, (0, {"speed": 2.0})), tmp_path / "curves.png")
+    with pytest.raises(FileNotFoundError, match=r"other\.csv"):
+        curves(tmp_path / "other.csv", tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()

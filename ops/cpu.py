@@ -1,0 +1,133 @@
+"""The operators on a CPU: lattices in, Numba kernels over blocks of channels, tensors out.
+
+Blocks share nothing and do not depend on the number of threads, so neither do the results: the same bits on one thread or sixteen.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ops import cpu_kernels as kernels
+from ops.geometry import Axis, Bounds
+
+
+class Windows(NamedTuple):
+    """Weights of neighbouring cells for each bin along y and along x: the form that a mean has for the kernels."""
+
+    y_start: np.ndarray  # [K, P] first cell
+    y_cells: np.ndarray  # [K, P] number of cells
+    y_weights: np.ndarray  # [K, P, longest]
+    x_start: np.ndarray
+    x_cells: np.ndarray
+    x_weights: np.ndarray
+
+
+def lattice_windows(y: Axis, x: Axis, height: int, width: int) -> Windows:
+    return Windows(*kernels.lattice_windows(*_numpy(y), height), *kernels.lattice_windows(*_numpy(x), width))
+
+
+def lattice_gradient(y: Axis, x: Axis, windows: Windows, grad: tuple[Tensor, Tensor], height: int, width: int) -> list[Tensor]:
+    """From gradients of the weights to those of `first` and `step`, of y and then of x."""
+    of_y = kernels.lattice_gradient(*_numpy(y), height, windows.y_start, grad[0].numpy())
+    of_x = kernels.lattice_gradient(*_numpy(x), width, windows.x_start, grad[1].numpy())
+    return [torch.from_numpy(g) for g in (*of_y, *of_x)]
+
+
+def integral_windows(y: Bounds, x: Bounds, height: int, width: int) -> Windows:
+    return Windows(*kernels.integral_windows(*_numpy(y), height), *kernels.integral_windows(*_numpy(x), width))
+
+
+def integral_gradient(y: Bounds, x: Bounds, windows: Windows, grad: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """From gradients of the weights to those of `low` and `high`, of y and then of x."""
+    of_y = kernels.integral_gradient(*_numpy(y), *windows[:3], grad[0].numpy())
+    of_x = kernels.integral_gradient(*_numpy(x), *windows[3:], grad[1].numpy())
+    return [torch.from_numpy(g) for g in (*of_y, *of_x)]
+
+
+def window_forward(features: Tensor, image: Tensor, windows: Windows) -> Tensor:
+    """Weighted sums of cells. `features [N, C, H, W]` in float32 or float64, any strides -> `[K, C, P, P]`."""
+    bins = windows.y_start.shape[1], windows.x_start.shape[1]
+    out = features.new_empty(len(image), features.shape[1], bins[0] * bins[1])
+    arrays = [*_numpy((features, image)), *windows, *_numpy((out,))]
+    _each_block(features.shape[1], lambda _, *block: kernels.window_forward(*arrays, *block))
+    return out.unflatten(2, bins)
+
+
+def window_backward(grad: Tensor, image: Tensor, windows: Windows, like: Tensor) -> Tensor:
+    """Gradient of the features, laid out as `like`."""
+    out = torch.empty_like(like, dtype=grad.dtype)
+    arrays = [*_numpy((grad.flatten(2), image)), *windows, *_numpy((out,))]
+    _each_block(like.shape[1], lambda _, *block: kernels.window_backward(*arrays, *block))
+    return out
+
+
+def window_weight_gradient(features: Tensor, grad: Tensor, image: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Gradients of `y_weights` and `x_weights`: each block of channels into a slice of its own, the slices added up in order."""
+    blocks = len(_blocks(features.shape[1]))
+    of_y, of_x = (features.new_zeros(blocks, *w.shape) for w in (windows.y_weights, windows.x_weights))
+    arrays, slices = [*_numpy((features, grad.flatten(2), image)), *windows], _numpy((of_y, of_x))
+    _each_block(features.shape[1], lambda b, *block: kernels.window_weight_gradient(*arrays, *(s[b] for s in slices), *block))
+    return of_y.sum(0), of_x.sum(0)
+
+
+def max_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, with_arg: bool) -> tuple[Tensor, Tensor]:
+    """The largest samples, `[K, C, P, P]`; and, where asked for, which they are, `[K, C, P * P]` int32 (else of no channels)."""
+    bins = y.first.shape[1], x.first.shape[1]
+    out = features.new_empty(len(image), features.shape[1], bins[0] * bins[1])
+    arg = torch.empty(len(image), features.shape[1] if with_arg else 0, out.shape[2], dtype=torch.int32)
+    arrays = _numpy((features, image, *y, *x, out, arg))
+    _each_block(features.shape[1], lambda _, *block: kernels.max_forward(*arrays, *block))
+    return out.unflatten(2, bins), arg
+
+
+def max_backward(grad: Tensor, arg: Tensor, image: Tensor, y: Axis, x: Axis, like: Tensor) -> Tensor:
+    """Gradient of the features, laid out as `like`."""
+    out = torch.empty_like(like, dtype=grad.dtype)
+    arrays = _numpy((grad.flatten(2), arg, image, *y[:3], *x[:3], out))
+    _each_block(like.shape[1], lambda _, *block: kernels.max_backward(*arrays, *block))
+    return out
+
+
+def max_lattice_gradient(features: Tensor, grad: Tensor, arg: Tensor, image: Tensor, y: Axis, x: Axis) -> list[Tensor]:
+    """Gradients of `first` and `step`, of y and then of x; slices as in `window_weight_gradient`."""
+    blocks = len(_blocks(features.shape[1]))
+    out = [features.new_zeros(blocks, *t.shape) for t in (y.first, y.step, x.first, x.step)]
+    arrays, slices = _numpy((features, grad.flatten(2), arg, image, *y[:3], *x[:3])), _numpy(out)
+    _each_block(features.shape[1], lambda b, *block: kernels.max_lattice_gradient(*arrays, *(s[b] for s in slices), *block))
+    return [t.sum(0) for t in out]
+
+
+def _numpy(tensors: Iterable[Tensor]) -> list[np.ndarray]:
+    return [t.detach().numpy() for t in tensors]
+
+
+def _blocks(channels: int) -> list[tuple[int, int]]:
+    """Blocks of channels: large enough to vectorise, enough of them to share out."""
+    size = min(max(channels // 8, 16), 64)
+    return [(c, min(c + size, channels)) for c in range(0, channels, size)]
+
+
+def _each_block(channels: int, task: Callable[[int, int, int], None]) -> None:
+    blocks = _blocks(channels)
+    threads = min(torch.get_num_threads(), len(blocks))
+    if threads <= 1:
+        for b, block in enumerate(blocks):
+            task(b, *block)
+    else:
+        for running in [_pool(threads).submit(task, b, *block) for b, block in enumerate(blocks)]:
+            running.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="roi")
+
+
+if hasattr(os, "register_at_fork"):  # a forked worker has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)

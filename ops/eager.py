@@ -1,0 +1,72 @@
+"""The operators in plain PyTorch: any device, any floating dtype, any order of differentiation. What runs where no kernel is written.
+
+The i-th sample of every bin is visited at once, so memory holds a few tensors of the size of the output and time grows with the largest bin.
+"""
+
+import torch
+from torch import Tensor
+
+from ops.geometry import Axis, Bounds
+
+
+def lattice_pool(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str) -> Tensor:
+    """Reduce each bin's samples by their `mean` or `max`. `features [N, C, H, W]`, `image [K]` -> `[K, C, P, P]` in float32 or float64."""
+    accumulate = torch.promote_types(features.dtype, torch.float32)
+    bins = (len(image), features.shape[1], y.first.shape[1], x.first.shape[1])
+    out = torch.zeros(bins, dtype=accumulate, device=features.device)
+    if out.numel() == 0:
+        return out
+    rows = features.permute(0, 2, 3, 1)
+    total = y.total[:, :, None] * x.total[:, None, :]
+    count = (y.count[:, :, None] * x.count[:, None, :])[:, None]
+    if reduce == "max":  # a sample off the map has the value 0, and so has a bin without samples
+        out = out.masked_fill((count >= total[:, None]) & (count > 0), -torch.inf)
+    for i in range(int(y.count.max())):
+        top, bottom, v = _taps(y, i, features.shape[2])
+        for j in range(int(x.count.max())):
+            left, right, h = _taps(x, j, features.shape[3])
+            sample = _interpolate(rows, image, top, bottom, v, left, right, h)
+            visited = ((i < y.count)[:, :, None] & (j < x.count)[:, None, :])[:, None]
+            if reduce == "mean":
+                out = out + torch.where(visited, sample, 0)
+            else:
+                out = torch.where(visited & ((sample > out) | sample.isnan()), sample, out)
+    return out / total.clamp(min=1)[:, None].to(accumulate) if reduce == "mean" else out
+
+
+def _taps(axis: Axis, i: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    position = (axis.first + i * axis.step).clamp(0, size - 1)
+    low = position.detach().nan_to_num(nan=0.0).floor()
+    return low.long(), (low + 1).clamp(max=size - 1).long(), position - low
+
+
+def _interpolate(
+    rows: Tensor, image: Tensor, top: Tensor, bottom: Tensor, v: Tensor, left: Tensor, right: Tensor, h: Tensor
+) -> Tensor:
+    n = image[:, None, None]
+    top, bottom, v = (t[:, :, None] for t in (top, bottom, v))
+    left, right, h = (t[:, None, :] for t in (left, right, h))
+    v, h = v[..., None], h[..., None]
+    upper = rows[n, top, left] * (1 - h) + rows[n, top, right] * h
+    lower = rows[n, bottom, left] * (1 - h) + rows[n, bottom, right] * h
+    return (upper * (1 - v) + lower * v).permute(0, 3, 1, 2)
+
+
+def integral_pool(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> Tensor:
+    """The integral of the interpolated map (0 off the map) over each bin, by the bin's area. -> `[K, C, P, P]` in float32 or float64."""
+    accumulate = torch.promote_types(features.dtype, torch.float32)
+    wy, wx = (_integral_weights(b, size).to(accumulate) for b, size in zip((y, x), features.shape[2:], strict=True))
+    out = torch.zeros(len(image), features.shape[1], wy.shape[1], wx.shape[1], dtype=accumulate, device=features.device)
+    for n, feature in enumerate(features.to(accumulate)):  # by image, so that no RoI gets a map of its own
+        mine = (image == n).nonzero()[:, 0]
+        out = out.index_copy(0, mine, torch.einsum("kpi,kqj,cij->kcpq", wy[mine], wx[mine], feature))
+    return out
+
+
+def _integral_weights(bounds: Bounds, size: int) -> Tensor:
+    """Share of each cell in the mean over each bin, `[K, P, size]`."""
+    cells = torch.arange(size, dtype=bounds.low.dtype, device=bounds.low.device)
+    low, high = ((edge[..., None] - cells).clamp(-1, 1) for edge in bounds)
+    integral = (high - high * high.abs() / 2) - (low - low * low.abs() / 2)
+    extent = (bounds.high - bounds.low)[..., None]
+    return torch.where(extent > 0, integral / torch.where(extent > 0, extent, 1), torch.where(extent.isnan(), torch.nan, 0))

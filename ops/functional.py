@@ -1,0 +1,138 @@
+"""The operators as functions, with torchvision's argument names, order and defaults.
+
+Boxes are a list of `[L, 4]` or one `[K, 5]` whose first column is the image; `(x1, y1, x2, y2)` in pixels of the image that `spatial_scale`
+relates to the map. Coordinate conventions: `ops/geometry.py`. The output is `[K, C, P, P]`, contiguous, in the dtype of the features; sums and
+coordinates are float32 at least. Input errors: `ops/inputs.py`. On the CPU Numba kernels run; elsewhere plain PyTorch does (`ops/eager.py`).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ops import eager, library
+from ops.geometry import LatticeRule, integral_bounds
+from ops.inputs import prepare
+
+Boxes = Tensor | Sequence[Tensor]
+Size = int | Sequence[int]
+
+
+def lattice_pool(
+    features: Tensor,
+    boxes: Boxes,
+    output_size: Size,
+    spatial_scale: float = 1.0,
+    *,
+    quantize_roi: Literal["none", "round", "floor"] = "none",
+    inclusive_end: bool = False,
+    half_pixel: bool = True,
+    min_extent: float | None = None,
+    quantize_bins: Literal["none", "cover", "truncate"] = "none",
+    sampling_ratio: int = 2,
+    sample_offset: float = 0.5,
+    border: float = 1.0,
+    reduce: Literal["mean", "max"] = "mean",
+) -> Tensor:
+    """The whole family, each step with its own knob; the defaults are RoIAlign with 2 x 2 samples.
+
+    Args:
+        features: `[N, C, H, W]`.
+        boxes: see above.
+        output_size: bins along height and width.
+        spatial_scale: cells a pixel, such as 1/16.
+        quantize_roi: what happens to the projected edges: `none`, `round` (halves away from zero, as Caffe) or `floor`.
+        inclusive_end: Caffe's reading of the end as the last cell inside: one cell is added to the extent.
+        half_pixel: interpolate with cell centres at `i + 0.5` (torchvision's `aligned=True`). Quantized bins visit whole cells and have no
+            use for it, but for the default of `min_extent`.
+        min_extent: smallest extent of a RoI in cells; None: 1 without `half_pixel`, no minimum with it (both as torchvision).
+        quantize_bins: `none`; `cover`: from the floor of a bin's start to the ceil of its end; bins overlap, nothing is lost; `truncate`: the
+            bin size is floored (one cell at least) and the remainder at the RoI's end is lost. Quantized bins visit each of their cells.
+        sampling_ratio: samples a bin and side where bins are not quantized; 0 or less: adaptive, `ceil(extent / P)`.
+        sample_offset: place of a sample in its share of the bin: 0.5 the middle, 0 the start.
+        border: how far beyond the outermost cell centres a sample is still worth the outermost cell, in cells; further out it is worth 0.
+        reduce: `mean` or `max` over a bin's samples. A bin without samples is 0. The gradient of a maximum goes to the first of equals.
+
+    Returns:
+        `[K, C, P, P]`. Differentiable in the features, and in the boxes where bins are not quantized, straight through a quantized RoI.
+    """
+    if reduce not in ("mean", "max"):
+        raise ValueError(f"reduce={reduce!r}: expected one of mean, max")
+    rule = LatticeRule(quantize_roi, inclusive_end, half_pixel, min_extent, quantize_bins, sampling_ratio, sample_offset, border)
+    image, box, (height, width) = prepare(features, boxes, output_size, differentiable_boxes=quantize_bins == "none")
+    y = rule.axis(box[:, 1], box[:, 3], spatial_scale, height, features.shape[2])
+    x = rule.axis(box[:, 0], box[:, 2], spatial_scale, width, features.shape[3])
+    if features.is_cpu:
+        with_arg = reduce == "max" and torch.is_grad_enabled() and (features.requires_grad or box.requires_grad)
+        return library.lattice_pool(features, image, *y, *x, reduce, with_arg)[0]
+    return eager.lattice_pool(features, image, y, x, reduce).to(features.dtype)
+
+
+def roi_pool(features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float = 1.0) -> Tensor:
+    """RoIPool: RoI rounded (and Caffe's `+ 1`), bins from floor to ceil, the largest cell of each.
+
+    Girshick, "Fast R-CNN", 2015. Equal to `torchvision.ops.roi_pool`, gradients included. No gradient for the boxes: asking is an error.
+    """
+    return lattice_pool(
+        features,
+        boxes,
+        output_size,
+        spatial_scale,
+        quantize_roi="round",
+        inclusive_end=True,
+        half_pixel=False,
+        quantize_bins="cover",
+        reduce="max",
+    )
+
+
+def roi_align(
+    features: Tensor,
+    boxes: Boxes,
+    output_size: Size,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+    reduce: Literal["mean", "max"] = "mean",
+) -> Tensor:
+    """RoIAlign: nothing quantized, bilinear samples.
+
+    He et al., "Mask R-CNN", 2017. Equal to `torchvision.ops.roi_align`, defaults included: `aligned=False` and adaptive samples are
+    torchvision's old ways; what is called RoIAlign today is `aligned=True, sampling_ratio=2`. `reduce="max"` takes the largest interpolated
+    sample. Differentiable in the boxes too.
+    """
+    return lattice_pool(features, boxes, output_size, spatial_scale, half_pixel=aligned, sampling_ratio=sampling_ratio, reduce=reduce)
+
+
+def roi_warp(
+    features: Tensor,
+    boxes: Boxes,
+    output_size: Size,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 2,
+    aligned: bool = True,
+    reduce: Literal["mean", "max"] = "mean",
+) -> Tensor:
+    """RoIWarp as Mask R-CNN reads it: the RoI is quantized as in RoIPool, its bins are not, and samples are bilinear.
+
+    Dai et al., "Multi-task Network Cascades", 2016; He et al., "Mask R-CNN", section 3 and table 2. Differentiable in the boxes, straight
+    through the rounding. The layer that was released with MNC is `configs/roi/warp_mnc.yaml`.
+    """
+    return lattice_pool(
+        features, boxes, output_size, spatial_scale, quantize_roi="round", half_pixel=aligned, sampling_ratio=sampling_ratio, reduce=reduce
+    )
+
+
+def prroi_pool(features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float = 1.0, half_pixel: bool = False) -> Tensor:
+    """Precise RoI pooling: the mean of the interpolated map over each bin, as an exact integral; nothing quantized, nothing sampled.
+
+    Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection" (IoU-Net), 2018, equation 5. The map is 0 beyond its
+    outermost cells; a bin without area is 0. `half_pixel=False` is the released layer. Differentiable in the boxes too.
+    """
+    image, box, (height, width) = prepare(features, boxes, output_size, differentiable_boxes=True)
+    y = integral_bounds(box[:, 1], box[:, 3], spatial_scale, height, half_pixel)
+    x = integral_bounds(box[:, 0], box[:, 2], spatial_scale, width, half_pixel)
+    if features.is_cpu:
+        return library.integral_pool(features, image, *y, *x)
+    return eager.integral_pool(features, image, y, x).to(features.dtype)

@@ -1,0 +1,159 @@
+"""Where every operator of the family looks: boxes in pixels -> lattices of samples in cells. All rounding of the project is in this file.
+
+Coordinates, stated once. A box `(x1, y1, x2, y2)` is in image pixels and continuous: it covers the area between its edges. On the feature map,
+cell `i` covers `[i, i + 1)` and its centre is `i + 0.5`; the projection of an edge is `spatial_scale * x`. Interpolation works in *index*
+coordinates, where the value of cell `i` sits at `i`: the right position for a point `x` is `x - 0.5` (`half_pixel=True`, torchvision's
+`aligned=True`); `half_pixel=False` forgets the 0.5, as Caffe2, MNC and the first RoIAlign did.
+
+A bin is a lattice: along each axis a first position, a step and a count. RoIAlign's bin is `g` samples `b / g` apart; RoIPool's is the integer
+cells from floor to ceil, one apart, where interpolation is the cell itself. Kernels visit lattices and know nothing of rounding; autograd
+through this file turns gradients of `first` and `step` into gradients of the boxes, straight through the rounding.
+
+Sources: Girshick, "Fast R-CNN" (2015), and its Caffe layer; Dai et al., "Instance-aware Semantic Segmentation via Multi-task Network Cascades"
+(2016) for RoIWarp; He et al., "Mask R-CNN" (2017), section 3, for RoIAlign; Jiang et al., "IoU-Net" (2018), equation 5, for PrRoIPool.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Axis(NamedTuple):
+    """The samples of `P` bins of `K` RoIs along one axis, each `[K, P]`.
+
+    Sample `i` of a bin is at `first + i * step`, in index coordinates; `count` of them are on the map and are visited (clamped to
+    `[0, size - 1]`), `total` is how many the bin has with those off the map, which have the value 0.
+    """
+
+    first: Tensor
+    step: Tensor
+    count: Tensor  # int32
+    total: Tensor  # floating point: the divisor of a mean, without limit
+
+
+class Bounds(NamedTuple):
+    """The edges of `P` bins of `K` RoIs along one axis, each `[K, P]`, in index coordinates: what an integral needs."""
+
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class LatticeRule:
+    """The knobs that tell the operators of the family apart; see `ops.lattice_pool` for what each does."""
+
+    quantize_roi: Literal["none", "round", "floor"] = "none"
+    inclusive_end: bool = False
+    half_pixel: bool = True
+    min_extent: float | None = None
+    quantize_bins: Literal["none", "cover", "truncate"] = "none"
+    sampling_ratio: int = 2
+    sample_offset: float = 0.5
+    border: float = 1.0
+
+    def __post_init__(self) -> None:
+        for knob, choices in (("quantize_roi", ("none", "round", "floor")), ("quantize_bins", ("none", "cover", "truncate"))):
+            if getattr(self, knob) not in choices:
+                raise ValueError(f"{knob}={getattr(self, knob)!r}: expected one of {', '.join(choices)}")
+
+    def axis(self, x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, size: int) -> Axis:
+        """Lattice of `bins` bins a RoI on an axis of `size` cells.
+
+        Args:
+            x1, x2: `[K]` edges of the boxes on this axis, in pixels.
+        """
+        start = self._project(x1, spatial_scale)
+        extent = self._project(x2, spatial_scale) - start + (1 if self.inclusive_end else 0)
+        min_extent = self.min_extent if self.min_extent is not None else (None if self.half_pixel else 1.0)
+        if min_extent is not None:
+            extent = extent.clamp(min=min_extent)
+        if self.quantize_bins == "none":
+            axis = self._sample(start, extent, bins, size)
+        else:
+            axis = self._cells(start, extent, bins, size)
+        return _propagate_nan(axis)
+
+    def _project(self, x: Tensor, spatial_scale: float) -> Tensor:
+        # The half pixel is taken off here, before the extent is, because torchvision does: `(b - 0.5) - (a - 0.5)` and `b - a` can differ
+        # in the last bit, and the adaptive `ceil(extent / P)` would notice.
+        edge = x * spatial_scale
+        if self.quantize_roi != "none":
+            rounded = edge.floor() if self.quantize_roi == "floor" else round_half_away(edge)
+            edge = straight_through(rounded, edge)
+        return edge - 0.5 if self.half_pixel and self.quantize_bins == "none" else edge
+
+    def _sample(self, start: Tensor, extent: Tensor, bins: int, size: int) -> Axis:
+        bin_size = (extent / bins)[:, None]
+        ratio = bin_size.detach().ceil().clamp(min=0) if self.sampling_ratio <= 0 else torch.full_like(bin_size, self.sampling_ratio)
+        step = bin_size / ratio.clamp(min=1)
+        first = start[:, None] + _indices(bins, start) * bin_size + self.sample_offset * step
+        return self._trim(first, step.expand_as(first), ratio.expand_as(first), size)
+
+    def _trim(self, first: Tensor, step: Tensor, total: Tensor, size: int) -> Axis:
+        """Drop the samples more than `border` cells beyond the outermost cell centres: they are worth 0 and need no visit.
+
+        It is what keeps an adaptive lattice over a huge box finite.
+        """
+        with torch.no_grad():
+            low, high = -self.border, size - 1 + self.border
+            near, far = torch.where(step < 0, high, low), torch.where(step < 0, low, high)
+            # 0 / 0 is a sample of a box without extent that lies just on the border: on the map, like its twins
+            skipped = ((near - first) / step).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).ceil().clamp(min=0).minimum(total)
+            last = ((far - first) / step).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).floor().minimum(total - 1)
+            most = ((high - low) / step.abs()).floor() + 1  # binds only where float32 has no digits left to count with
+            count = (last - skipped + 1).clamp(min=0).minimum(most).int()
+        return Axis(first + skipped * step, step, count, total)
+
+    def _cells(self, start: Tensor, extent: Tensor, bins: int, size: int) -> Axis:
+        # The whole cell that a bin starts from is added after the floor, as Caffe does with its rounded RoI: in float32
+        # `floor(a + p * b)` and `a + floor(p * b)` are not the same.
+        whole = start.detach().floor()[:, None]
+        rest = start.detach()[:, None] - whole
+        extent = extent.detach()[:, None]
+        index = _indices(bins, start)
+        if self.quantize_bins == "cover":
+            low = (rest + index * (extent / bins)).floor()
+            high = (rest + (index + 1) * (extent / bins)).ceil()
+        else:
+            # The sources are silent on a RoI of fewer cells than bins, where the size would be 0: a bin has one cell at least.
+            bin_size = (extent / bins).floor().clamp(min=1)
+            low, high = index * bin_size, (index + 1) * bin_size
+        low, high = (low + whole).clamp(0, size), (high + whole).clamp(0, size)
+        count = (high - low).clamp(min=0)
+        return Axis(low, torch.ones_like(low), count.int(), count)
+
+
+def integral_bounds(x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, half_pixel: bool) -> Bounds:
+    """Edges of the bins of PrRoIPool, nothing quantized. `x1, x2`: `[K]` edges of the boxes in pixels; a reversed box has no extent."""
+    start = x1 * spatial_scale - (0.5 if half_pixel else 0.0)
+    bin_size = ((x2 - x1) * spatial_scale).clamp(min=0)[:, None] / bins
+    low = start[:, None] + _indices(bins, start) * bin_size
+    return Bounds(low, low + bin_size)
+
+
+def round_half_away(x: Tensor) -> Tensor:
+    """Round to the nearest integer, halves away from zero, as C's `round` does (`torch.round` takes halves to even)."""
+    whole = x.trunc()
+    return whole + ((x - whole).abs() >= 0.5) * x.sign()
+
+
+def straight_through(quantized: Tensor, x: Tensor) -> Tensor:
+    """The value of `quantized` with the gradient of `x`."""
+    return quantized.detach() + (x - x.detach())
+
+
+def _indices(bins: int, like: Tensor) -> Tensor:
+    return torch.arange(bins, dtype=like.dtype, device=like.device)
+
+
+def _propagate_nan(axis: Axis) -> Axis:
+    """A box that is not a number has one sample a bin, at NaN: every path makes NaN of it and reads nothing out of bounds."""
+    bad = axis.first.isnan() | axis.step.isnan()
+    return Axis(
+        torch.where(bad, torch.nan, axis.first),
+        torch.where(bad, 0.0, axis.step),
+        torch.where(bad, 1, axis.count),
+        torch.where(bad, 1.0, axis.total),
+    )

@@ -1,0 +1,92 @@
+"""What every operator accepts, checked before anything is read."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def prepare(
+    features: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | Sequence[int], *, differentiable_boxes: bool
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Bring both of torchvision's box forms into one.
+
+    Args:
+        features: `[N, C, H, W]`, floating point.
+        boxes: list of `N` tensors `[L, 4]`, or one `[K, 5]` whose first column is the index of the image; `(x1, y1, x2, y2)` in pixels.
+        output_size: bins along height and width; an int for both.
+        differentiable_boxes: whether the operator has a gradient with respect to the boxes.
+
+    Returns:
+        Index of the image `[K]` int64, coordinates `[K, 4]` in float32 (float64 where the features are), bins `(height, width)`.
+
+    Raises:
+        TypeError, ValueError: naming the argument. On a CPU also for a box that is NaN or infinite and for an image that is not there; on
+            other devices, where looking would stall the stream, such a box becomes NaN, and so does its output.
+    """
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        raise TypeError(f"features: expected a floating point tensor [N, C, H, W], got {_describe(features)}")
+    if features.dim() != 4:
+        raise ValueError(f"features: expected 4 dimensions [N, C, H, W], got shape {tuple(features.shape)}")
+    size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    if len(size) != 2 or any(int(s) != s or s < 1 for s in size):
+        raise ValueError(f"output_size: expected a positive int or two of them (height, width), got {output_size!r}")
+
+    image, coordinates = _table(boxes) if isinstance(boxes, Tensor) else _concatenate(features, boxes)
+    if coordinates.device != features.device:
+        raise ValueError(f"boxes are on {coordinates.device} and features on {features.device}: move one of them")
+    if not differentiable_boxes and coordinates.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "boxes require a gradient, and an operator with quantized bins has none: its output is piecewise constant in the boxes. "
+            "Pass boxes.detach(), or choose an operator whose bins are not quantized (roi_align, roi_warp, prroi_pool)."
+        )
+    coordinates = coordinates.to(torch.promote_types(features.dtype, torch.float32))
+
+    empty_map = coordinates.shape[0] > 0 and 0 in features.shape[2:]
+    if empty_map:
+        raise ValueError(f"features: a map of shape {tuple(features.shape)} has no cells to pool {coordinates.shape[0]} boxes from")
+    good = coordinates.isfinite().all(1) & (image >= 0) & (image < features.shape[0])
+    if features.is_cpu and not torch.compiler.is_compiling():
+        if not good.all():
+            _complain(image, coordinates, features.shape[0], int((~good).nonzero()[0]))
+    else:
+        coordinates = torch.where(good[:, None], coordinates, torch.nan)
+        image = torch.where(good, image, 0)
+    return image, coordinates, (int(size[0]), int(size[1]))
+
+
+def _table(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    if boxes.dim() != 2 or boxes.shape[1] != 5:
+        raise ValueError(f"boxes: a tensor must be [K, 5] (image index, x1, y1, x2, y2), got shape {tuple(boxes.shape)}")
+    if not boxes.is_floating_point():
+        raise TypeError(f"boxes: expected floating point coordinates, got {boxes.dtype}")
+    index = boxes[:, 0].detach()
+    return index.nan_to_num(nan=-1, posinf=-1, neginf=-1).long(), boxes[:, 1:]
+
+
+def _concatenate(features: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    boxes = list(boxes)
+    if len(boxes) != features.shape[0]:
+        raise ValueError(f"boxes: a list must have one tensor for each of the {features.shape[0]} images, got {len(boxes)}")
+    for i, b in enumerate(boxes):
+        if not isinstance(b, Tensor) or not b.is_floating_point():
+            raise TypeError(f"boxes[{i}]: expected a floating point tensor [L, 4], got {_describe(b)}")
+        if b.dim() != 2 or b.shape[1] != 4:
+            raise ValueError(f"boxes[{i}]: expected shape [L, 4] (x1, y1, x2, y2), got {tuple(b.shape)}")
+        if b.device != boxes[0].device or b.dtype != boxes[0].dtype:
+            raise ValueError(f"boxes[{i}] is {b.dtype} on {b.device}, boxes[0] is {boxes[0].dtype} on {boxes[0].device}: make them alike")
+    if not boxes:
+        return torch.empty(0, dtype=torch.int64, device=features.device), features.new_empty(0, 4)
+    image = torch.cat([torch.full((len(b),), i, dtype=torch.int64, device=b.device) for i, b in enumerate(boxes)])
+    return image, torch.cat(boxes)
+
+
+def _complain(image: Tensor, coordinates: Tensor, images: int, k: int) -> None:
+    box = [round(float(v), 3) for v in coordinates[k]]
+    if not bool(coordinates[k].isfinite().all()):
+        raise ValueError(f"boxes: box {k} is {box}: coordinates must be finite")
+    raise ValueError(f"boxes: box {k} {box} belongs to image {int(image[k])}, and the features hold images 0 to {images - 1}")
+
+
+def _describe(x: object) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -88,19 +89,24 @@ class EmbeddedSet:
         if root.exists() and any(root.iterdir()):
             if not (root / STAMP).is_file():
                 raise FileExistsError(f"{root} holds something else than an embedded set (no {STAMP}); choose another data.root.")
-            if json.loads((root / STAMP).read_text()) == self._stamp():
+            if self._is_at(root):
                 return
             log.warning("The set in %s was made with other settings: making it anew.", root)
         # Written beside and then renamed: a set that was interrupted is never found under the name of a whole one.
         root.parent.mkdir(parents=True, exist_ok=True)
-        partial_root = root.with_name(f"{root.name}.{os.getpid()}.partial")
-        shutil.rmtree(partial_root, ignore_errors=True)
+        beside = Path(tempfile.mkdtemp(prefix=f"{root.name}.partial.", dir=root.parent))
         try:
-            self._write(partial_root)
-            shutil.rmtree(root, ignore_errors=True)
-            os.replace(partial_root, root)
+            self._write(beside / "new")
+            if not self._is_at(root):  # another process may have been faster
+                if root.exists():
+                    os.replace(root, beside / "old")
+                os.replace(beside / "new", root)
         finally:
-            shutil.rmtree(partial_root, ignore_errors=True)
+            shutil.rmtree(beside)
+
+    def _is_at(self, root: Path) -> bool:
+        stamp = root / STAMP
+        return stamp.is_file() and json.loads(stamp.read_text()) == self._stamp()
 
     def _stamp(self) -> dict:
         return json.loads(json.dumps({"drawing": DRAWING, **asdict(self)}, default=list))  # as it reads back: tuples become lists

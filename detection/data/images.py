@@ -38,7 +38,7 @@ def read_image(record: ImageRecord) -> torch.Tensor:
         ) from error
     if image.size != (record.width, record.height):
         raise ValueError(
-            f"{record.path} (image {record.id}) is {image.width} x {image.height}, but its annotations say {record.width} x {record.height}: "
+            f"{record.path} (image {record.id}) is {image.width} x {image.height}, its annotations say {record.width} x {record.height}: "
             "they were made for another version of the image (resized, or not turned as its EXIF orientation says)."
         )
     return F.pil_to_tensor(image)

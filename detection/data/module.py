@@ -1,8 +1,7 @@
 """Everything that training and evaluation read, as one Lightning data module."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -47,7 +46,7 @@ class DetectionData(pl.LightningDataModule):
         keep_empty: keep training images without objects.
         source: called with `root` before anything is read; may write the data there.
 
-    After `setup` the splits are `train`, `val` and `test` (`CocoDetection`; None before). Batches are `(images, targets)`, see `CocoDetection`.
+    After `setup` the splits are `train`, `val` and `test` (`CocoDetection`; None before). Batches are `(images, targets)`, described there.
     """
 
     def __init__(
@@ -99,8 +98,7 @@ class DetectionData(pl.LightningDataModule):
         ]
         for split in splits:
             if getattr(self, split) is None and self.paths[split] is not None:
-                with self._first_process_first():
-                    setattr(self, split, self._read(split))
+                setattr(self, split, self._read(split))
 
     def _read(self, split: str) -> CocoDetection:
         paths = {name: self.root / path for name, path in self.paths[split].items()}
@@ -110,16 +108,6 @@ class DetectionData(pl.LightningDataModule):
                 raise ValueError(f"{paths['annotations']} has other categories than the other splits of {self.root}.")
         log.info("%s: %s", split, describe(dataset))
         return dataset
-
-    @contextmanager
-    def _first_process_first(self) -> Iterator[None]:
-        """The first process computes and caches proposals; the others find them there."""
-        several = self.trainer is not None and self.trainer.world_size > 1
-        if several and not self.trainer.is_global_zero:
-            self.trainer.strategy.barrier()
-        yield
-        if several and self.trainer.is_global_zero:
-            self.trainer.strategy.barrier()
 
     @property
     def categories(self) -> list[dict]:
@@ -134,6 +122,7 @@ class DetectionData(pl.LightningDataModule):
             raise ValueError(f"{len(self.train)} training images do not fill a batch of {self.batch_size}; lower data.batch_size.")
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
         sampler = EpochSampler(self.train, num_replicas=world_size, rank=rank, shuffle=True, seed=self.seed)
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer is not None else 0)  # not 0 where a run is resumed
         return self._loader(self.train, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:

@@ -28,7 +28,7 @@ def resize_and_flip(short_side: int | Sequence[int] | None = None, max_side: int
 def drawn_from(*key: int) -> Iterator[None]:
     """Inside, torch's global CPU generator is seeded by `key`; outside, it is as if nothing had happened.
 
-    v2 transforms draw from the global generator; this makes the draws of one image depend on (seed, epoch, image id), whatever worker loads it.
+    v2 transforms draw from the global generator; this makes those of one image depend on (seed, epoch, image id), whatever worker loads it.
     """
     seed = int(np.random.SeedSequence([part % 2**64 for part in key]).generate_state(1, np.uint64)[0])
     with torch.random.fork_rng(devices=[]):

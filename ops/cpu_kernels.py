@@ -3,8 +3,9 @@
 A kernel works on channels `c0` to `c1`. It copies its slice of the map channels-last, where the channels of a cell are neighbours and every
 inner loop runs over them, and visits the RoIs in order.
 
-Two kernels: a bin's `mean` (of samples, or the exact integral) is the outer product of a window of weights in y and one in x, which costs far
-fewer reads than the samples one by one; its `max` visits the samples. Each has its transpose, and one more for the gradient of the lattice.
+Two kernels: a bin's `mean` (of samples, or the exact integral) is the outer product of a window of weights in y and one in x, which costs
+far fewer reads than the samples one by one; its `max` visits the samples. Each has its transpose, and one more for the gradient of the
+lattice.
 """
 
 import numba
@@ -17,7 +18,7 @@ _inline = numba.njit(inline="always")
 _compile_sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
 
 
-# ---------------------------------------------------------------------------------------------------------------- windows: mean and integral
+# --------------------------------------------------------------------------------------------------------------- windows: mean and integral
 
 
 @_compile

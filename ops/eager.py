@@ -1,6 +1,7 @@
 """The operators in plain PyTorch: any device, any floating dtype, any order of differentiation. What runs where no kernel is written.
 
-The i-th sample of every bin is visited at once, so memory holds a few tensors of the size of the output and time grows with the largest bin.
+The i-th sample of every bin is visited at once, so memory holds a few tensors of the size of the output and time grows with the largest
+bin.
 """
 
 import torch
@@ -15,7 +16,7 @@ def lattice_pool(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str)
     bins = (len(image), features.shape[1], y.first.shape[1], x.first.shape[1])
     out = torch.zeros(bins, dtype=accumulate, device=features.device)
     if out.numel() == 0:
-        return out
+        return out + features.sum() * 0  # a gradient of zeros, not none
     rows = features.permute(0, 2, 3, 1)
     total = y.total[:, :, None] * x.total[:, None, :]
     count = (y.count[:, :, None] * x.count[:, None, :])[:, None]
@@ -36,13 +37,14 @@ def lattice_pool(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str)
 
 def _taps(axis: Axis, i: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     position = (axis.first + i * axis.step).clamp(0, size - 1)
-    low = position.detach().nan_to_num(nan=0.0).floor()
-    return low.long(), (low + 1).clamp(max=size - 1).long(), position - low
+    at = position.detach().nan_to_num(nan=0.0)
+    low = at.floor()
+    # A sample on a cell's centre is that cell alone (infinity beside it does no harm), unless its slope towards the next is asked for.
+    high = low + 1 if position.requires_grad else at.ceil()
+    return low.long(), high.clamp(max=size - 1).long(), position - low
 
 
-def _interpolate(
-    rows: Tensor, image: Tensor, top: Tensor, bottom: Tensor, v: Tensor, left: Tensor, right: Tensor, h: Tensor
-) -> Tensor:
+def _interpolate(rows: Tensor, image: Tensor, top: Tensor, bottom: Tensor, v: Tensor, left: Tensor, right: Tensor, h: Tensor) -> Tensor:
     n = image[:, None, None]
     top, bottom, v = (t[:, :, None] for t in (top, bottom, v))
     left, right, h = (t[:, None, :] for t in (left, right, h))

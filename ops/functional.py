@@ -1,8 +1,9 @@
 """The operators as functions, with torchvision's argument names, order and defaults.
 
 Boxes are a list of `[L, 4]` or one `[K, 5]` whose first column is the image; `(x1, y1, x2, y2)` in pixels of the image that `spatial_scale`
-relates to the map. Coordinate conventions: `ops/geometry.py`. The output is `[K, C, P, P]`, contiguous, in the dtype of the features; sums and
-coordinates are float32 at least. Input errors: `ops/inputs.py`. On the CPU Numba kernels run; elsewhere plain PyTorch does (`ops/eager.py`).
+relates to the map. Coordinate conventions: `ops/geometry.py`. The output is `[K, C, P, P]`, contiguous, in the dtype of the features;
+sums and coordinates are float32 at least. Input errors: `ops/inputs.py`. On the CPU Numba kernels run; elsewhere plain PyTorch does
+(`ops/eager.py`).
 """
 
 from collections.abc import Sequence
@@ -47,8 +48,8 @@ def lattice_pool(
         half_pixel: interpolate with cell centres at `i + 0.5` (torchvision's `aligned=True`). Quantized bins visit whole cells and have no
             use for it, but for the default of `min_extent`.
         min_extent: smallest extent of a RoI in cells; None: 1 without `half_pixel`, no minimum with it (both as torchvision).
-        quantize_bins: `none`; `cover`: from the floor of a bin's start to the ceil of its end; bins overlap, nothing is lost; `truncate`: the
-            bin size is floored (one cell at least) and the remainder at the RoI's end is lost. Quantized bins visit each of their cells.
+        quantize_bins: `none`; `cover`: from the floor of a bin's start to the ceil of its end; bins overlap, nothing is lost; `truncate`:
+            the bin size is floored (one cell at least) and the remainder at the RoI's end is lost. Quantized bins visit each of their cells.
         sampling_ratio: samples a bin and side where bins are not quantized; 0 or less: adaptive, `ceil(extent / P)`.
         sample_offset: place of a sample in its share of the bin: 0.5 the middle, 0 the start.
         border: how far beyond the outermost cell centres a sample is still worth the outermost cell, in cells; further out it is worth 0.
@@ -127,8 +128,8 @@ def roi_warp(
 def prroi_pool(features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float = 1.0, half_pixel: bool = False) -> Tensor:
     """Precise RoI pooling: the mean of the interpolated map over each bin, as an exact integral; nothing quantized, nothing sampled.
 
-    Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection" (IoU-Net), 2018, equation 5. The map is 0 beyond its
-    outermost cells; a bin without area is 0. `half_pixel=False` is the released layer. Differentiable in the boxes too.
+    Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection" (IoU-Net), 2018, equation 5. The map is 0 beyond
+    its outermost cells; a bin without area is 0. `half_pixel=False` is the released layer. Differentiable in the boxes too.
     """
     image, box, (height, width) = prepare(features, boxes, output_size, differentiable_boxes=True)
     y = integral_bounds(box[:, 1], box[:, 3], spatial_scale, height, half_pixel)

@@ -1,16 +1,17 @@
 """Where every operator of the family looks: boxes in pixels -> lattices of samples in cells. All rounding of the project is in this file.
 
-Coordinates, stated once. A box `(x1, y1, x2, y2)` is in image pixels and continuous: it covers the area between its edges. On the feature map,
-cell `i` covers `[i, i + 1)` and its centre is `i + 0.5`; the projection of an edge is `spatial_scale * x`. Interpolation works in *index*
-coordinates, where the value of cell `i` sits at `i`: the right position for a point `x` is `x - 0.5` (`half_pixel=True`, torchvision's
-`aligned=True`); `half_pixel=False` forgets the 0.5, as Caffe2, MNC and the first RoIAlign did.
+Coordinates, stated once. A box `(x1, y1, x2, y2)` is in image pixels and continuous: it covers the area between its edges. On the feature
+map, cell `i` covers `[i, i + 1)` and its centre is `i + 0.5`; the projection of an edge is `spatial_scale * x`. Interpolation works in
+*index* coordinates, where the value of cell `i` sits at `i`: the right position for a point `x` is `x - 0.5` (`half_pixel=True`,
+torchvision's `aligned=True`); `half_pixel=False` forgets the 0.5, as Caffe2, MNC and the first RoIAlign did.
 
-A bin is a lattice: along each axis a first position, a step and a count. RoIAlign's bin is `g` samples `b / g` apart; RoIPool's is the integer
-cells from floor to ceil, one apart, where interpolation is the cell itself. Kernels visit lattices and know nothing of rounding; autograd
-through this file turns gradients of `first` and `step` into gradients of the boxes, straight through the rounding.
+A bin is a lattice: along each axis a first position, a step and a count. RoIAlign's bin is `g` samples `b / g` apart; RoIPool's is the
+integer cells from floor to ceil, one apart, where interpolation is the cell itself. Kernels visit lattices and know nothing of rounding;
+autograd through this file turns gradients of `first` and `step` into gradients of the boxes, straight through the rounding.
 
-Sources: Girshick, "Fast R-CNN" (2015), and its Caffe layer; Dai et al., "Instance-aware Semantic Segmentation via Multi-task Network Cascades"
-(2016) for RoIWarp; He et al., "Mask R-CNN" (2017), section 3, for RoIAlign; Jiang et al., "IoU-Net" (2018), equation 5, for PrRoIPool.
+Sources: Girshick, "Fast R-CNN" (2015), and its Caffe layer; Dai et al., "Instance-aware Semantic Segmentation via Multi-task Network
+Cascades" (2016) for RoIWarp; He et al., "Mask R-CNN" (2017), section 3, for RoIAlign; Jiang et al., "IoU-Net" (2018), equation 5, for
+PrRoIPool.
 """
 
 from dataclasses import dataclass
@@ -69,10 +70,7 @@ class LatticeRule:
         min_extent = self.min_extent if self.min_extent is not None else (None if self.half_pixel else 1.0)
         if min_extent is not None:
             extent = extent.clamp(min=min_extent)
-        if self.quantize_bins == "none":
-            axis = self._sample(start, extent, bins, size)
-        else:
-            axis = self._cells(start, extent, bins, size)
+        axis = self._sample(start, extent, bins, size) if self.quantize_bins == "none" else self._cells(start, extent, bins, size)
         return _propagate_nan(axis)
 
     def _project(self, x: Tensor, spatial_scale: float) -> Tensor:

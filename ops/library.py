@@ -73,9 +73,7 @@ def lattice_pool_backward(
         of_source = cpu.window_backward(grad, image, windows, source) if windows else cpu.max_backward(grad, arg, image, y, x, source)
         out[0] = of_source.to(features.dtype)
     if of_lattice and windows:
-        out[1:] = cpu.lattice_gradient(
-            y, x, windows, cpu.window_weight_gradient(source, grad, image, windows), *features.shape[2:]
-        )
+        out[1:] = cpu.lattice_gradient(y, x, windows, cpu.window_weight_gradient(source, grad, image, windows), *features.shape[2:])
     elif of_lattice:
         out[1:] = cpu.max_lattice_gradient(source, grad, arg, image, y, x)
     return out
@@ -96,7 +94,9 @@ def _lattice_setup(ctx, inputs, output):
 def _lattice_backward(ctx, grad, _):
     of_features, of_lattice = ctx.needs_input_grad[0], any(ctx.needs_input_grad[i] for i in (2, 3, 6, 7))
     out = lattice_pool_backward(grad, *ctx.saved_tensors, ctx.reduce, of_features, of_lattice)
-    of_source, y_first, y_step, x_first, x_step = (g if g.numel() or asked else None for g, asked in zip(out, [of_features] + [of_lattice] * 4, strict=True))
+    of_source, y_first, y_step, x_first, x_step = (
+        g if g.numel() or asked else None for g, asked in zip(out, [of_features] + [of_lattice] * 4, strict=True)
+    )
     return of_source, None, y_first, y_step, None, None, x_first, x_step, None, None, None, None
 
 

@@ -1,7 +1,7 @@
 """The oracle: slow, obvious, float64. Every fast path is held against it, output and gradients.
 
-One Python loop for each RoI, bin and sample; autograd gives the gradients. It takes the same lattices as the kernels, so what it settles is the
-visiting and the reducing; the lattices themselves are held against torchvision and numbers worked out by hand.
+One Python loop for each RoI, bin and sample; autograd gives the gradients. It takes the same lattices as the kernels, so what it settles
+is the visiting and the reducing; the lattices themselves are held against torchvision and numbers worked out by hand.
 """
 
 import torch
@@ -63,10 +63,9 @@ def integral_pool(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> Tens
                 area = (bottom - top) * (right - left)
                 value = features.new_zeros(features.shape[1])
                 if area > 0:
-                    for i in range(height):
-                        for j in range(width):
-                            weight = _hat_integral(top - i, bottom - i) * _hat_integral(left - j, right - j) / area
-                            value = value + weight * features[image[k], :, i, j]
+                    of_rows = torch.stack([_hat_integral(top - i, bottom - i) for i in range(height)])
+                    of_columns = torch.stack([_hat_integral(left - j, right - j) for j in range(width)])
+                    value = (features[image[k]] * of_rows[:, None] * of_columns).sum((1, 2)) / area
                 bins.append(value)
         rows.append(torch.stack(bins))
     return _stack(rows, features, y.low.shape[1], x.low.shape[1])

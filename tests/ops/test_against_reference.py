@@ -1,0 +1,203 @@
+"""Every path against the oracle: output and every gradient by name; odd shapes, every dtype, awkward boxes, both layouts."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import ops
+from ops import eager, library, reference
+from ops.geometry import LatticeRule, integral_bounds
+from ops.inputs import prepare
+
+from .presets import AWKWARD, PRESETS, WITHOUT_BOX_GRADIENT, preset, random_boxes
+
+KNOBS = [pytest.param(preset(name), id=name) for name in PRESETS] + [
+    pytest.param(preset("align", sampling_ratio=0), id="align-adaptive"),
+    pytest.param(preset("align", sampling_ratio=3, half_pixel=False), id="align-3-half_pixel-off"),
+    pytest.param(preset("align_max", sampling_ratio=0, inclusive_end=True), id="align_max-adaptive-inclusive"),
+    pytest.param(preset("warp", reduce="max"), id="warp-max"),
+    pytest.param(preset("pool", reduce="mean"), id="pool-mean"),
+    pytest.param(preset("pool_floor", reduce="mean", half_pixel=True), id="pool_floor-mean-half_pixel"),
+    pytest.param(preset("prroi", half_pixel=True), id="prroi-half_pixel"),
+]
+OUTPUT_SIZES = [(1, 1), (2, 3), (7, 7)]
+
+
+def through(path, operator: partial, features: Tensor, boxes: Tensor, output_size, spatial_scale: float) -> Tensor:
+    """The operator that a configuration names, computed by `path` (a module with `lattice_pool` and `integral_pool`)."""
+    knobs = dict(operator.keywords)
+    image, box, (height, width) = prepare(features, boxes, output_size, differentiable_boxes=knobs.get("quantize_bins", "none") == "none")
+    ys, xs = (box[:, 1], box[:, 3], spatial_scale, height), (box[:, 0], box[:, 2], spatial_scale, width)
+    if operator.func is ops.prroi_pool:
+        return path.integral_pool(features, image, integral_bounds(*ys, **knobs), integral_bounds(*xs, **knobs))
+    reduce = knobs.pop("reduce")
+    rule = LatticeRule(**knobs)
+    return path.lattice_pool(features, image, rule.axis(*ys, features.shape[2]), rule.axis(*xs, features.shape[3]), reduce)
+
+
+oracle = partial(through, reference)
+PATHS = [pytest.param(lambda operator, *args: operator(*args), id="cpu"), pytest.param(partial(through, eager), id="eager")]
+
+
+def results(compute: Callable, features: Tensor, boxes: Tensor, output_size, spatial_scale: float, box_gradient: bool) -> dict[str, Tensor]:
+    """Output and gradients, by name, of a fixed random weighting of the output."""
+    features = features.detach().requires_grad_()
+    boxes = boxes.detach().requires_grad_(box_gradient)
+    out = compute(features, boxes, output_size, spatial_scale)
+    weights = torch.rand(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    (out * weights).sum().backward()
+    named = {"output": out.detach(), "gradient of features": features.grad}
+    if box_gradient:
+        named["gradient of boxes"] = boxes.grad
+    return named
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, atol: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        torch.testing.assert_close(actual[name].double(), expected[name].double(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def feature_map(*shape: int, dtype=torch.float64, layout=torch.contiguous_format) -> Tensor:
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return features.to(dtype).contiguous(memory_format=layout)
+
+
+def has_box_gradient(operator: partial) -> bool:
+    return operator.keywords.get("quantize_bins", "none") == "none"
+
+
+def test_every_preset_of_the_family_is_shipped():
+    assert set(PRESETS) == {"pool", "pool_floor", "pool_bins", "warp", "warp_mnc", "align", "align_max", "prroi"}
+    assert {name for name in PRESETS if not has_box_gradient(preset(name))} == WITHOUT_BOX_GRADIENT
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("operator", KNOBS)
+@pytest.mark.parametrize("output_size", OUTPUT_SIZES, ids=str)
+def test_output_and_gradients_in_float64(path, operator, output_size):
+    features, boxes = feature_map(2, 3, 8, 10), torch.cat([random_boxes(5, 2, 160, 128), AWKWARD])
+    if output_size == (7, 7):
+        boxes = boxes[::3]
+    # A sample on a cell's centre sits on a kink of the interpolated map, where the box has two slopes; a nudge moves every sample off.
+    # Rounded boxes put samples there whatever is done: their slopes are held against the derivative by hand in test_definitions.
+    boxes = boxes + torch.tensor([0, 0.013, 0.017, 0.019, 0.023], dtype=torch.float64)
+    box_gradient = has_box_gradient(operator) and operator.keywords.get("quantize_roi", "none") == "none"
+    args = features, boxes, output_size, 1 / 16, box_gradient
+    assert_same(results(partial(path, operator), *args), results(partial(oracle, operator), *args), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("operator", [pytest.param(preset("warp"), id="warp"), pytest.param(preset("warp", reduce="max"), id="warp-max")])
+def test_gradient_of_the_boxes_straight_through_the_rounding(path, operator):
+    # three bins over widths that are no multiples of three: no sample falls on a cell's centre
+    boxes = torch.tensor([[0, 17.0, 20.0, 95.0, 101.0], [1, 30.0, 3.0, 110.0, 84.0], [0, 1.0, 1.0, 142.0, 115.0]], dtype=torch.float64)
+    args = feature_map(2, 3, 8, 10), boxes, 3, 1 / 16, True
+    named = results(partial(path, operator), *args)
+    assert named["gradient of boxes"][:, 1:].abs().min() > 0
+    assert_same(named, results(partial(oracle, operator), *args), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("operator", KNOBS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"),
+    [(torch.float32, 1e-5, 1e-5), (torch.float16, 2e-3, 2e-3), (torch.bfloat16, 1.6e-2, 1.6e-2)],
+    ids=["float32", "float16", "bfloat16"],
+)
+def test_dtypes_and_layouts(path, operator, dtype, rtol, atol, layout):
+    features, boxes = feature_map(2, 19, 6, 7, dtype=dtype, layout=layout), random_boxes(6, 2, 112, 96)
+    # The oracle reads the same rounded features, in float64, with lattices in the float32 that the operators have.
+    wide = partial(results, partial(oracle, operator), features.float(), boxes, 3, 1 / 16, False)
+    named = results(partial(path, operator), features, boxes, 3, 1 / 16, False)
+    assert named["gradient of features"].dtype == dtype
+    if path is PATHS[0].values[0]:
+        assert named["output"].dtype == dtype
+        assert named["gradient of features"].is_contiguous(memory_format=layout)
+        assert named["output"].is_contiguous()
+    assert_same(named, wide(), rtol, atol)
+
+
+@pytest.mark.parametrize("operator", KNOBS)
+@pytest.mark.parametrize("channels", [1, 16, 17, 300])
+def test_any_number_of_channels(operator, channels):
+    """Blocks of channels, whole and broken."""
+    args = feature_map(1, channels, 5, 4), random_boxes(3, 1, 64, 80), 2, 1 / 16, False
+    assert_same(results(operator, *args), results(partial(through, eager, operator), *args), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("operator", KNOBS)
+def test_the_same_bits_for_every_number_of_threads(operator):
+    args = feature_map(2, 150, 9, 11, dtype=torch.float32), random_boxes(40, 2, 176, 144).float(), 7, 1 / 16, has_box_gradient(operator)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(results(operator, *args))
+    finally:
+        torch.set_num_threads(before)
+    for name, value in runs[0].items():
+        assert all(torch.equal(value, run[name]) for run in runs[1:]), name
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("operator", KNOBS)
+def test_no_boxes_and_no_images(path, operator):
+    features = feature_map(2, 3, 4, 4).requires_grad_()
+    out = path(operator, features, [torch.empty(0, 4, dtype=torch.float64)] * 2, (2, 3), 0.5)
+    assert out.shape == (0, 3, 2, 3)
+    out.sum().backward()
+    assert features.grad.abs().sum() == 0
+    assert path(operator, feature_map(0, 3, 4, 4), [], 2, 0.5).shape == (0, 3, 2, 2)
+
+
+@pytest.mark.parametrize("operator", KNOBS)
+def test_list_of_boxes_and_table_of_boxes_are_the_same(operator):
+    features, table = feature_map(3, 2, 8, 8), random_boxes(9, 3, 128, 128)
+    table = table[table[:, 0].argsort(stable=True)]
+    as_list = [table[table[:, 0] == i, 1:] for i in range(3)]
+    assert torch.equal(operator(features, table, 3, 1 / 16), operator(features, as_list, 3, 1 / 16))
+
+
+@pytest.mark.parametrize("operator", [p for p in KNOBS if has_box_gradient(p.values[0]) and "warp" not in p.id])
+def test_gradcheck(operator):
+    features = feature_map(1, 2, 5, 6).requires_grad_()
+    boxes = torch.tensor([[0, 3.1, 9.9, 61.3, 51.2], [0, 20.3, -9.4, 93.7, 77.7]], dtype=torch.float64)
+    index, coordinates = boxes[:, :1], boxes[:, 1:].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda f, c: operator(f, torch.cat([index, c], 1), 3, 1 / 16), (features, coordinates))
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_BOX_GRADIENT))
+def test_a_gradient_of_the_boxes_through_quantized_bins_is_refused(name):
+    with pytest.raises(ValueError, match="boxes require a gradient, and an operator with quantized bins has none"):
+        preset(name)(feature_map(1, 2, 4, 4), random_boxes(1, 1, 64, 64).requires_grad_(), 2, 1 / 16)
+
+
+def test_not_a_number_in_the_features_is_not_hidden_by_a_maximum():
+    features = feature_map(1, 1, 4, 4)
+    features[0, 0, 1, 3] = torch.nan
+    box = torch.tensor([[0.0, 0, 0, 64, 64]], dtype=torch.float64)
+    for path in (p.values[0] for p in PATHS):
+        assert path(preset("pool"), features, box, 2, 1 / 16).isnan().flatten().tolist() == [False, True, False, False]
+
+
+def test_equal_maxima_give_the_gradient_to_the_first():
+    features = torch.ones(1, 1, 4, 4, requires_grad=True)
+    preset("pool")(features, torch.tensor([[0.0, 0, 0, 3, 3]]), 1, 1.0).backward()
+    assert features.grad.nonzero().tolist() == [[0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("operator", KNOBS)
+def test_opcheck(operator):
+    """Schemas, shapes for tracing and autograd registration of the PyTorch operators behind the functions."""
+    name = "integral_pool" if operator.func is ops.prroi_pool else "lattice_pool"
+    op, calls = getattr(library, name), []
+    features = feature_map(1, 2, 5, 6, dtype=torch.float32).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, name, lambda *args: calls.append(args) or op(*args))
+        operator(features, random_boxes(3, 1, 96, 80).float(), 2, 1 / 16)
+    torch.library.opcheck(op, calls[0])

@@ -1,0 +1,104 @@
+"""The instances json: what is accepted, what is refused and how the message helps, and which images a subset is."""
+
+import json
+import logging
+
+import pytest
+
+from detection.data.annotations import as_coco, choose_ids, read_instances, restrict
+
+
+def test_missing_fields_that_can_be_known_are_filled_in(small_set):
+    for annotation in small_set.instances["annotations"]:
+        for key in ("id", "area", "iscrowd"):
+            annotation.pop(key)
+    small_set.write()
+    first = read_instances(small_set.annotations)["annotations"][0]
+    assert (first["id"], first["area"], first["iscrowd"]) == (1, 20 * 10.25, 0)
+
+
+def test_boxes_without_area_in_their_image_are_dropped_counted_and_told(small_set, caplog):
+    small_set.change("annotations", 0, bbox=[10, 10, 0, 5])
+    small_set.change("annotations", 1, bbox=[60, 0, 5, 5])  # begins where the image ends
+    with caplog.at_level(logging.WARNING):
+        instances = read_instances(small_set.annotations)
+    assert [annotation["id"] for annotation in instances["annotations"]] == [3, 4]
+    assert "dropped 2 boxes" in caplog.text and "instances.json" in caplog.text
+
+
+def test_a_missing_file_shows_the_layout(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"(?s)nowhere\.json.*train2017\.zip.*annotations_trainval2017\.zip"):
+        read_instances(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [', "not a json file, or was cut short"),
+        ("[1, 2]", "holds a list"),
+        ('{"info": {}}', "no list 'images'.*this file: info"),
+        ('{"images": [], "annotations": [], "categories": {}}', "no list 'categories'"),
+        ('{"images": [{"id": 1, "file_name": "a", "width": 2}], "annotations": [], "categories": []}', r"images\[0\] has no 'height'"),
+    ],
+)
+def test_a_broken_or_foreign_json_is_named_with_what_is_missing(tmp_path, text, message):
+    path = tmp_path / "captions.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"captions.json.*{message}"):
+        read_instances(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "number", "values", "message"),
+    [
+        ("annotations", 3, {"image_id": 99}, "1 of 4 annotations have an unknown image_id; the first is 99"),
+        ("annotations", 3, {"category_id": 5}, "1 of 4 annotations have an unknown category_id; the first is 5"),
+        ("annotations", 3, {"bbox": [1, 2, 3]}, r"annotation 4 of image 3 has bbox \[1, 2, 3\]"),
+        ("annotations", 3, {"bbox": [1, 2, 3, float("nan")]}, "annotation 4 of image 3"),
+        ("annotations", 3, {"id": 1}, "two annotations have the same id"),
+        ("images", 0, {"id": 3}, "two of the images have the same id"),
+        ("images", 0, {"id": "a7"}, "must be integers, but one is 'a7'"),
+        ("images", 0, {"height": 0}, "image 7 has size 60 x 0"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_by_name(small_set, section, number, values, message):
+    small_set.change(section, number, **values)
+    with pytest.raises(ValueError, match=message):
+        read_instances(small_set.annotations)
+
+
+def test_a_restricted_set_keeps_all_categories(small_set, capsys):
+    coco = as_coco(restrict(read_instances(small_set.annotations), [3, 5]))
+    assert coco.getImgIds() == [3, 5] and coco.getCatIds() == [90, 4, 17] and list(coco.anns) == [4]
+    assert capsys.readouterr().out == ""
+
+
+class TestChooseIds:
+    def test_a_subset_is_the_same_everywhere(self):
+        # Hard-wired on purpose: these numbers must never change, or figures of the same `data.subset` no longer compare.
+        assert choose_ids(range(100, 120), subset=5) == choose_ids(range(119, 99, -1), subset=5) == [101, 108, 110, 118, 119]
+
+    def test_another_seed_is_another_subset(self):
+        assert choose_ids(range(1000), subset=5, seed=1) != choose_ids(range(1000), subset=5, seed=2)
+
+    def test_ids_come_from_a_list_or_a_file(self, tmp_path):
+        (tmp_path / "ids.txt").write_text("3\n1\n")
+        assert choose_ids([1, 2, 3], ids=[3, 1]) == choose_ids([1, 2, 3], ids=tmp_path / "ids.txt") == [1, 3]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"subset": 4}, "subset=4 of 3 images: choose between 1 and 3"),
+            ({"subset": 0}, "choose between 1 and 3"),
+            ({"ids": [1, 8, 9]}, "2 of the 3 image ids asked for are not in the annotations; the first is 8"),
+            ({"ids": [1], "subset": 1}, "not both"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            choose_ids([1, 2, 3], **options)
+
+    def test_a_file_of_something_else_is_named(self, tmp_path):
+        (tmp_path / "ids.txt").write_text(json.dumps({"ids": [1]}))
+        with pytest.raises(ValueError, match=r"ids\.txt should hold image ids"):
+            choose_ids([1], ids=tmp_path / "ids.txt")

@@ -1,0 +1,178 @@
+"""The data module: splits, batches, and an order that depends on (seed, epoch) alone."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from detection.data.embedded import EmbeddedSet
+from detection.data.module import DetectionData, describe
+from detection.data.proposals import Grid
+from detection.data.transforms import resize_and_flip
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+SPLITS = {name: {"images": name, "annotations": f"annotations/instances_{name}.json"} for name in ("train", "val", "test")}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "embedded"
+    EmbeddedSet(train=10, val=4, test=3)(root)
+    return root
+
+
+def data(root, **options):
+    made = DetectionData(root, **SPLITS | {"proposals": Grid([0.5])} | options)
+    made.prepare_data()
+    made.setup()
+    return made
+
+
+def test_batches_are_lists_of_images_and_targets(root):
+    images, targets = next(iter(data(root, batch_size=4, num_workers=0).train_dataloader()))
+    assert len(images) == len(targets) == 4 and images[0].shape == (3, 256, 256)
+
+
+def test_setup_reads_the_splits_of_its_stage_once(root):
+    made = DetectionData(root, **SPLITS, proposals=Grid([0.5]))
+    with pytest.raises(RuntimeError, match="after prepare_data"):
+        _ = made.categories
+    made.setup("test")
+    assert made.train is None and len(made.test) == 3
+    assert [category["name"] for category in made.categories] == ["disc", "ring", "square", "triangle", "star"]
+    test = made.test
+    made.setup("fit")
+    made.setup("test")
+    assert (len(made.train), len(made.val)) == (10, 4) and made.test is test
+
+
+def test_subset_is_for_evaluation_and_train_subset_for_training(root):
+    made = data(root, subset=2, train_subset=5)
+    assert (len(made.train), len(made.val), len(made.test)) == (5, 2, 2)
+    assert data(root, subset=2, seed=9).test.image_ids == made.test.image_ids  # whatever the seed of the run
+
+
+def test_each_split_may_have_its_own_proposals(root):
+    made = data(root, proposals={"train": Grid([0.5]), "val": Grid([1.0]), "test": Grid([1.0])})
+    assert len(made.val[0][1]["proposals"]) == 1 < len(made.train[0][1]["proposals"])
+
+
+def test_no_root_and_a_missing_root_show_the_layout(tmp_path):
+    with pytest.raises(ValueError, match=r"(?s)data\.root=<folder>.*train2017\.zip"):
+        DetectionData(None, **SPLITS, proposals=Grid([0.5]))
+    with pytest.raises(FileNotFoundError, match=r"(?s)no folder .*nowhere.*train2017\.zip"):
+        DetectionData(tmp_path / "nowhere", **SPLITS, proposals=Grid([0.5])).prepare_data()
+
+
+def test_splits_must_agree_in_their_categories(root, small_set):
+    other = {"images": str(small_set.images), "annotations": str(small_set.annotations)}  # absolute paths stand alone
+    with pytest.raises(ValueError, match=r"instances\.json has other categories"):
+        data(root, test=other)
+
+
+def test_a_batch_that_training_cannot_fill_is_an_error(root):
+    with pytest.raises(ValueError, match="10 training images do not fill a batch of 16"):
+        data(root, batch_size=16).train_dataloader()
+
+
+def test_the_description_counts_objects_windows_and_recall(root):
+    text = describe(data(root, proposals=Grid([1.0])).test)
+    objects = sum(len(data(root).test[index][1]["boxes"]) for index in range(3))
+    assert text.startswith(f"3 images, {objects} objects of 5 categories; 1 proposals an image, recall ")
+    assert text.endswith("0.000 at IoU 0.5, 0.000 at IoU 0.75")  # the image itself covers nothing that is half its side at most
+
+
+class Recorder(pl.LightningModule):
+    """Trains nothing; keeps which image came in which epoch, and whether it was flipped."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, _):
+        images, targets = batch
+        checks = [(self.current_epoch, t["image_id"], int(i[0, :, :128].sum())) for i, t in zip(images, targets, strict=True)]
+        self.seen += checks
+        return self.weight * 0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trained(root, tmp_path, num_workers, epochs=3, resume=None, **options):
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    made = DetectionData(
+        root, **SPLITS | {"val": None}, proposals=Grid([1.0]), train_transform=resize_and_flip(flip=0.5), num_workers=num_workers, **options
+    )
+    recorder = Recorder()
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path
+    )
+    trainer.fit(recorder, made, ckpt_path=resume)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    return recorder.seen
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+class TestOrder:
+    def test_order_and_flips_depend_on_seed_and_epoch_not_on_workers(self, root, tmp_path):
+        alone = trained(root, tmp_path, num_workers=0)
+        assert alone == trained(root, tmp_path, num_workers=2)
+        assert alone != trained(root, tmp_path, num_workers=0, seed=1)
+        epochs = [[entry[1:] for entry in alone if entry[0] == epoch] for epoch in range(3)]
+        assert all(len({image_id for image_id, _ in epoch}) == 10 for epoch in epochs)
+        orders = {tuple(image_id for image_id, _ in epoch) for epoch in epochs}
+        flips = {tuple(pixels for _, pixels in sorted(epoch)) for epoch in epochs}
+        assert len(orders) == len(flips) == 3
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_a_resumed_run_sees_what_it_would_have_seen(self, root, tmp_path, num_workers):
+        whole = trained(root, tmp_path, num_workers)
+        trained(root, tmp_path, num_workers, epochs=2)
+        rest = trained(root, tmp_path, num_workers, resume=tmp_path / "last.ckpt")
+        assert rest == [entry for entry in whole if entry[0] == 2]
+
+
+class TestConfigs:
+    """The shipped configurations build what they say."""
+
+    def config(self, *overrides):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose(overrides=["+seed=0", *overrides])
+
+    def test_embedded(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("ROI_CACHE", str(tmp_path))
+        sizes = ["data.source.train=4", "data.source.val=1", "data.source.test=1"]
+        made = instantiate(self.config("+data=embedded", "+proposals=grid", *sizes).data)
+        made.prepare_data()
+        made.setup()
+        assert (len(made.train), len(made.test)) == (4, 1) and (tmp_path / "embedded/complete.json").is_file()
+        assert len(made.test[0][1]["proposals"]) == 658
+
+    def test_the_embedded_set_is_the_one_that_its_class_describes(self):
+        source = instantiate(self.config("+data=embedded", "+proposals=grid").data.source)
+        assert source._stamp() == EmbeddedSet()._stamp()
+
+    def test_coco_says_what_is_missing(self):
+        with pytest.raises(Exception, match=r"data\.root=<folder>"):
+            instantiate(self.config("+data=coco", "+proposals=grid").data)
+
+    @pytest.mark.parametrize(("name", "train", "val"), [("coco", 128, 50), ("voc_animals", 1200, 300)])
+    def test_real_data(self, real_data, name, train, val):
+        made = instantiate(self.config(f"+data={name}", "+proposals=grid_photos", f"data.root={real_data / name}").data)
+        made.setup()
+        assert (len(made.train), len(made.val), len(made.test)) == (train, val, val)
+        image, target = made.train[0]
+        assert max(image.shape) <= 1000 and target["proposals"].shape[1] == 4
+
+    def test_file_and_selective_search(self, root, tmp_path):
+        for choice in ("file", "selective_search"):
+            made = instantiate(self.config("+data=embedded", f"+proposals={choice}", f"data.root={root}", "data.source=null").data)
+            assert made.proposals.keys() == {"train", "val", "test"}
+        with pytest.raises(ValueError, match="No proposal file was given"):
+            instantiate(self.config("+data=embedded", "+proposals=file", f"data.root={root}").data).setup("test")

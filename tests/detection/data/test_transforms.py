@@ -1,0 +1,67 @@
+"""Whatever moves the image moves boxes, crowd regions and proposals, and the draws depend on their key alone."""
+
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from detection.data.transforms import drawn_from, resize_and_flip
+
+
+def inputs(box=(10.0, 5.0, 30.0, 15.5), size=(40, 60)):
+    boxes = tv_tensors.BoundingBoxes([box], format="XYXY", canvas_size=size, dtype=torch.float32)
+    image = tv_tensors.Image(torch.arange(3 * size[0] * size[1], dtype=torch.int64).remainder(256).to(torch.uint8).reshape(3, *size))
+    return image, {"boxes": boxes, "crowd": boxes[:0], "proposals": boxes.clone()}
+
+
+def test_flip_mirrors_edges_not_pixel_numbers():
+    image, target = inputs()
+    flipped, moved = resize_and_flip(flip=1.0)(image, target)
+    assert torch.equal(flipped, image.flip(-1))
+    for name in ("boxes", "proposals"):
+        assert moved[name].tolist() == [[60 - 30, 5, 60 - 10, 15.5]]
+    assert moved["crowd"].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("short", "longest", "size"),
+    [
+        (80, 1000, (80, 120)),  # the short side becomes 80
+        (80, 90, (60, 90)),  # the long side would be 120: it becomes 90 instead
+        (50, None, (50, 75)),
+        (None, None, (40, 60)),
+    ],
+)
+def test_resize_scales_boxes_by_the_ratio_of_the_sizes(short, longest, size):
+    image, moved = resize_and_flip(short, longest)(*inputs())
+    assert image.shape[-2:] == size
+    height, width = size[0] / 40, size[1] / 60
+    assert moved["boxes"][0].tolist() == pytest.approx([10 * width, 5 * height, 30 * width, 15.5 * height])
+
+
+def test_axes_have_their_own_ratio_where_sides_are_rounded():
+    image, moved = resize_and_flip(20, 1000)(*inputs(box=(0.0, 0.0, 59.0, 33.0), size=(33, 59)))
+    assert image.shape[-2:] == (20, 35)  # 59 * 20 / 33 = 35.76
+    assert moved["boxes"].tolist() == [[0, 0, 35, 20]]  # the whole image stays the whole image
+
+
+def test_several_short_sides_are_drawn_from():
+    transform = resize_and_flip([20, 40], 1000)
+    heights = set()
+    for epoch in range(20):
+        with drawn_from(0, epoch, 1):
+            heights.add(transform(*inputs())[0].shape[-2])
+    assert heights == {20, 40}
+
+
+def test_draws_depend_on_the_key_and_leave_no_trace():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with drawn_from(0, 1, 2):
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    with drawn_from(0, 1, 2):
+        assert torch.equal(torch.rand(3), first)
+    for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 1, -2)):
+        with drawn_from(*other):
+            assert not torch.equal(torch.rand(3), first)

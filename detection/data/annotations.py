@@ -46,8 +46,8 @@ def read_instances(path: Path | str) -> dict:
     instances = _check_keys(path, instances)
     _check_ids(path, instances)
     for image in instances["images"]:
-        if image["width"] <= 0 or image["height"] <= 0:
-            raise ValueError(f"{path}: image {image['id']} has size {image['width']} x {image['height']}.")
+        if not all(isinstance(image[side], int) and image[side] > 0 for side in ("width", "height")):
+            raise ValueError(f"{path}: image {image['id']} has size {image['width']} x {image['height']}; expected whole pixels.")
     for number, annotation in enumerate(instances["annotations"]):
         _check_box(path, number, annotation)
     _drop_boxes_without_area(path, instances)
@@ -151,7 +151,8 @@ def _drop_boxes_without_area(path: Path, instances: dict) -> None:
 
     def has_area(annotation: dict) -> bool:
         (x, y, w, h), (width, height) = annotation["bbox"], sizes[annotation["image_id"]]
-        return min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
+        left, top, right, bottom = np.float32([max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)])  # as the boxes will be
+        return right > left and bottom > top
 
     kept = [annotation for annotation in instances["annotations"] if has_area(annotation)]
     dropped = len(instances["annotations"]) - len(kept)

@@ -18,7 +18,7 @@ def test_missing_fields_that_can_be_known_are_filled_in(small_set):
 
 
 def test_boxes_without_area_in_their_image_are_dropped_counted_and_told(small_set, caplog):
-    small_set.change("annotations", 0, bbox=[10, 10, 0, 5])
+    small_set.change("annotations", 0, bbox=[10, 10, 1e-7, 5])  # no width in float32
     small_set.change("annotations", 1, bbox=[60, 0, 5, 5])  # begins where the image ends
     with caplog.at_level(logging.WARNING):
         instances = read_instances(small_set.annotations)
@@ -59,6 +59,7 @@ def test_a_broken_or_foreign_json_is_named_with_what_is_missing(tmp_path, text, 
         ("images", 0, {"id": 3}, "two of the images have the same id"),
         ("images", 0, {"id": "a7"}, "must be integers, but one is 'a7'"),
         ("images", 0, {"height": 0}, "image 7 has size 60 x 0"),
+        ("images", 0, {"width": "60"}, "image 7 has size 60 x 40; expected whole pixels"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_by_name(small_set, section, number, values, message):

@@ -1,31 +1,19 @@
 """Evaluate a checkpoint of train.py: `python eval.py ckpt=runs/<run>/best.ckpt`, also with another operator: `roi=pool`. See `--help`."""
 
 import sys
-from pathlib import Path
 
 import hydra
-import pytorch_lightning as pl
-import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from detection.build import build_detector
+from detection.build import build_detector, instantiate
 from detection.checkpoint import check_categories, load_checkpoint, load_weights, offer_parts
 from detection.module import DetectionModule
-from detection.progress import TimeLeft
-from detection.run import check_accelerator, report
+from detection.run import begin, progress_bar, report
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluates `cfg.ckpt` on `cfg.split` and fills `cfg.run_dir`. Returns the metrics: `test/AP`, `test/AP50`, ... in percent."""
-    check_accelerator(cfg.trainer)
-    run_dir = Path(cfg.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
-
+    run_dir = begin(cfg)
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup({"test": "test", "val": "validate"}[cfg.split])
@@ -40,11 +28,11 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     load_weights(detector, checkpoint)
 
     module = DetectionModule(detector, categories=data.categories)
-    trainer = instantiate(cfg.trainer, logger=False, callbacks=[TimeLeft()], enable_checkpointing=False)
+    trainer = instantiate(cfg.trainer, logger=False, callbacks=progress_bar(cfg.trainer), enable_checkpointing=False)
     run = {"test": trainer.test, "val": trainer.validate}[cfg.split]
     run(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
-        report(module, dataset, run_dir, title=f"{cfg.split}, {cfg.ckpt}")
+        report(module, dataset, run_dir, title=f"{cfg.ckpt} on {cfg.split}")
     return {f"{cfg.split}/{name}": value for name, value in module.metrics.stats.items()}
 
 
@@ -53,14 +41,18 @@ def main(cfg: DictConfig) -> float:
     return evaluate(cfg)[f"{cfg.split}/AP"]
 
 
-if __name__ == "__main__":
-    # The checkpoint holds the configuration that the command line changes, so it is read before Hydra composes.
-    path = next((argument.removeprefix("ckpt=") for argument in sys.argv[1:] if argument.startswith("ckpt=")), None)
+def read_checkpoint(arguments: list[str]) -> None:
+    """Offers the parts of the checkpoint on the command line to Hydra, which composes after this; ends the program where there is none."""
+    path = next((argument.removeprefix("ckpt=") for argument in arguments if argument.startswith("ckpt=")), None)
     if path is not None:
         try:
             offer_parts(load_checkpoint(path)["config"])
         except (FileNotFoundError, ValueError) as error:
             sys.exit(f"eval.py: {error}")
-    elif not {"-h", "--help", "--hydra-help", "--version"} & set(sys.argv):
+    elif not {"-h", "--help", "--hydra-help", "--version"} & set(arguments):
         sys.exit("eval.py: which checkpoint? Say it with ckpt=<run>/best.ckpt; `python eval.py --help` shows what else can be said")
+
+
+if __name__ == "__main__":
+    read_checkpoint(sys.argv[1:])
     main()

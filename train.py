@@ -1,20 +1,14 @@
 """Train and evaluate a Fast R-CNN with the RoI operator of your choice: `python train.py roi=align`. `--help` tells what can be chosen."""
 
 import logging
-from pathlib import Path
 
 import hydra
-import pytorch_lightning as pl
-import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from detection.build import build_detector
-from detection.evaluation.figures import curves
+from detection.build import build_detector, instantiate
 from detection.module import DetectionModule
-from detection.progress import TimeLeft
-from detection.run import check_accelerator, report
+from detection.run import begin, draw_curves, progress_bar, report
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +19,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Returns:
         The metrics by name: `cfg.optimized_metric` of the best checkpoint, and `test/AP`, `test/AP50`, ... in percent.
     """
-    check_accelerator(cfg.trainer)
-    run_dir = Path(cfg.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
-
+    run_dir = begin(cfg)
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup()
@@ -46,19 +33,25 @@ def train(cfg: DictConfig) -> dict[str, float]:
     checkpoints = ModelCheckpoint(
         run_dir, filename="best", monitor=cfg.optimized_metric, mode="max", save_last=True, enable_version_counter=False
     )
-    trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()), callbacks=[checkpoints, TimeLeft()])
+    trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()), callbacks=[checkpoints, *progress_bar(cfg.trainer)])
     trainer.fit(module, data, ckpt_path=cfg.resume)
+
+    best = checkpoints.best_model_path
+    if not best:
+        log.warning("Training ended before the first validation, so there is no best.ckpt: the last weights are evaluated.")
+        best = run_dir / "last.ckpt"
+        trainer.save_checkpoint(best)
 
     split = "test" if data.test is not None else "val"
     evaluate = trainer.test if split == "test" else trainer.validate
-    evaluate(module, datamodule=data, ckpt_path=checkpoints.best_model_path, verbose=False)
+    evaluate(module, datamodule=data, ckpt_path=best, verbose=False)
 
     if trainer.is_global_zero:
-        if (run_dir / "metrics.csv").is_file():
-            curves(run_dir / "metrics.csv", run_dir / "curves.png")
-        report(module, getattr(data, split), run_dir, title=f"{split}, {checkpoints.best_model_path}")
-    best = {cfg.optimized_metric: float(checkpoints.best_model_score)}
-    return best | {f"{split}/{name}": value for name, value in module.metrics.stats.items()}
+        draw_curves(run_dir)
+        report(module, getattr(data, split), run_dir, title=f"{best} on {split}")
+    score = checkpoints.best_model_score
+    chosen = {cfg.optimized_metric: float("nan") if score is None else float(score)}
+    return chosen | {f"{split}/{name}": value for name, value in module.metrics.stats.items()}
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")

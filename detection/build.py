@@ -1,9 +1,23 @@
 """From a configuration to a detector."""
 
-from hydra.utils import instantiate
+from typing import Any
+
+import hydra.utils
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from detection.detector import FastRCNN
+
+
+def instantiate(node: DictConfig, **more: Any) -> Any:
+    """`hydra.utils.instantiate`, except that an error in what is built comes as it is, not quoted inside Hydra's own."""
+    try:
+        return hydra.utils.instantiate(node, **more)
+    except InstantiationException as error:
+        cause = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise cause from None
 
 
 def build_detector(cfg: DictConfig, num_classes: int) -> FastRCNN:

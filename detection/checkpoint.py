@@ -1,6 +1,5 @@
 """Checkpoints of train.py: what is inside, and whether it fits."""
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -21,8 +20,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise FileNotFoundError(f"there is no checkpoint {path}; train.py leaves best.ckpt and last.ckpt in its run folder")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is no whole checkpoint (truncated, damaged or something else): {str(error).splitlines()[0]}") from error
+    except Exception as error:  # what torch.load raises depends on where a file ends
+        raise ValueError(f"{path} is no whole checkpoint: it is truncated, damaged or something else ({type(error).__name__})") from error
     missing = [key for key in ("state_dict", "config", "categories") if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise ValueError(f"{path} was not written by train.py: it has no {', '.join(missing)}")

@@ -101,7 +101,7 @@ class DetectionModule(pl.LightningModule):
         self.results = to_coco_results(self.detections, dataset.label_to_category_id)
         self.metrics = evaluate(dataset.coco, self.results, sorted(self.detections))
         shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in ("AP", "AP50", "AP75")}
-        self.log_dict(shown, prog_bar=True)
+        self.log_dict(shown, prog_bar=True, sync_dist=True)  # equal everywhere; Lightning warns without
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"], checkpoint["categories"] = self.config, self.categories

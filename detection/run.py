@@ -1,14 +1,45 @@
-"""What train.py and eval.py have in common: the look at the machine before, and the report after."""
+"""What train.py and eval.py have in common: how a run begins, and the report at its end."""
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from detection.evaluation.coco import format_table, write_metrics, write_results
-from detection.evaluation.figures import detections_sheet
+from detection.evaluation.figures import curves, detections_sheet
 from detection.module import DetectionModule
+from detection.progress import TimeLeft
+
+log = logging.getLogger(__name__)
+
+
+def begin(cfg: DictConfig) -> Path:
+    """Checks the machine, seeds, writes the configuration into the run folder and returns that folder."""
+    check_accelerator(cfg.trainer)
+    hush_lightning()
+    run_dir = Path(cfg.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    return run_dir
+
+
+def progress_bar(trainer: DictConfig) -> list[pl.Callback]:
+    """The callback that shows the losses and the time left, where a progress bar is wanted."""
+    return [TimeLeft()] if trainer.enable_progress_bar else []
+
+
+def hush_lightning() -> None:
+    """Passes over what Lightning tells of every run and nobody can act on; its other warnings stay."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (".*exists and is not empty", ".*LeafSpec", ".*does not have many workers", ".*smaller than the logging interval"):
+        warnings.filterwarnings("ignore", message)
 
 
 def check_accelerator(trainer: DictConfig) -> None:
@@ -22,6 +53,14 @@ def check_accelerator(trainer: DictConfig) -> None:
             f"trainer.accelerator={trainer.accelerator} with trainer.devices={trainer.devices} wants a CUDA device, and PyTorch sees "
             f"{present} here. Choose trainer=cpu, or see that the driver and a CUDA build of PyTorch are there"
         )
+
+
+def draw_curves(run_dir: Path) -> None:
+    """Draws curves.png from metrics.csv; a run too short to have logged a loss keeps its results all the same."""
+    try:
+        curves(run_dir / "metrics.csv", run_dir / "curves.png")
+    except (FileNotFoundError, ValueError) as error:
+        log.warning("No curves.png: %s", error)
 
 
 def report(module: DetectionModule, dataset: Any, run_dir: Path, title: str) -> None:

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch import nn
+
+from detection.optim import one_cycle, parameter_groups, step_decay
+
+
+def test_groups_of_weights_biases_and_norms():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    model[2].requires_grad_(False)
+    weights, biases, norms = parameter_groups(model, lr=0.1, weight_decay=0.01, bias_lr_factor=2.0, decay_biases_and_norms=False)
+    assert weights["params"] == [model[0].weight]
+    assert biases["params"] == [model[0].bias]
+    assert norms["params"] == [model[1].weight, model[1].bias]
+    assert [group["lr"] for group in (weights, biases, norms)] == [0.1, 0.2, 0.1]
+    assert [group["weight_decay"] for group in (weights, biases, norms)] == [0.01, 0.0, 0.0]
+
+
+def test_nothing_to_train_in_a_group_leaves_it_out():
+    assert len(parameter_groups(nn.Linear(2, 3, bias=False), lr=0.1, weight_decay=0.0)) == 1
+
+
+def rates(schedule, steps, groups=1):
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": 10.0**-i} for i in range(groups)], momentum=0.9)
+    scheduler = schedule(optimizer, total_steps=steps)
+    seen = []
+    for _ in range(steps):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_step_decay_warms_up_and_drops():
+    """From a tenth of the rate in two steps, and a tenth of it again from step 4 on."""
+    seen = rates(lambda o, total_steps: step_decay(o, total_steps, milestones=[4], warmup_steps=2, warmup_factor=0.1), steps=6)
+    assert [rate for (rate,) in seen] == pytest.approx([0.1, 0.55, 1.0, 1.0, 0.1, 0.1])
+
+
+def test_one_cycle_peaks_at_each_groups_own_rate():
+    seen = rates(
+        lambda o, total_steps: one_cycle(o, total_steps, warmup_fraction=0.5, start_factor=0.1, end_factor=0.01), steps=12, groups=2
+    )
+    first, second = zip(*seen, strict=True)
+    assert (first[0], max(first), first[-1]) == pytest.approx((0.1, 1.0, 0.01), rel=1e-3)
+    assert second == pytest.approx([rate / 10 for rate in first])

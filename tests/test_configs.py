@@ -1,0 +1,107 @@
+"""Every shipped configuration is composed, and what it draws is built."""
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+
+from detection.build import build_detector, instantiate
+from detection.run import check_accelerator
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SMALL = ["head.box_head.hidden=8", "backbone.width=0.0625", "backbone.weights=null"]  # the layout, not the size
+
+
+def choices(group):
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", overrides=["run_dir=unused", *overrides])
+
+
+@pytest.mark.parametrize("roi", choices("roi"))
+def test_roi(roi):
+    """Every operator trains a detector: RoI features have the size asked for, and a gradient for the backbone."""
+    detector = build_detector(composed(f"roi={roi}", *SMALL), num_classes=3)
+    features = torch.rand(1, 32, 4, 4, requires_grad=True)
+    pooled = detector.roi_heads.box_roi_pool(features, [torch.tensor([[0.0, 0.0, 60.0, 40.0], [10.0, 10.0, 20.0, 50.0]])])
+    assert pooled.shape == (2, 32, 7, 7)
+    pooled.sum().backward()
+    assert features.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("head", choices("head"))
+@pytest.mark.parametrize("backbone", choices("backbone"))
+@pytest.mark.parametrize("stride", [16, 32])
+def test_backbone_and_head(backbone, head, stride):
+    cfg = composed(f"backbone={backbone}", f"head={head}", f"backbone.stride={stride}", *SMALL)
+    detector = build_detector(cfg, num_classes=6)
+    assert detector.roi_heads.box_roi_pool.spatial_scale == 1 / stride
+    assert detector.roi_heads.box_predictor.cls_score.out_features == 6
+
+
+@pytest.mark.parametrize("data", choices("data"))
+@pytest.mark.parametrize("proposals", choices("proposals"))
+def test_data_and_proposals(data, proposals, tmp_path):
+    (tmp_path / "some.npz").touch()
+    overrides = [f"data={data}", f"proposals={proposals}", f"data.root={tmp_path}"]
+    if proposals == "file":
+        overrides += [f"proposals.{split}.path={tmp_path / 'some.npz'}" for split in ("train", "val")]
+    assert isinstance(instantiate(composed(*overrides).data), pl.LightningDataModule)
+
+
+def test_an_error_in_what_is_built_comes_as_it_is():
+    with pytest.raises(ValueError, match=r"^weights=missing.pth: no such file"):
+        build_detector(composed("backbone.weights=missing.pth"), num_classes=3)
+    with pytest.raises(ValueError, match=r"data\.root=<folder>"):
+        instantiate(composed("data=coco").data)
+
+
+@pytest.mark.parametrize("optim", choices("optim"))
+def test_optim(optim):
+    parts = instantiate(composed(f"optim={optim}").optim)
+    optimizer = parts["optimizer"](parts["groups"](torch.nn.Linear(2, 2)))
+    parts["schedule"](optimizer, total_steps=100)
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("trainer", choices("trainer"))
+def test_trainer(trainer, tmp_path):
+    cfg = composed(f"trainer={trainer}", f"run_dir={tmp_path}")
+    if trainer in ("gpu", "ddp") and not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"wants a CUDA device, and PyTorch sees 0 here. Choose trainer=cpu"):
+            check_accelerator(cfg.trainer)
+    else:
+        check_accelerator(cfg.trainer)
+        assert isinstance(instantiate(cfg.trainer), pl.Trainer)
+
+
+@pytest.mark.parametrize("logger", choices("logger"))
+def test_logger(logger, tmp_path):
+    cfg = composed(f"logger={logger}", f"run_dir={tmp_path}")
+    if logger == "tensorboard":
+        pytest.importorskip("tensorboard", reason="needs tensorboard, which is not required")
+    assert all(isinstance(one, pl.loggers.Logger) for one in instantiate(cfg.logger).values())
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_experiment(experiment, tmp_path):
+    cfg = composed(f"experiment={experiment}", f"data.root={tmp_path}", *SMALL)
+    build_detector(cfg, num_classes=81)
+    instantiate(cfg.data)
+    instantiate(cfg.optim)
+
+
+def test_the_papers_recipe_is_the_papers():
+    """Girshick 2015, sections 2.3 and 4: two images of 64 RoIs, SGD, conv1 and conv2 frozen; 240k iterations on COCO."""
+    cfg = composed("experiment=fast_rcnn_coco", "data.root=unused")
+    assert (cfg.data.batch_size, cfg.head.rois_per_image, cfg.head.foreground_fraction) == (2, 64, 0.25)
+    assert list(cfg.head.background_iou) == [0.1, 0.5]
+    assert (cfg.optim.groups.lr, cfg.optim.optimizer.momentum, cfg.optim.groups.weight_decay) == (0.001, 0.9, 0.0005)
+    assert (cfg.trainer.max_steps, cfg.backbone.frozen_blocks, cfg.head.box_head.dropout) == (240_000, 2, 0.5)
+    assert (cfg.data.train_transform.short_side, cfg.data.train_transform.max_side) == (600, 1000)
+    assert "IMAGENET1K_V1" == cfg.backbone.weights == cfg.head.box_head.weights

@@ -1,0 +1,191 @@
+"""train.py and eval.py from end to end, on a handful of small images."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+
+from detection.checkpoint import load_checkpoint, offer_parts
+from eval import evaluate, read_checkpoint
+from train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "trainer=cpu",
+    "trainer.enable_progress_bar=false",
+    "trainer.log_every_n_steps=1",
+    "data.num_workers=0",
+    "data.source.train=8",
+    "data.source.val=3",
+    "data.source.test=4",
+    "data.source.image_size=96",
+    "data.source.sides=[24,48]",
+    "data.source.objects=[1,2]",
+    "backbone.width=0.0625",
+    "head.box_head.hidden=32",
+    "head.score_threshold=0.01",
+]
+
+
+def composed(name, *overrides):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def run_train(folder, *overrides):
+    cfg = composed("train", *TINY, f"run_dir={folder / 'run'}", f"data.root={folder / 'data'}", *overrides)
+    return train(cfg)
+
+
+def run_eval(ckpt, folder, *overrides):
+    offer_parts(load_checkpoint(ckpt)["config"])
+    return evaluate(composed("eval", "trainer=cpu", "trainer.enable_progress_bar=false", f"ckpt={ckpt}", f"run_dir={folder}", *overrides))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of one short training, and what `train` returned."""
+    folder = tmp_path_factory.mktemp("trained")
+    metrics = run_train(folder, "trainer.max_epochs=6", "optim.groups.lr=5e-3")
+    return folder, metrics
+
+
+def test_the_run_folder_tells_the_whole_run(trained):
+    folder, metrics = trained
+    run = folder / "run"
+    cfg = OmegaConf.load(run / "config.yaml")
+    assert cfg.data.root == str(folder / "data") and cfg.head.extractor.operator == cfg.roi, "resolved"
+
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    assert len(losses) == 12, "8 images in batches of 4, 6 epochs"
+    assert sum(losses[-4:]) < sum(losses[:4]), "the loss falls"
+    assert sum(bool(row["val/AP"]) for row in rows) == 6
+    best = max(float(row["val/AP"]) for row in rows if row["val/AP"])
+    assert metrics["val/AP"] == pytest.approx(best, rel=1e-5), "what main returns is the best checkpoint's"
+
+    results = json.loads((run / "results.json").read_text())
+    test_ids = {image["id"] for image in json.loads((folder / "data/annotations/instances_test.json").read_text())["images"]}
+    assert results and {result["image_id"] for result in results} <= test_ids, "the numbers reported are those of test"
+    stats = json.loads((run / "metrics.json").read_text())["stats"]
+    assert stats["AP"] == pytest.approx(metrics["test/AP"])
+    for picture in ("curves.png", "detections.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_holds_categories_and_configuration_and_no_code(trained):
+    folder, _ = trained
+    for name in ("best.ckpt", "last.ckpt"):
+        checkpoint = torch.load(folder / "run" / name, weights_only=True)
+        assert checkpoint["config"]["backbone"]["width"] == 0.0625
+        assert len(checkpoint["categories"]) == 5
+
+
+def test_eval_reproduces_what_train_reported(trained, tmp_path):
+    folder, metrics = trained
+    again = run_eval(folder / "run" / "best.ckpt", tmp_path)
+    assert again["test/AP"] == metrics["test/AP"]
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads((folder / "run" / "results.json").read_text())
+
+
+def test_eval_with_another_operator_finds_something_else(trained, tmp_path):
+    folder, _ = trained
+    run_eval(folder / "run" / "best.ckpt", tmp_path, "roi=pool")
+    assert (tmp_path / "results.json").read_text() != (folder / "run" / "results.json").read_text()
+    assert OmegaConf.load(tmp_path / "config.yaml").head.extractor.operator.quantize_roi == "round"
+
+
+def test_eval_on_another_split_and_a_subset(trained, tmp_path):
+    folder, _ = trained
+    metrics = run_eval(folder / "run" / "best.ckpt", tmp_path, "split=val", "data.subset=1", "head.score_threshold=0")
+    assert set(metrics) >= {"val/AP", "val/AP50", "val/AP75"}
+    assert len({result["image_id"] for result in json.loads((tmp_path / "results.json").read_text())}) == 1
+
+
+def test_eval_names_classes_that_differ(trained, tmp_path):
+    folder, _ = trained
+    instances = json.loads((folder / "data/annotations/instances_test.json").read_text())
+    instances["categories"].append({"id": 1000, "name": "hexagon"})
+    (tmp_path / "more.json").write_text(json.dumps(instances))
+    with pytest.raises(ValueError, match=r"trained on 5 classes \(.*\), the data has 6 \(.*hexagon\)"):
+        run_eval(folder / "run" / "best.ckpt", tmp_path, f"data.test.annotations={tmp_path / 'more.json'}")
+
+
+def test_eval_names_shapes_that_differ(trained, tmp_path):
+    folder, _ = trained
+    with pytest.raises(ValueError, match=r"does not fit the detector.*Was backbone, head.extractor.output_size"):
+        run_eval(folder / "run" / "best.ckpt", tmp_path, "head.extractor.output_size=5")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], r"which checkpoint\? Say it with ckpt="),
+        (["ckpt=missing.ckpt"], r"there is no checkpoint missing\.ckpt"),
+        (["ckpt=half.ckpt"], r"half\.ckpt is no whole checkpoint"),
+    ],
+)
+def test_eval_without_a_checkpoint_says_so(trained, tmp_path, monkeypatch, arguments, message):
+    folder, _ = trained
+    whole = (folder / "run" / "best.ckpt").read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        read_checkpoint(arguments)
+
+
+def weights_of(folder):
+    return torch.load(folder / "run" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_epochs")
+    run_train(folder, "optim=sgd", "trainer.max_epochs=2")
+    return weights_of(folder)
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(two_epochs, tmp_path):
+    """Order, flips and RoI sampling are functions of (seed, epoch), not of what was drawn before: one epoch and one more are two."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_train(first, "optim=sgd", "trainer.max_epochs=1")
+    run_train(second, "optim=sgd", "trainer.max_epochs=2", f"resume={first / 'run' / 'last.ckpt'}")
+    resumed = weights_of(second)
+    assert all(torch.equal(resumed[key], value) for key, value in two_epochs.items())
+
+
+def test_another_seed_is_another_run(two_epochs, tmp_path):
+    run_train(tmp_path, "optim=sgd", "trainer.max_epochs=1", "seed=1")
+    key = "detector.backbone.features.0.weight"
+    assert not torch.equal(weights_of(tmp_path)[key], two_epochs[key])
+
+
+def test_a_training_shorter_than_its_first_validation_is_evaluated_all_the_same(trained, tmp_path, caplog):
+    folder, _ = trained
+    (tmp_path / "data").symlink_to(folder / "data")
+    metrics = run_train(tmp_path, "trainer.max_steps=1")
+    assert "there is no best.ckpt" in caplog.text
+    assert metrics["val/AP"] != metrics["val/AP"], "not a number"
+    assert metrics["test/AP"] >= 0
+    assert (tmp_path / "run" / "last.ckpt").is_file()
+
+
+def test_an_unknown_operator_lists_the_choices():
+    with pytest.raises(MissingConfigException, match=r"(?s)Could not find 'roi/polo'.*align.*pool"):
+        composed("train", "roi=polo")
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_tells_what_can_be_chosen(script, tmp_path):
+    ended = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert all(word in ended.stdout for word in ("roi: ", "align", "pool", "data: ", "Examples"))
+    assert not list(tmp_path.iterdir())

@@ -30,28 +30,25 @@ def train(cfg: DictConfig) -> dict[str, float]:
         config=OmegaConf.to_container(cfg),  # with its interpolations, so that eval.py can change one part and the others follow
     )
 
-    checkpoints = ModelCheckpoint(
-        run_dir, filename="best", monitor=cfg.optimized_metric, mode="max", save_last=True, enable_version_counter=False
-    )
-    trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()), callbacks=[checkpoints, *progress_bar(cfg.trainer)])
+    best = ModelCheckpoint(run_dir, filename="best", monitor=cfg.optimized_metric, mode="max", enable_version_counter=False)
+    last = ModelCheckpoint(run_dir, filename="last", enable_version_counter=False)  # `save_last` of the other would keep the last best
+    callbacks = [best, last, *progress_bar(cfg.trainer)]
+    trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()), callbacks=callbacks)
     trainer.fit(module, data, ckpt_path=cfg.resume)
-
-    best = checkpoints.best_model_path
-    if not best:
+    trainer.save_checkpoint(run_dir / "last.ckpt")
+    if not best.best_model_path:
         log.warning("Training ended before the first validation, so there is no best.ckpt: the last weights are evaluated.")
-        best = run_dir / "last.ckpt"
-        trainer.save_checkpoint(best)
+    chosen = best.best_model_path or run_dir / "last.ckpt"
 
     split = "test" if data.test is not None else "val"
     evaluate = trainer.test if split == "test" else trainer.validate
-    evaluate(module, datamodule=data, ckpt_path=best, verbose=False)
+    evaluate(module, datamodule=data, ckpt_path=chosen, verbose=False)
 
     if trainer.is_global_zero:
         draw_curves(run_dir)
-        report(module, getattr(data, split), run_dir, title=f"{best} on {split}")
-    score = checkpoints.best_model_score
-    chosen = {cfg.optimized_metric: float("nan") if score is None else float(score)}
-    return chosen | {f"{split}/{name}": value for name, value in module.metrics.stats.items()}
+        report(module, getattr(data, split), run_dir, title=f"{chosen} on {split}")
+    score = float("nan") if best.best_model_score is None else float(best.best_model_score)
+    return {cfg.optimized_metric: score} | {f"{split}/{name}": value for name, value in module.metrics.stats.items()}
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")

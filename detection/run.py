@@ -38,8 +38,9 @@ def progress_bar(trainer: DictConfig) -> list[pl.Callback]:
 def hush_lightning() -> None:
     """Passes over what Lightning tells of every run and nobody can act on; its other warnings stay."""
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in (".*exists and is not empty", ".*LeafSpec", ".*does not have many workers", ".*smaller than the logging interval"):
-        warnings.filterwarnings("ignore", message)
+    known = ("exists and is not empty", "LeafSpec", "does not have many workers", "smaller than the logging interval", "DistributedSampler")
+    for message in known:
+        warnings.filterwarnings("ignore", f".*{message}")
 
 
 def check_accelerator(trainer: DictConfig) -> None:

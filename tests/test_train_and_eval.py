@@ -189,3 +189,21 @@ def test_help_tells_what_can_be_chosen(script, tmp_path):
     assert ended.returncode == 0
     assert all(word in ended.stdout for word in ("roi: ", "align", "pool", "data: ", "Examples"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_each_image_once(tmp_path):
+    """Five test images over two processes: the sampler pads to six, and the sixth must not count."""
+    overrides = [
+        *TINY,
+        "data.source.test=5",
+        "head.score_threshold=0",
+        "trainer.devices=2",
+        "+trainer.strategy=ddp",
+        "trainer.max_epochs=1",
+    ]
+    overrides += [f"data.root={tmp_path / 'data'}", f"hydra.run.dir={tmp_path / 'run'}"]
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, check=True)
+    found = [result["image_id"] for result in json.loads((tmp_path / "run" / "results.json").read_text())]
+    assert {found.count(image_id) for image_id in found} == {100}, "detections_per_image of each"
+    assert len(set(found)) == 5

@@ -1,30 +1,19 @@
-"""Detections -> COCO results -> COCO's metrics.
+"""Detections -> COCO results -> COCO's metrics, as files and as a table. The matching is in `detection.evaluation.matching`."""
 
-The matching and the averaging are pycocotools' own; this module only keeps its traps away from the caller. In pycocotools an empty list of
-results crashes, an annotation with id 0 counts as never found, annotations that share an id disappear, a NaN box matches everything, an
-empty list of images means all images, and results and annotations are written into. None of that happens here.
-"""
-
-import contextlib
-import io
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_convert
 
 from detection.evaluation.files import write_whole
+from detection.evaluation.matching import IOU50, IOU75, match, percent
 
-log = logging.getLogger(__name__)
-
-_IOU50, _IOU75 = 0, 5  # places of the IoU thresholds 0.5 and 0.75 among COCOeval's 0.5, 0.55 ... 0.95
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # and of its size ranges: small is below 32^2 pixels, large above 96^2
 _NAME = 15  # columns for a class name in the table, so that two classes side by side fit 80 columns
 
@@ -48,6 +37,15 @@ class Metrics:
 
         return {"stats": plain(self.stats), "per_class": {name: plain(values) for name, values in self.per_class.items()}}
 
+    @classmethod
+    def from_json(cls, content: Mapping) -> "Metrics":
+        """The inverse of `as_json`."""
+
+        def numbers(values):
+            return {name: math.nan if value is None else float(value) for name, value in values.items()}
+
+        return cls(numbers(content["stats"]), {name: numbers(values) for name, values in content["per_class"].items()})
+
 
 def evaluate(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int = 100) -> Metrics:
     """COCO's box metrics of `results` over the images `image_ids`.
@@ -61,19 +59,8 @@ def evaluate(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int]
 
     No results at all give AP 0. Raises ValueError where a result or an image does not belong to `coco_gt`, or a number is not finite.
     """
-    if max_detections < 1:
-        raise ValueError(f"max_detections must be at least 1, got {max_detections}")
-    if len(image_ids) == 0:
-        raise ValueError("no images to evaluate: image_ids is empty")
-    _check_results(coco_gt, results)
-    ground_truth = _ground_truth(coco_gt, image_ids)
-    detections = _detections(ground_truth, results)
-
-    with contextlib.redirect_stdout(io.StringIO()):  # COCOeval prints its progress
-        coco_eval = COCOeval(ground_truth, detections, "bbox")
-        coco_eval.params.maxDets = sorted({min(k, max_detections) for k in (1, 10, 100)} | {max_detections})
-        coco_eval.evaluate()
-        coco_eval.accumulate()
+    coco_eval = match(coco_gt, results, image_ids, max_detections)
+    coco_eval.accumulate()
     return _summarize(coco_eval)
 
 
@@ -146,70 +133,6 @@ def _name(name: str) -> str:
     return f"{name if len(name) <= _NAME else name[: _NAME - 2] + '..':<{_NAME}}"
 
 
-def _check_results(coco_gt: COCO, results: Sequence[Mapping]) -> None:
-    for index, result in enumerate(results):
-        missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in result]
-        if missing:
-            raise ValueError(f"result {index} has no {', '.join(missing)}: expected image_id, category_id, bbox [x, y, w, h] and score")
-        for key, known in (("image_id", coco_gt.imgs), ("category_id", coco_gt.cats)):
-            if result[key] not in known:
-                raise ValueError(
-                    f"result {index} has {key} {result[key]!r}, which the annotations do not know: are these results of another data set?"
-                )
-        box, score = result["bbox"], result["score"]
-        if len(box) != 4 or not all(map(math.isfinite, (*box, score))) or box[2] < 0 or box[3] < 0:
-            raise ValueError(
-                f"result {index} (image {result['image_id']}): expected a finite bbox [x, y, w, h] with w, h >= 0 and a finite score, "
-                f"got bbox {box} and score {score}"
-            )
-
-
-def _ground_truth(coco_gt: COCO, image_ids: Sequence[int]) -> COCO:
-    """A private copy of the annotations of these images, numbered from 1 because COCOeval takes id 0 for "no match"."""
-    unknown = [image_id for image_id in image_ids if image_id not in coco_gt.imgs]
-    if unknown:
-        raise ValueError(f"{len(unknown)} of the images to evaluate are not in the annotations, the first is image {unknown[0]}")
-    annotations, without_area = [], 0
-    for image_id in sorted(set(image_ids)):
-        for annotation in coco_gt.imgToAnns.get(image_id, []):
-            if len(annotation.get("bbox") or ()) != 4:
-                raise ValueError(f"annotation {annotation.get('id')} of image {image_id} has no bbox [x, y, w, h]")
-            area = annotation.get("area")
-            if area is None:
-                area = annotation["bbox"][2] * annotation["bbox"][3]
-                without_area += 1
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": annotation["category_id"],
-                    "bbox": annotation["bbox"],
-                    "area": area,
-                    "iscrowd": int(annotation.get("iscrowd") or 0),
-                }
-            )
-    if without_area:
-        log.warning("%d annotations have no area: their boxes' areas decide which are small, medium and large", without_area)
-    return _indexed([coco_gt.imgs[i] for i in sorted(set(image_ids))], list(coco_gt.cats.values()), annotations)
-
-
-def _detections(ground_truth: COCO, results: Sequence[Mapping]) -> COCO:
-    """What `COCO.loadRes` makes of results, for an empty list as well and without writing into it."""
-    kept = [result for result in results if result["image_id"] in ground_truth.imgs]
-    annotations = [
-        {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for number, result in enumerate(kept, 1)
-    ]
-    return _indexed(ground_truth.dataset["images"], ground_truth.dataset["categories"], annotations)
-
-
-def _indexed(images: list[dict], categories: list[dict], annotations: list[dict]) -> COCO:
-    coco = COCO()
-    coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
 def _summarize(coco_eval: COCOeval) -> Metrics:
     """COCOeval's own summary takes 100 detections for granted and has no per-class numbers."""
     precision = coco_eval.eval["precision"]  # [IoU threshold, recall, class, area, max detections], -1 where there is no ground truth
@@ -218,18 +141,18 @@ def _summarize(coco_eval: COCOeval) -> Metrics:
     most = coco_eval.params.maxDets[-1]
 
     stats = {
-        "AP": _percent(precision[:, :, :, _ALL, -1]),
-        "AP50": _percent(precision[_IOU50, :, :, _ALL, -1]),
-        "AP75": _percent(precision[_IOU75, :, :, _ALL, -1]),
-        "AP_small": _percent(precision[:, :, :, _SMALL, -1]),
-        "AP_medium": _percent(precision[:, :, :, _MEDIUM, -1]),
-        "AP_large": _percent(precision[:, :, :, _LARGE, -1]),
-        "AR_1": _percent(recall[:, :, _ALL, at(1)]),
-        "AR_10": _percent(recall[:, :, _ALL, at(min(10, most))]),
-        "AR_100": _percent(recall[:, :, _ALL, at(min(100, most))]),
-        "AR_small": _percent(recall[:, :, _SMALL, -1]),
-        "AR_medium": _percent(recall[:, :, _MEDIUM, -1]),
-        "AR_large": _percent(recall[:, :, _LARGE, -1]),
+        "AP": percent(precision[:, :, :, _ALL, -1]),
+        "AP50": percent(precision[IOU50, :, :, _ALL, -1]),
+        "AP75": percent(precision[IOU75, :, :, _ALL, -1]),
+        "AP_small": percent(precision[:, :, :, _SMALL, -1]),
+        "AP_medium": percent(precision[:, :, :, _MEDIUM, -1]),
+        "AP_large": percent(precision[:, :, :, _LARGE, -1]),
+        "AR_1": percent(recall[:, :, _ALL, at(1)]),
+        "AR_10": percent(recall[:, :, _ALL, at(min(10, most))]),
+        "AR_100": percent(recall[:, :, _ALL, at(min(100, most))]),
+        "AR_small": percent(recall[:, :, _SMALL, -1]),
+        "AR_medium": percent(recall[:, :, _MEDIUM, -1]),
+        "AR_large": percent(recall[:, :, _LARGE, -1]),
     }
     categories = coco_eval.cocoGt.loadCats(coco_eval.params.catIds)
     names = [category["name"] for category in categories]
@@ -237,13 +160,8 @@ def _summarize(coco_eval: COCOeval) -> Metrics:
     for k, category in enumerate(categories):
         name = category["name"] if names.count(category["name"]) == 1 else f"{category['name']} ({category['id']})"
         per_class[name] = {
-            "AP": _percent(precision[:, :, k, _ALL, -1]),
-            "AP50": _percent(precision[_IOU50, :, k, _ALL, -1]),
-            "AP75": _percent(precision[_IOU75, :, k, _ALL, -1]),
+            "AP": percent(precision[:, :, k, _ALL, -1]),
+            "AP50": percent(precision[IOU50, :, k, _ALL, -1]),
+            "AP75": percent(precision[IOU75, :, k, _ALL, -1]),
         }
     return Metrics(stats, per_class)
-
-
-def _percent(values: np.ndarray) -> float:
-    measured = values[values > -1]
-    return 100.0 * float(measured.mean()) if measured.size else math.nan

@@ -1,0 +1,128 @@
+"""pycocotools' matching of detections to ground truth, without its traps.
+
+In pycocotools an empty list of results crashes, an annotation with id 0 counts as never found, annotations that share an id disappear, a
+NaN box matches everything, an empty list of images means all images, and results and annotations are written into. None of that here.
+"""
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+log = logging.getLogger(__name__)
+
+IOU50, IOU75 = 0, 5  # places of the IoU thresholds 0.5 and 0.75 among COCOeval's 0.5, 0.55 ... 0.95
+Areas = Mapping[str, tuple[float, float]]
+
+
+class _Silent(COCOeval):
+    """COCOeval prints its progress."""
+
+    def evaluate(self):
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().evaluate()
+
+    def accumulate(self, p=None):
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().accumulate(p)
+
+
+def match(
+    coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int = 100, areas: Areas | None = None
+) -> COCOeval:
+    """A `COCOeval` in which detections and ground truth are matched, class by class and image by image; `accumulate()` is yet to be called.
+
+    coco_gt: the annotations, unchanged by the call. `cocoGt` of what is returned is a copy of those of `image_ids`, with ids from 1 on.
+    results: COCO's results; `cocoDt` of what is returned has them, with ids from 1 on. Those of other images are left out.
+    areas: size ranges by name, square pixels, both ends included; COCO's all, small, medium and large where None.
+
+    Raises ValueError where a result or an image does not belong to `coco_gt`, or a number is not finite.
+    """
+    if max_detections < 1:
+        raise ValueError(f"max_detections must be at least 1, got {max_detections}")
+    if len(image_ids) == 0:
+        raise ValueError("no images to evaluate: image_ids is empty")
+    _check_results(coco_gt, results)
+    ground_truth = _ground_truth(coco_gt, image_ids)
+    coco_eval = _Silent(ground_truth, _detections(ground_truth, results), "bbox")
+    coco_eval.params.maxDets = sorted({min(k, max_detections) for k in (1, 10, 100)} | {max_detections})
+    if areas is not None:
+        coco_eval.params.areaRngLbl = list(areas)
+        coco_eval.params.areaRng = [list(ends) for ends in areas.values()]
+    coco_eval.evaluate()
+    return coco_eval
+
+
+def percent(values: np.ndarray) -> float:
+    """Mean of COCOeval's numbers in percent, without the -1 of what has no ground truth; NaN where nothing is left."""
+    measured = values[values > -1]
+    return 100.0 * float(measured.mean()) if measured.size else math.nan
+
+
+def _check_results(coco_gt: COCO, results: Sequence[Mapping]) -> None:
+    for index, result in enumerate(results):
+        missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in result]
+        if missing:
+            raise ValueError(f"result {index} has no {', '.join(missing)}: expected image_id, category_id, bbox [x, y, w, h] and score")
+        for key, known in (("image_id", coco_gt.imgs), ("category_id", coco_gt.cats)):
+            if result[key] not in known:
+                raise ValueError(
+                    f"result {index} has {key} {result[key]!r}, which the annotations do not know: are these results of another data set?"
+                )
+        box, score = result["bbox"], result["score"]
+        if len(box) != 4 or not all(map(math.isfinite, (*box, score))) or box[2] < 0 or box[3] < 0:
+            raise ValueError(
+                f"result {index} (image {result['image_id']}): expected a finite bbox [x, y, w, h] with w, h >= 0 and a finite score, "
+                f"got bbox {box} and score {score}"
+            )
+
+
+def _ground_truth(coco_gt: COCO, image_ids: Sequence[int]) -> COCO:
+    """A private copy of the annotations of these images, numbered from 1 because COCOeval takes id 0 for "no match"."""
+    unknown = [image_id for image_id in image_ids if image_id not in coco_gt.imgs]
+    if unknown:
+        raise ValueError(f"{len(unknown)} of the images to evaluate are not in the annotations, the first is image {unknown[0]}")
+    annotations, without_area = [], 0
+    for image_id in sorted(set(image_ids)):
+        for annotation in coco_gt.imgToAnns.get(image_id, []):
+            if len(annotation.get("bbox") or ()) != 4:
+                raise ValueError(f"annotation {annotation.get('id')} of image {image_id} has no bbox [x, y, w, h]")
+            area = annotation.get("area")
+            if area is None:
+                area = annotation["bbox"][2] * annotation["bbox"][3]
+                without_area += 1
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": annotation["category_id"],
+                    "bbox": annotation["bbox"],
+                    "area": area,
+                    "iscrowd": int(annotation.get("iscrowd") or 0),
+                }
+            )
+    if without_area:
+        log.warning("%d annotations have no area: their boxes' areas decide which are small, medium and large", without_area)
+    return _indexed([coco_gt.imgs[i] for i in sorted(set(image_ids))], list(coco_gt.cats.values()), annotations)
+
+
+def _detections(ground_truth: COCO, results: Sequence[Mapping]) -> COCO:
+    """What `COCO.loadRes` makes of results, for an empty list as well and without writing into it."""
+    kept = [result for result in results if result["image_id"] in ground_truth.imgs]
+    annotations = [
+        {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for number, result in enumerate(kept, 1)
+    ]
+    return _indexed(ground_truth.dataset["images"], ground_truth.dataset["categories"], annotations)
+
+
+def _indexed(images: list[dict], categories: list[dict], annotations: list[dict]) -> COCO:
+    coco = COCO()
+    coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco

@@ -11,11 +11,11 @@ lattice.
 import numba
 import numpy as np
 
-# `contract` lets a multiply and an add fuse; `reassoc` lets a sum be vectorised. Both are settled when the kernel is compiled, so a run
-# repeats bit for bit.
-_compile = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+_compile = numba.njit(nogil=True, cache=True, error_model="numpy")
+# Sums over channels may be reassociated, so that they vectorise: settled when the kernel is compiled, so a run repeats bit for bit. Nothing
+# else may: positions must come out the same wherever they are computed, or a kernel would read beyond what it reached for.
+_compile_sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 _inline = numba.njit(inline="always")
-_compile_sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
 
 
 # --------------------------------------------------------------------------------------------------------------- windows: mean and integral

@@ -10,7 +10,7 @@ from torch import Tensor
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "roi"
 PRESETS = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
-WITHOUT_BOX_GRADIENT = {"pool", "pool_floor", "pool_bins"}
+WITHOUT_BOX_GRADIENT = {"pool", "pool_floor", "pool_bins", "pool_exclusive"}
 
 
 def preset(name: str, **knobs: object) -> partial:

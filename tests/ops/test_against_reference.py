@@ -71,7 +71,8 @@ def has_box_gradient(operator: partial) -> bool:
 
 
 def test_every_preset_of_the_family_is_shipped():
-    assert set(PRESETS) == {"pool", "pool_floor", "pool_bins", "warp", "warp_mnc", "align", "align_max", "prroi"}
+    pools = {"pool", "pool_floor", "pool_bins", "pool_exclusive"}
+    assert set(PRESETS) == pools | {"warp", "warp_max", "warp_mnc", "align", "align_max", "prroi"}
     assert {name for name in PRESETS if not has_box_gradient(preset(name))} == WITHOUT_BOX_GRADIENT
 
 

@@ -4,8 +4,8 @@
     python benchmarks/roi_operators.py --shapes all       # training and testing shapes, fewer channels, stride 32, P = 14
     python benchmarks/roi_operators.py --device cuda --json gpu.json
 
-Each line is the median of the interleaved repetitions (ours, theirs, ours, theirs, ...), so that a machine that slows down slows both. `max`
-of RoIAlign, RoIWarp and PrRoIPool have no counterpart in torchvision: their ratio is to torchvision's RoIAlign of the same shape.
+Each line is the median of interleaved repetitions (ours, theirs, ours, theirs, ...), so that a machine that slows down slows both. RoIAlign's
+`max`, RoIWarp and PrRoIPool have no counterpart in torchvision: their ratio is to torchvision's RoIAlign of the same shape.
 """
 
 import argparse
@@ -119,8 +119,8 @@ def machine(device: str) -> str:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        cpuinfo = Path("/proc/cpuinfo")
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+        cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        models = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if "model name" in line]
         name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
     return f"{name}; torch {torch.__version__}, torchvision {torchvision.__version__}"
 
@@ -145,8 +145,12 @@ def main() -> None:
     print(f"{machine(arguments.device)}\n\n{'':22}{'forward, ms':>28}{'backward, ms':>28}")
     print(f"{'shape':11}{'operator':11}" + f"{'ours':>8}{'theirs':>10}{'ratio':>10}" * 2)
     for row in rows:
-        cells = "".join(f"{row[f'{d}_ours_ms']:8.1f}{row[f'{d}_theirs_ms']:10.1f}{row[f'{d}_ratio']:8.1f} x" for d in ("forward", "backward"))
-        print(f"{row['shape']:11}{row['operator']:11}{cells}")
+        line = f"{row['shape']:11}{row['operator']:11}"
+        for direction in ("forward", "backward"):
+            line += "{ours_ms:8.1f}{theirs_ms:10.1f}{ratio:8.1f} x".format(
+                **{k: row[f"{direction}_{k}"] for k in ("ours_ms", "theirs_ms", "ratio")}
+            )
+        print(line)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(arguments.device), "rows": rows}, indent=2) + "\n")
 

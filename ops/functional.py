@@ -49,7 +49,7 @@ def lattice_pool(
             use for it, but for the default of `min_extent`.
         min_extent: smallest extent of a RoI in cells; None: 1 without `half_pixel`, no minimum with it (both as torchvision).
         quantize_bins: `none`; `cover`: from the floor of a bin's start to the ceil of its end; bins overlap, nothing is lost; `truncate`:
-            the bin size is floored (one cell at least) and the remainder at the RoI's end is lost. Quantized bins visit each of their cells.
+            the bin size is floored (one cell at least) and the remainder at the RoI's end is lost. Such bins visit each of their cells.
         sampling_ratio: samples a bin and side where bins are not quantized; 0 or less: adaptive, `ceil(extent / P)`.
         sample_offset: place of a sample in its share of the bin: 0.5 the middle, 0 the start.
         border: how far beyond the outermost cell centres a sample is still worth the outermost cell, in cells; further out it is worth 0.

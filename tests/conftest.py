@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests. The project ships no photographs and no weights: tests that want them skip, saying so, where there are none."""
+"""Fixtures shared by all tests. The project ships no photographs and no weights: tests that want them skip where there are none."""
 
 import os
 from pathlib import Path

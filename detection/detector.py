@@ -33,7 +33,8 @@ class FastRCNN(nn.Module):
 
         Returns:
             `(detections, losses)`. In training no detections. In evaluation a dict an image of `boxes` [D, 4] in pixels of the *original*
-            image, `scores` [D], highest first, and `labels` [D]; losses where all targets have `boxes`.
+            image, `scores` [D], highest first, `labels` [D], and `proposals` [D, 4], from which the boxes were regressed, in the same
+            pixels; losses where all targets have `boxes`.
         """
         shapes = [(image.shape[1], image.shape[2]) for image in images]
         proposals = [target["proposals"] for target in targets]
@@ -41,7 +42,8 @@ class FastRCNN(nn.Module):
         with_losses = self.training or all("boxes" in target for target in targets)
         detections, losses = self.roi_heads(features, proposals, shapes, targets if with_losses else None)
         for detection, target, shape in zip(detections, targets, shapes, strict=not self.training):
-            detection["boxes"] = to_original(detection["boxes"], shape, target["original_size"])
+            for name in ("boxes", "proposals"):
+                detection[name] = to_original(detection[name], shape, target["original_size"])
         return detections, losses
 
     def batch(self, images: list[Tensor]) -> Tensor:

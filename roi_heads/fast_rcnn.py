@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, clip_boxes_to_image
 
 from roi_heads.extractor import RoIExtractor
 
@@ -89,8 +89,9 @@ class FastRCNNHeads(RoIHeads):
 
         Returns:
             `(detections, losses)`. In training the detections are empty and targets are needed. In evaluation each detection is a dict of
-            `boxes` [D, 4], `scores` [D] and `labels` [D], and with targets there are losses too: on RoIs sampled as in training, with the
-            same draw each time and without the ground truth among the proposals, so that nothing of the targets reaches the detections.
+            `boxes` [D, 4], `scores` [D], `labels` [D] and `proposals` [D, 4], from which the boxes were regressed; and with targets there
+            are losses too: on RoIs sampled as in training, with the same draw each time and without the ground truth among the proposals,
+            so that nothing of the targets reaches the detections.
         """
         if self.training:
             if self.append_ground_truth:
@@ -100,8 +101,7 @@ class FastRCNNHeads(RoIHeads):
             return [], self.losses(scores, deltas, torch.cat(labels), torch.cat(regression_targets))
 
         scores, deltas = self.predict(features, proposals, image_shapes)
-        boxes, confidences, classes = self.postprocess_detections(scores, deltas, proposals, image_shapes)
-        detections = [{"boxes": b, "scores": s, "labels": c} for b, s, c in zip(boxes, confidences, classes, strict=True)]
+        detections = self.detect(scores, deltas, proposals, image_shapes)
         if targets is None:
             return detections, {}
         labels, matched, chosen = self.match_and_sample(proposals, targets, epoch=0)
@@ -113,6 +113,22 @@ class FastRCNNHeads(RoIHeads):
         """Class scores `[K, C + 1]` (before softmax) and deltas `[K, 4 (C + 1)]` of all proposals, always in float32."""
         scores, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
         return scores.float(), deltas.float()
+
+    def detect(
+        self, scores: Tensor, deltas: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Post-processing: boxes decoded and clipped, weak and small ones dropped, NMS per class; and the proposal of each detection."""
+        found = self.postprocess_detections(scores, deltas, proposals, image_shapes)
+        lengths = [len(boxes) for boxes in proposals]
+        candidates = zip(scores.softmax(-1).split(lengths), self.box_coder.decode(deltas, proposals).split(lengths), strict=True)
+        detections = []
+        for boxes, scores, labels, own, (all_scores, all_boxes), shape in zip(*found, proposals, candidates, image_shapes, strict=True):
+            source = boxes
+            if len(boxes):  # torchvision forgets which proposal a detection comes from: the one that has its very score and its very box
+                same = (all_scores[:, labels] == scores) & (clip_boxes_to_image(all_boxes[:, labels], shape) == boxes).all(-1)
+                source = own[same.int().argmax(0)]
+            detections.append({"boxes": boxes, "scores": scores, "labels": labels, "proposals": source})
+        return detections
 
     def sample(self, proposals: list[Tensor], targets: list[dict], epoch: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The RoIs of a training step: `(proposals, labels, regression targets)` of each image."""

@@ -75,6 +75,7 @@ def test_the_run_folder_tells_the_whole_run(trained):
     results = json.loads((run / "results.json").read_text())
     test_ids = {image["id"] for image in json.loads((folder / "data/annotations/instances_test.json").read_text())["images"]}
     assert results and {result["image_id"] for result in results} <= test_ids, "the numbers reported are those of test"
+    assert all(len(result["proposal"]) == 4 for result in results), "each with the RoI it was regressed from"
     stats = json.loads((run / "metrics.json").read_text())["stats"]
     assert stats["AP"] == pytest.approx(metrics["test/AP"])
     for picture in ("curves.png", "detections.png"):

@@ -67,7 +67,8 @@ def evaluate(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int]
 def to_coco_results(detections: Mapping[int, Mapping[str, Tensor]], label_to_category_id: Mapping[int, int]) -> list[dict]:
     """Detections by image id -> list in COCO's results format.
 
-    detections: image id -> {boxes [L, 4] xyxy in pixels of the original image, scores [L], labels [L] in 1..C}.
+    detections: image id -> {boxes [L, 4] xyxy in pixels of the original image, scores [L], labels [L] in 1..C}. Where there are `proposals`
+        [L, 4] too, those the boxes were regressed from, each result has one key more than COCO asks for: `proposal`, `[x, y, w, h]`.
     label_to_category_id: label -> category id of the annotations.
 
     Sorted by image id and then by falling score, equal scores in the given order: the same detections give the same list. Boxes are
@@ -79,13 +80,20 @@ def to_coco_results(detections: Mapping[int, Mapping[str, Tensor]], label_to_cat
         if not len(boxes) == len(scores) == len(labels):
             raise ValueError(f"image {image_id}: {len(boxes)} boxes, {len(scores)} scores and {len(labels)} labels do not go together")
         order = scores.argsort(descending=True, stable=True)
-        xywh = box_convert(boxes[order].double().reshape(-1, 4), "xyxy", "xywh").numpy().round(3).tolist()
-        for bbox, score, label in zip(xywh, scores[order].double().tolist(), labels[order].tolist(), strict=True):
+        more = [{}] * len(order)
+        if "proposals" in detections[image_id]:
+            more = [{"proposal": xywh} for xywh in _xywh(detections[image_id]["proposals"].detach().cpu()[order])]
+        columns = _xywh(boxes[order]), scores[order].double().tolist(), labels[order].tolist(), more
+        for bbox, score, label, rest in zip(*columns, strict=True):
             if label not in label_to_category_id:
                 raise ValueError(f"image {image_id}: label {label} has no category; the data set knows {sorted(label_to_category_id)}")
             category_id = int(label_to_category_id[label])
-            results.append({"image_id": int(image_id), "category_id": category_id, "bbox": bbox, "score": round(score, 6)})
+            results.append({"image_id": int(image_id), "category_id": category_id, "bbox": bbox, "score": round(score, 6)} | rest)
     return results
+
+
+def _xywh(boxes: Tensor) -> list[list[float]]:
+    return box_convert(boxes.double().reshape(-1, 4), "xyxy", "xywh").numpy().round(3).tolist()
 
 
 def write_results(path: str | os.PathLike, results: Sequence[Mapping]) -> None:

@@ -48,6 +48,7 @@ def test_detections_are_in_pixels_of_the_original():
     (detection,), _ = detector(images, targets)
     assert len(detection["boxes"]) == 4  # two windows, two classes
     found = {tuple(box) for box in detection["boxes"].tolist()}
+    assert torch.equal(detection["proposals"], detection["boxes"])
     assert found == {(32.0, 16.0, 160.0, 72.0), (0.0, 0.0, 80.0, 40.0)}
 
 

@@ -176,5 +176,36 @@ def test_detections_are_decoded_clipped_and_suppressed():
     proposals = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 9.0], [50.0, 50.0, 70.0, 70.0]])
     (detection,), _ = heads(torch.rand(1, 3, 4, 4), [proposals], [(60, 64)])
     assert detection["boxes"].tolist() == [[0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 64.0, 60.0]]
+    assert detection["proposals"].tolist() == proposals[[0, 2]].tolist(), "as they were given"
     assert detection["labels"].tolist() == [1, 1]
     assert detection["scores"].tolist() == pytest.approx([math.exp(5) / (math.exp(5) + 2)] * 2)
+
+
+class FromFeatures(nn.Module):
+    """A predictor in which every RoI has scores and deltas of its own; no hidden layer."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.scores, self.deltas = nn.Linear(channels * 4, classes), nn.Linear(channels * 4, 4 * classes)
+
+    def forward(self, x):
+        return self.scores(x), self.deltas(x)
+
+
+def test_a_detection_knows_the_proposal_it_was_regressed_from():
+    """Regressing that proposal alone gives the detection again; the same proposal twice, and boxes that end alike, do not confuse it."""
+    torch.manual_seed(0)
+    heads = make(score_threshold=0.0, nms_threshold=0.99).eval()
+    heads.box_predictor = FromFeatures(3, 3)
+    corners = torch.rand(40, 2) * 100
+    proposals = torch.cat([corners, corners + 10 + torch.rand(40, 2) * 50], dim=1)
+    proposals = torch.cat([proposals, proposals[:5]])
+    features = 3 * torch.randn(2, 3, 8, 8)
+    found, _ = heads(features, [proposals, proposals[:7] / 2], [(120, 128), (90, 90)])
+    assert [len(detection["boxes"]) for detection in found] == [80, 14], "each of 40 and 7 for two classes; copies fall to NMS"
+    for image, (detection, shape) in enumerate(zip(found, [(120, 128), (90, 90)], strict=True)):
+        for box, score, label, proposal in zip(*(detection[key] for key in ("boxes", "scores", "labels", "proposals")), strict=True):
+            (again,), _ = heads(features[image : image + 1], [proposal[None]], [shape])
+            of_label = (again["labels"] == label).nonzero().item()
+            assert again["scores"][of_label].item() == pytest.approx(score.item(), rel=1e-5)
+            assert again["boxes"][of_label].tolist() == pytest.approx(box.tolist(), abs=1e-3)

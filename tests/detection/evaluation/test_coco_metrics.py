@@ -289,6 +289,19 @@ def test_a_label_without_a_category_is_refused():
         to_coco_results({7: {**found, "labels": torch.tensor([1, 1])}}, {1: CAT})
 
 
+def test_a_result_names_the_proposal_it_comes_from():
+    detections = {
+        4: {
+            "boxes": torch.tensor([[0.0, 0.0, 5.0, 5.0], [1.0, 2.0, 4.0, 8.0]]),
+            "scores": torch.tensor([0.25, 0.5]),
+            "labels": torch.tensor([1, 1]),
+            "proposals": torch.tensor([[0.0, 1.0, 6.0, 5.0], [2.0, 2.0, 4.0, 9.0]]),
+        }
+    }
+    found = to_coco_results(detections, {1: 7})
+    assert [(result["bbox"], result["proposal"]) for result in found] == [([1, 2, 3, 6], [2, 2, 2, 7]), ([0, 0, 5, 5], [0, 1, 6, 4])]
+
+
 def test_results_are_read_back_as_they_were_written(tmp_path):
     for results in ([], [result(1)], [result(1), result(2, [0.5, 0, 1, 1])]):
         write_results(tmp_path / "new" / "results.json", results)

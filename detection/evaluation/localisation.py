@@ -1,0 +1,127 @@
+"""How far off are the boxes of what was found, before and after box regression.
+
+AP says that localisation is worse; this says by how many pixels, at which edge, and whether it is a bias (a signed mean: what a systematic
+shift of the features does) or a scatter (an absolute median: what rounding does).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from pycocotools.coco import COCO
+from torch import from_numpy
+from torchvision.ops import box_convert, box_iou
+
+from detection.evaluation.matching import IOU50, match
+
+EDGES = ("left", "top", "right", "bottom")
+
+
+@dataclass(frozen=True)
+class Localisation:
+    """The N detections that found an object, one row each; boxes float64 `[N, 4]`, xyxy, in pixels of the original image.
+
+    image_id, category_id, score: `[N]`.
+    truth: the object's box. detection: after regression. proposal: before it, that is the RoI; None where the results do not have it.
+    objects: how many there were to be found, so that N / objects is the recall.
+    """
+
+    image_id: np.ndarray
+    category_id: np.ndarray
+    score: np.ndarray
+    truth: np.ndarray
+    detection: np.ndarray
+    proposal: np.ndarray | None
+    objects: int
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    @property
+    def iou(self) -> np.ndarray:
+        """`[N]`: of detection and object, at least 0.5 since that is what "found" means."""
+        return _iou(self.detection, self.truth)
+
+    @property
+    def offset(self) -> np.ndarray:
+        """`[N, 4]`: edges of the detection minus those of the object, pixels; positive is right or down."""
+        return self.detection - self.truth
+
+    @property
+    def proposal_iou(self) -> np.ndarray | None:
+        """`[N]`: of proposal and object. May lie below 0.5, which regression then made good."""
+        return None if self.proposal is None else _iou(self.proposal, self.truth)
+
+    @property
+    def proposal_offset(self) -> np.ndarray | None:
+        """`[N, 4]`: edges of the proposal minus those of the object, pixels."""
+        return None if self.proposal is None else self.proposal - self.truth
+
+    @property
+    def size(self) -> np.ndarray:
+        """`[N]`: square root of the area of the object's box, pixels."""
+        return np.sqrt((self.truth[:, 2:] - self.truth[:, :2]).prod(axis=1))
+
+    def where(self, chosen: np.ndarray) -> "Localisation":
+        """Some of the rows (a mask or places), for example `where(found.size < 64)`; `objects` stays that of all."""
+        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objects"}
+        return Localisation(**{name: None if value is None else value[chosen] for name, value in rows.items()}, objects=self.objects)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """`after` regression, and `before` it where the proposals are known -> numbers, NaN where nothing was found.
+
+        iou (mean), iou_median, iou_above_75 (share, percent); of each edge `bias_<edge>` (mean offset, pixels) and `off_<edge>` (median
+        absolute offset, pixels); `off`: the median absolute offset over all edges.
+        """
+        parts = {"before": (self.proposal_iou, self.proposal_offset), "after": (self.iou, self.offset)}
+        return {name: _summary(iou, offset) for name, (iou, offset) in parts.items() if iou is not None}
+
+
+def localisation(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int = 100) -> Localisation:
+    """Matches as COCO does at IoU 0.5: class by class, the surest detection first, each object once, crowd regions left out.
+
+    results: COCO's, with one more key `proposal` (`[x, y, w, h]`, pixels of the original image) on all of them or on none.
+
+    Operators find different objects: where arms are compared, compare `len(found) / found.objects` as well. One that misses the difficult
+    objects looks better here than it is.
+    """
+    with_proposal = sum("proposal" in result for result in results)
+    if 0 < with_proposal < len(results):
+        raise ValueError(f"{len(results) - with_proposal} of {len(results)} results have no proposal, and the others have one")
+    coco_eval = match(coco_gt, results, image_ids, max_detections, areas={"all": (0.0, 1e10)})
+    truths, detections = coco_eval.cocoGt.anns, coco_eval.cocoDt.anns
+    pairs, objects = [], 0
+    for matches in filter(None, coco_eval.evalImgs):
+        objects += int(np.count_nonzero(matches["gtIgnore"] == 0))
+        found = (matches["dtMatches"][IOU50] > 0) & ~matches["dtIgnore"][IOU50].astype(bool)
+        ids = zip(np.array(matches["dtIds"])[found], matches["dtMatches"][IOU50][found], strict=True)
+        pairs += [(detections[int(detection)], truths[int(truth)]) for detection, truth in ids]
+    pairs.sort(key=lambda pair: pair[0]["id"])  # in the order of the results
+    return Localisation(
+        image_id=np.array([d["image_id"] for d, _ in pairs], dtype=np.int64),
+        category_id=np.array([d["category_id"] for d, _ in pairs], dtype=np.int64),
+        score=np.array([d["score"] for d, _ in pairs], dtype=np.float64),
+        truth=_boxes([t["bbox"] for _, t in pairs]),
+        detection=_boxes([d["bbox"] for d, _ in pairs]),
+        proposal=_boxes([d["proposal"] for d, _ in pairs]) if with_proposal else None,
+        objects=objects,
+    )
+
+
+def _boxes(xywh: list) -> np.ndarray:
+    return box_convert(from_numpy(np.array(xywh, dtype=np.float64).reshape(-1, 4)), "xywh", "xyxy").numpy()
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Row by row."""
+    return box_iou(from_numpy(a)[:, None], from_numpy(b)[:, None])[:, 0, 0].numpy() if len(a) else np.zeros(0)
+
+
+def _summary(iou: np.ndarray, offset: np.ndarray) -> dict[str, float]:
+    if len(iou) == 0:
+        iou, offset = np.full(1, np.nan), np.full((1, 4), np.nan)
+    numbers = {"iou": iou.mean(), "iou_median": np.median(iou), "iou_above_75": 100 * np.where(np.isnan(iou), np.nan, iou >= 0.75).mean()}
+    numbers |= {f"bias_{edge}": value for edge, value in zip(EDGES, offset.mean(axis=0), strict=True)}
+    numbers |= {f"off_{edge}": value for edge, value in zip(EDGES, np.median(np.abs(offset), axis=0), strict=True)}
+    numbers["off"] = np.median(np.abs(offset))
+    return {name: float(value) for name, value in numbers.items()}

@@ -1,0 +1,93 @@
+"""AP by the size of the objects in cells of the feature map, which is what a RoI operator sees.
+
+COCO's borders of small, medium and large, 32 and 96 pixels, are 2 and 6 cells at stride 16. At stride 32 the same pixels are 1 and 3 cells:
+to compare strides, the borders go with the cells.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+from pycocotools.coco import COCO
+
+from detection.data.annotations import as_coco
+from detection.evaluation.matching import IOU50, IOU75, match, percent
+
+CELLS = (2.0, 6.0)
+
+
+def average_precision_by_cells(
+    coco_gt: COCO,
+    results: Sequence[Mapping],
+    image_ids: Sequence[int],
+    stride: int,
+    scales: Mapping[int, float] | None = None,
+    borders: Sequence[float] = CELLS,
+    max_detections: int = 100,
+) -> dict[str, dict[str, float]]:
+    """`"< 2 cells"`, `"2 to 6 cells"`, `"> 6 cells"` -> AP, AP50, AP75 in percent and `objects`, their number; NaN without objects.
+
+    The size of an object is the square root of its `area`, as COCO has it; an object on a border counts on both sides, as there.
+
+    stride: pixels of the network's input to a cell.
+    scales: image id -> pixels of the network's input to a pixel of the image, where images are resized; None: they are not.
+    borders: between the sizes, in cells of a side, ascending.
+    """
+    if list(borders) != sorted(set(borders)) or not borders or borders[0] <= 0:
+        raise ValueError(f"borders must be positive and ascending, got {list(borders)}")
+    if scales is not None:
+        missing = sorted(set(image_ids) - set(scales))
+        if missing:
+            raise ValueError(f"scales lacks {len(missing)} of the images, the first is {missing[0]}")
+        coco_gt, results = _scaled_truth(coco_gt, image_ids, scales), _scaled(results, scales)
+    ends = [0.0, *((border * stride) ** 2 for border in borders), 1e10]
+    names = [f"< {borders[0]:g} cells", *(f"{low:g} to {high:g} cells" for low, high in pairwise(borders))]
+    names.append(f"> {borders[-1]:g} cells")
+
+    areas = dict(zip(names, pairwise(ends), strict=True))
+    coco_eval = match(coco_gt, results, image_ids, max_detections, areas)
+    coco_eval.accumulate()
+    precision = coco_eval.eval["precision"][..., -1]  # [IoU threshold, recall, class, size]
+    truths = [annotation for annotation in coco_eval.cocoGt.anns.values() if not annotation["iscrowd"]]
+    table = {}
+    for place, (name, (low, high)) in enumerate(areas.items()):
+        of_size = precision[..., place]
+        table[name] = {"AP": percent(of_size), "AP50": percent(of_size[IOU50]), "AP75": percent(of_size[IOU75])}
+        table[name]["objects"] = sum(low <= annotation["area"] <= high for annotation in truths)
+    return table
+
+
+def resize_scales(coco_gt: COCO, short_side: int | None, max_side: int | None = None) -> dict[int, float] | None:
+    """Image id -> pixels of the resized image to one of the original; None where images keep their size.
+
+    Resizing as `detection.data.transforms.resize_and_flip` does, but for the rounding to whole pixels.
+    """
+    if short_side is None:
+        return None
+    scales = {}
+    for image_id, image in coco_gt.imgs.items():
+        short, long = sorted((image["width"], image["height"]))
+        scales[image_id] = min(short_side / short, (max_side or math.inf) / long)
+    return scales
+
+
+def _scaled_truth(coco_gt: COCO, image_ids: Sequence[int], scales: Mapping[int, float]) -> COCO:
+    """The annotations as the network sees them. IoU does not change; areas do."""
+    annotations = []
+    for image_id in sorted(set(image_ids)):
+        for annotation in coco_gt.imgToAnns.get(image_id, []):
+            scaled = annotation | {"bbox": _times(annotation["bbox"], scales[image_id])}
+            if annotation.get("area") is not None:
+                scaled["area"] = annotation["area"] * scales[image_id] ** 2
+            annotations.append(scaled)
+    images = [coco_gt.imgs[image_id] for image_id in sorted(set(image_ids))]
+    return as_coco({"images": images, "annotations": annotations, "categories": list(coco_gt.cats.values())})
+
+
+def _scaled(results: Sequence[Mapping], scales: Mapping[int, float]) -> list[dict]:
+    return [{**result, "bbox": _times(result["bbox"], scales[result["image_id"]])} for result in results if result["image_id"] in scales]
+
+
+def _times(values: Sequence[float], factor: float) -> list[float]:
+    return (np.asarray(values, dtype=np.float64) * factor).tolist()

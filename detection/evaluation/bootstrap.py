@@ -1,7 +1,8 @@
 """How sure are we of an AP when other images might have been drawn: a bootstrap over images, for one seed as for several.
 
 A resample is a weight for each image, how often it was drawn. The detections are matched once, by pycocotools; AP is then computed from
-weighted counts for all resamples at a time, and equals what COCOeval says of a data set in which the images lie that often.
+weighted counts for all resamples at a time, and equals what COCOeval says of a data set in which the images lie that often (but for the
+order of equal scores within an image, which is arbitrary in either).
 """
 
 import math
@@ -109,8 +110,8 @@ def over_images(
         """Places of drawn images `[..., n]` -> `[3 * sums, ...]`, as SciPy calls a statistic of several values."""
         return evaluate(_counts(places.reshape(-1, places.shape[-1]), images)).reshape(-1, *places.shape[:-1])
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # NaN says it
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # where nothing varies; NaN says it
         result = stats.bootstrap(
             (np.arange(images),), of_drawn, n_resamples=resamples, vectorized=True, confidence_level=confidence, method="BCa",
             batch=max(1, _CHUNK // images), rng=np.random.default_rng(seed),

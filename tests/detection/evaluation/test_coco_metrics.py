@@ -9,35 +9,12 @@ import random
 
 import pytest
 import torch
+from coco_sets import CAT, DOG, annotation, coco, result
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
 from detection.evaluation.coco import evaluate, format_table, to_coco_results, write_metrics, write_results
-
-CAT, DOG = 3, 17  # category ids; COCO's have gaps as well
-BOX = [0, 0, 100, 100]  # 10,000 square pixels: "large"
-
-
-def annotation(image_id, bbox=BOX, category_id=CAT, **more):
-    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "area": bbox[2] * bbox[3], "iscrowd": 0, **more}
-
-
-def result(image_id, bbox=BOX, score=0.9, category_id=CAT):
-    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
-
-
-def coco(*annotations, images=(1, 2, 3)):
-    """Annotations that bring no id of their own are numbered from 1."""
-    data = COCO()
-    data.dataset = {
-        "images": [{"id": i, "width": 640, "height": 480, "file_name": f"{i}.jpg"} for i in images],
-        "categories": [{"id": CAT, "name": "cat"}, {"id": DOG, "name": "dog"}],
-        "annotations": [{"id": number, **a} for number, a in enumerate(annotations, 1)],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        data.createIndex()
-    return data
 
 
 def stats(gt, results, image_ids=(1, 2, 3), **options):

@@ -1,0 +1,168 @@
+"""Estimates over seeds: by hand, and against simulations whose true answer is known."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+from pytest import approx
+from scipy import stats
+
+from detection.evaluation.statistics import Estimate, TwoByTwo, difference, differences, mean, over_seeds, quantization_costs
+
+VALUES = {"align": {0: 70.0, 1: 72.0, 2: 74.0}, "pool": {0: 60.0, 1: 61.0, 2: 65.0}}  # the differences are -10, -11, -9
+
+
+def is_95_percent(hits):
+    """Is the share of hits one that a true 95 % would give, in all but one of a thousand such simulations?"""
+    low, high = stats.binom.interval(0.999, len(hits), 0.95)
+    return low <= sum(hits) <= high
+
+
+# --- by hand
+
+
+def test_mean_and_interval_of_three_seeds():
+    estimate = over_seeds(VALUES, {"align": 1})
+    assert estimate.value == 72
+    assert estimate.standard_error == approx(2 / math.sqrt(3))  # the standard deviation of 70, 72, 74 is 2
+    half = 4.302653 * 2 / math.sqrt(3)  # Student's t with 2 degrees of freedom leaves 2.5 % above 4.302653
+    assert (estimate.low, estimate.high) == approx((72 - half, 72 + half))
+    assert estimate.n == 3
+    assert math.isnan(estimate.p_value)  # nobody asks whether an AP is 0
+
+
+def test_differences_are_paired_by_seed():
+    estimate = over_seeds(VALUES, difference("pool", "align"))
+    assert estimate.value == -10
+    assert (estimate.low, estimate.high) == approx((-10 - 4.302653 / math.sqrt(3), -10 + 4.302653 / math.sqrt(3)))
+    t = 10 * math.sqrt(3)
+    assert estimate.p_value == approx(1 - t / math.sqrt(2 + t**2))  # the t distribution with 2 degrees of freedom in closed form
+    assert estimate.excludes_zero
+
+
+def test_only_seeds_that_both_arms_have_are_paired():
+    values = {"align": {0: 70.0, 1: 72.0, 5: 99.0}, "pool": {1: 61.0, 0: 60.0, 6: 1.0}}
+    estimate = over_seeds(values, difference("pool"))
+    assert (estimate.value, estimate.n) == (-10.5, 2)
+
+
+def test_one_seed_has_no_interval_and_proves_nothing():
+    estimate = over_seeds({"align": {0: 70.0}, "pool": {0: 60.0}}, difference("pool"))
+    assert (estimate.value, estimate.n) == (-10, 1)
+    assert not estimate.has_interval
+    assert not estimate.excludes_zero
+    assert math.isnan(estimate.p_value)
+
+
+def test_what_could_not_be_measured_stays_nan():
+    """AP_large where a data set has no large objects."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimate = mean([math.nan, math.nan, math.nan])
+    assert math.isnan(estimate.value)
+    assert not estimate.has_interval
+    assert estimate.text() == "-"
+
+
+def test_equal_observations_have_an_interval_of_no_width_and_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimate = mean([100.0, 100.0, 100.0])
+    assert (estimate.low, estimate.value, estimate.high) == (100, 100, 100)
+
+
+def test_a_wider_level_gives_a_wider_interval():
+    assert mean([1, 2, 3], confidence=0.99).high > mean([1, 2, 3]).high
+
+
+def test_differences_to_the_reference_leave_the_reference_out_and_whom_it_shares_no_seed_with():
+    values = VALUES | {"warp": {7: 50.0}}
+    assert {arm: estimate.value for arm, estimate in differences(values).items()} == {"pool": -10}
+    assert differences({"pool": {0: 1.0}}) == {}
+    with pytest.raises(ValueError, match="itself"):
+        difference("align", "align")
+
+
+def test_costs_of_the_two_by_two():
+    level = {"align_max": 60.0, "warp_max": 40.0, "pool_bins": 50.0, "pool_exclusive": 36.0}
+    values = {arm: {0: value, 1: value + 1} for arm, value in level.items()}  # a better seed is better for all: no cost changes
+    costs = {name: estimate.value for name, estimate in quantization_costs(values).items()}
+    assert costs == {"projection": 20, "bins": 10, "both": 24, "interaction": -6}
+
+
+def test_costs_add_up_when_an_arm_lacks_a_seed():
+    values = {arm: {seed: 10.0 * place + seed**2 * place for seed in range(4)} for place, arm in enumerate(TwoByTwo().arms)}
+    del values["warp_max"][3]
+    costs = quantization_costs(values)
+    assert {estimate.n for estimate in costs.values()} == {3}
+    assert costs["both"].value == approx(costs["projection"].value + costs["bins"].value + costs["interaction"].value)
+
+
+def test_an_arm_that_is_missing_is_named():
+    with pytest.raises(ValueError, match=r"none of warp_max, pool_exclusive"):
+        quantization_costs({"align_max": {0: 1.0}, "pool_bins": {0: 1.0}})
+    with pytest.raises(ValueError, match="no finished run of warp; there are runs of align, pool"):
+        over_seeds(VALUES, difference("warp"))
+    with pytest.raises(ValueError, match="no seed in common"):
+        over_seeds({"align": {0: 1.0}, "pool": {1: 1.0}}, difference("pool"))
+    with pytest.raises(ValueError, match="no observations"):
+        mean([])
+
+
+def test_text():
+    assert Estimate(-26.73, -30.06, -23.34).text() == "-26.7 [-30.1, -23.3]"
+    assert Estimate(1.0, -0.5, 2.5).text(digits=2, signed=True) == "+1.00 [-0.50, +2.50]"
+    assert Estimate(49.57).text() == "49.6"
+
+
+# --- simulations: the truth is known, and a 95 % interval must hold it in 95 % of the cases
+
+
+def test_intervals_of_three_seeds_hold_the_truth_in_95_percent():
+    rng = np.random.default_rng(0)
+    estimates = [mean(rng.normal(50, 3, size=3)) for _ in range(1500)]
+    assert is_95_percent([e.low <= 50 <= e.high for e in estimates])
+    narrow = [abs(e.value - 50) <= 1.96 * e.standard_error for e in estimates]  # the normal distribution's, wrong for three
+    assert not is_95_percent(narrow)
+
+
+def test_pairing_removes_what_seeds_have_in_common():
+    """Seeds differ by 5 points, arms within a seed by 3 with a noise of 0.5 each: unpaired, nothing could be seen with 4 seeds."""
+    rng = np.random.default_rng(1)
+    held, found, found_unpaired = [], [], []
+    for _ in range(800):
+        seeds = rng.normal(60, 5, size=4)
+        align, pool = seeds + rng.normal(0, 0.5, size=4), seeds - 3 + rng.normal(0, 0.5, size=4)
+        estimate = over_seeds({"align": dict(enumerate(align)), "pool": dict(enumerate(pool))}, difference("pool"))
+        held.append(estimate.low <= -3 <= estimate.high)
+        found.append(estimate.p_value < 0.05)
+        found_unpaired.append(stats.ttest_ind(pool, align).pvalue < 0.05)
+    assert is_95_percent(held)
+    assert np.mean(found) > 0.95
+    assert np.mean(found_unpaired) < 0.15
+
+
+def test_without_an_effect_one_p_value_in_twenty_is_below_5_percent():
+    rng = np.random.default_rng(2)
+    above = []
+    for _ in range(1500):
+        values = {arm: dict(enumerate(rng.normal(60, 2, size=3))) for arm in ("align", "pool")}
+        estimate = over_seeds(values, difference("pool"))
+        above.append(estimate.p_value >= 0.05)
+        assert estimate.excludes_zero == (estimate.p_value < 0.05)  # interval and test say the same
+    assert is_95_percent(above)
+
+
+def test_intervals_of_the_costs_hold_the_true_costs():
+    true = {"projection": 20, "bins": 8, "both": 25, "interaction": -3}
+    level = dict(zip(TwoByTwo().arms, (60, 40, 52, 35), strict=True))
+    rng = np.random.default_rng(3)
+    held = {name: [] for name in true}
+    for _ in range(500):
+        seeds = rng.normal(0, 3, size=3)
+        values = {arm: dict(enumerate(value + seeds + rng.normal(0, 1.5, size=3))) for arm, value in level.items()}
+        for name, cost in quantization_costs(values).items():
+            held[name].append(cost.low <= true[name] <= cost.high)
+    for name, hits in held.items():
+        assert is_95_percent(hits), f"{name}: {np.mean(hits)}"

@@ -7,8 +7,10 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from detection.build import build_detector, instantiate
+from detection.cross import cross_evaluate
 from detection.module import DetectionModule
-from detection.run import begin, draw_curves, progress_bar, report
+from detection.run import begin, draw_curves, progress_bar, report, report_cross
+from detection.sweep import run_in_sweep
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         config=OmegaConf.to_container(cfg),  # with its interpolations, so that eval.py can change one part and the others follow
     )
 
-    best = ModelCheckpoint(run_dir, filename="best", monitor=cfg.optimized_metric, mode="max", enable_version_counter=False)
+    best = ModelCheckpoint(
+        run_dir, filename="best", monitor=cfg.optimized_metric, mode="max", save_weights_only=True, enable_version_counter=False
+    )
     last = ModelCheckpoint(run_dir, filename="last", enable_version_counter=False)  # `save_last` of the other would keep the last best
     callbacks = [best, last, *progress_bar(cfg.trainer)]
     trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()), callbacks=callbacks)
@@ -44,8 +48,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     evaluate = trainer.test if split == "test" else trainer.validate
     evaluate(module, datamodule=data, ckpt_path=chosen, verbose=False)
 
+    cross = cross_evaluate(cfg, module, data, split)
     if trainer.is_global_zero:
         draw_curves(run_dir)
+        report_cross(cross, run_dir)
         report(module, getattr(data, split), run_dir, title=f"{chosen} on {split}")
     score = float("nan") if best.best_model_score is None else float(best.best_model_score)
     return {cfg.optimized_metric: score} | {f"{split}/{name}": value for name, value in module.metrics.stats.items()}
@@ -53,7 +59,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float:
-    return train(cfg)[cfg.optimized_metric]
+    metrics = train(cfg) if cfg.arm is None else run_in_sweep(train, cfg)
+    return metrics[cfg.optimized_metric]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What train.py and eval.py have in common: how a run begins, and the report at its end."""
 
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from detection.evaluation.coco import format_table, write_metrics, write_results
+from detection.evaluation.coco import Metrics, format_table, write_metrics, write_results
 from detection.evaluation.figures import curves, detections_sheet
+from detection.evaluation.files import write_whole
 from detection.module import DetectionModule
 from detection.progress import TimeLeft
 
@@ -37,7 +39,8 @@ def progress_bar(trainer: DictConfig) -> list[pl.Callback]:
 
 def hush_lightning() -> None:
     """Passes over what Lightning tells of every run and nobody can act on; its other warnings stay."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for module in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"pytorch_lightning.{module}").setLevel(logging.WARNING)
     known = ("exists and is not empty", "LeafSpec", "does not have many workers", "smaller than the logging interval", "DistributedSampler")
     for message in known:
         warnings.filterwarnings("ignore", f".*{message}")
@@ -64,9 +67,19 @@ def draw_curves(run_dir: Path) -> None:
         log.warning("No curves.png: %s", error)
 
 
+def report_cross(cross: dict[str, Metrics], run_dir: Path) -> None:
+    """Writes cross.json, operator -> metrics, where weights were evaluated with other operators than their own, and prints it."""
+    if not cross:
+        return
+    write_whole(run_dir / "cross.json", json.dumps({name: metrics.as_json() for name, metrics in cross.items()}, indent=2).encode())
+    print("\nThe same weights with other operators:")
+    for name, metrics in cross.items():
+        print(f"  {name:20}" + "  ".join(f"{key} {metrics.stats[key]:5.1f}" for key in ("AP", "AP50", "AP75")))
+
+
 def report(module: DetectionModule, dataset: Any, run_dir: Path, title: str) -> None:
     """Writes results.json, metrics.json and detections.png of the module's last evaluation, and prints the table."""
     write_results(run_dir / "results.json", module.results)
-    write_metrics(run_dir / "metrics.json", module.metrics)
     detections_sheet(dataset, module.detections, run_dir / "detections.png")
+    write_metrics(run_dir / "metrics.json", module.metrics)  # the last file: it says that the run is finished
     print(f"\n{title}: {len(dataset)} images\n{format_table(module.metrics)}\n\nThe run folder: {run_dir}")

@@ -1,0 +1,187 @@
+"""Many runs in one folder: which are to be run, how far they are, what becomes of those that fail, and the report at the end."""
+
+import contextlib
+import csv
+import logging
+import math
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+from tqdm import tqdm
+
+from detection.build import instantiate
+from detection.evaluation.files import write_whole
+from detection.evaluation.report import write_report
+
+log = logging.getLogger(__name__)
+
+PLACES = {"run_dir", "default_root_dir", "save_dir", "root", "cache_dir"}  # where things lie decides no result
+FINISHED, FAILED = "metrics.json", "failed.txt"
+
+
+def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfig) -> dict[str, float]:
+    """`train(cfg)`, unless this very run is finished; what it prints goes to train.log, and if it fails failed.txt says why.
+
+    Returns:
+        What `train` returns; `cfg.optimized_metric` is NaN where nothing was trained.
+    Raises:
+        ValueError: the folder holds a finished run of another configuration.
+    """
+    run_dir = Path(cfg.run_dir)
+    nothing = {cfg.optimized_metric: math.nan}
+    if (run_dir / FINISHED).is_file():
+        check_same(run_dir, OmegaConf.to_container(cfg, resolve=True))
+        return nothing
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / FAILED).unlink(missing_ok=True)
+    with open(run_dir / "train.log", "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            metrics = train(cfg)
+            (run_dir / "last.ckpt").unlink(missing_ok=True)  # to go on from; there is nothing left to do, and there may be many runs
+            return metrics
+        except Exception as error:
+            log.exception("This run failed")
+            write_whole(run_dir / FAILED, traceback.format_exc().encode())
+            traceback.clear_frames(error.__traceback__)  # which would hold on to the weights of this run during the next
+            return nothing
+
+
+def check_same(run_dir: Path, config: dict) -> None:
+    """Raises ValueError where the finished run in `run_dir` had another configuration than the resolved `config`, paths aside."""
+    path = run_dir / "config.yaml"
+    before, now = (dict(_settings(c)) for c in (OmegaConf.to_container(OmegaConf.load(path)), config))
+    differ = [key for key in {**before, **now} if before.get(key, "not there") != now.get(key, "not there")]
+    if differ:
+        shown = [f"{key} was {before.get(key, 'not there')} and is {now.get(key, 'not there')}" for key in differ[:5]]
+        more = [f"and {len(differ) - 5} more"] if len(differ) > 5 else []
+        raise ValueError(
+            f"{run_dir} holds a finished run of another configuration: {'; '.join(shown + more)}. Runs of one sweep must not be mixed: "
+            "choose another folder with hydra.sweep.dir=runs/<name>, or remove this one"
+        )
+
+
+def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key -> value of everything in a nested dict, places left out."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{key}.")
+        elif key not in PLACES:
+            yield f"{prefix}{key}", value
+
+
+def planned_runs(config: DictConfig) -> dict[Path, dict]:
+    """The run folders that a Hydra sweep is going to fill, each with its resolved configuration.
+
+    Args:
+        config: of the sweep, as Hydra's callbacks get it: with `hydra`.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    lines = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()] + list(config.hydra.overrides.task)
+    ((*jobs,),) = BasicSweeper.split_arguments(OverridesParser.create(loader).parse_overrides(lines), max_batch_size=None)
+    runs = {}
+    for job in jobs:
+        cfg = loader.load_sweep_config(config, job)
+        HydraConfig.instance().set_config(cfg)  # for ${hydra:...}
+        run_dir = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
+        with open_dict(cfg):
+            cfg.run_dir = str(run_dir)
+            del cfg["hydra"]
+        runs[run_dir] = OmegaConf.to_container(cfg, resolve=True)
+    HydraConfig.instance().set_config(config)
+    return runs
+
+
+class SweepCallback(Callback):
+    """Of a Hydra sweep: sees to the data and to what is there already, shows one progress bar for all runs, and writes the report."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+
+    def __getstate__(self) -> dict:
+        return {"progress": None}  # runs in other processes get a copy of this callback, and have no use for the bar
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            runs = planned_runs(config)
+            finished = [run_dir for run_dir in runs if (run_dir / FINISHED).is_file()]
+            for run_dir in finished:
+                check_same(run_dir, runs[run_dir])
+            if len(finished) < len(runs):  # what the runs share is made once, by all cores, and a mistake in it is told once
+                data = instantiate(config.data)
+                data.prepare_data()
+                data.setup()
+        except (OSError, ValueError) as error:
+            sys.exit(f"train.py: {error}")  # Hydra would turn any other exception of a callback into a warning
+        self.progress = Progress(runs)
+        self.progress.start()
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        self.progress.stop()
+        folder = config.hydra.sweep.dir
+        try:
+            print(f"The report: {write_report(folder)}")
+        except Exception:
+            traceback.print_exc()
+            sys.exit(f"The runs are there, their report is not; `python -m detection.evaluation.report {folder}` tries again")
+        failed = [str(path) for run_dir in self.progress.runs if (path := run_dir / FAILED).is_file()]
+        if failed:
+            sys.exit(f"{len(failed)} of {len(self.progress.runs)} runs failed; {failed[0]} says why. The same command tries them again")
+
+
+class Progress:
+    """A bar that counts the runs that are finished or failed in their folders, and those that are on their way by their epochs."""
+
+    def __init__(self, runs: Mapping[Path, dict], every: float = 2.0):
+        self.runs = runs
+        self.every = every  # seconds
+        for run_dir in runs:
+            (run_dir / FAILED).unlink(missing_ok=True)  # it is going to be tried again
+        shown = "{l_bar}{bar}| {n:.1f} of {total} runs, {elapsed}, {remaining} left{postfix}"
+        self.bar = tqdm(total=len(runs), initial=self.done(), bar_format=shown)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.thread.join()
+        self._show()
+        self.bar.close()
+
+    def done(self) -> float:
+        return sum(share_done(run_dir, config["trainer"]["max_epochs"]) for run_dir, config in self.runs.items())
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(self.every):
+            self._show()
+
+    def _show(self) -> None:
+        failed = sum((run_dir / FAILED).is_file() for run_dir in self.runs)
+        if failed:
+            self.bar.set_postfix_str(f"{failed} failed", refresh=False)
+        self.bar.n = self.done()
+        self.bar.refresh()
+
+
+def share_done(run_dir: Path, max_epochs: int) -> float:
+    """0 to 1. A run on its way counts by the epoch that its metrics.csv has come to; evaluation at the end is one epoch more."""
+    if any((run_dir / name).is_file() for name in (FINISHED, FAILED)):
+        return 1.0
+    logged = run_dir / "metrics.csv"
+    if max_epochs < 1 or not logged.is_file():
+        return 0.0
+    with open(logged, newline="") as file:
+        epochs = [int(row["epoch"]) for row in csv.DictReader(file) if (row.get("epoch") or "").isdigit()]
+    return min(max(epochs, default=0), max_epochs) / (max_epochs + 1)

@@ -1,0 +1,101 @@
+"""A sweep of two tiny runs, through the command line: one fails, the sweep goes on without it and is completed by the same command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from detection.sweep import check_same, run_in_sweep, share_done
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "-m",
+    "experiment=quantization_core",
+    "roi=align,pool",
+    "seed=5",
+    "cross=[align,warp]",
+    "trainer=cpu",
+    "trainer.max_epochs=2",
+    "trainer.log_every_n_steps=1",
+    "data.source.train=8",
+    "data.source.val=3",
+    "data.source.test=4",
+    "data.source.image_size=96",
+    "data.source.sides=[24,48]",
+    "data.source.objects=[1,2]",
+    "backbone.width=0.0625",
+    "head.box_head.hidden=32",
+    "head.score_threshold=0.01",
+]
+
+
+def sweep(folder, *overrides):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *overrides]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_with_another(tmp_path):
+    folder = tmp_path / "runs" / "quantization_embedded_stride16"
+    align, pool = folder / "align_seed5", folder / "pool_seed5"
+    (pool / "results.json").mkdir(parents=True)  # so that this run cannot write its results
+
+    first = sweep(tmp_path)
+    assert first.returncode == 1 and "1 of 2 runs failed" in first.stderr
+    assert "IsADirectoryError" in (pool / "failed.txt").read_text()
+    assert not (pool / "metrics.json").exists()
+    metrics = json.loads((align / "metrics.json").read_text())
+    cross = json.loads((align / "cross.json").read_text())
+    assert list(cross) == ["align", "warp"] and cross["align"] == metrics != cross["warp"]
+    assert OmegaConf.load(align / "config.yaml").arm == "align"
+    assert "average precision" in (align / "train.log").read_text() and "average precision" not in first.stdout
+    assert (folder / "report" / "report.html").is_file()
+
+    (pool / "results.json").rmdir()
+    before = {path: path.stat().st_mtime_ns for path in align.iterdir()}
+    second = sweep(tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert (pool / "metrics.json").is_file() and not (pool / "failed.txt").exists()
+    assert {path: path.stat().st_mtime_ns for path in align.iterdir()} == before, "a finished run is left alone"
+
+    third = sweep(tmp_path, "optim.groups.lr=0.5")
+    assert third.returncode == 1
+    assert "optim.groups.lr was 0.003 and is 0.5" in third.stderr and "hydra.sweep.dir=runs/<name>" in third.stderr
+
+
+def config_of(folder, **more):
+    return OmegaConf.create({"run_dir": str(folder), "optimized_metric": "val/AP", "optim": {"lr": 0.1}, **more})
+
+
+def test_places_may_differ_settings_may_not(tmp_path):
+    OmegaConf.save(config_of("/elsewhere", data={"root": "/there", "subset": None}), tmp_path / "config.yaml")
+    check_same(tmp_path, {"run_dir": "here", "optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"root": "/here", "subset": None}})
+    with pytest.raises(ValueError, match=r"data.subset was None and is 5; cross was not there and is \['pool'\]\. Runs of one sweep"):
+        check_same(tmp_path, {"optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"subset": 5}, "cross": ["pool"]})
+
+
+def test_a_run_that_fails_says_why_and_raises_nothing(tmp_path, capsys):
+    def fail(cfg):
+        print("begun")
+        raise RuntimeError("no memory left")
+
+    result = run_in_sweep(fail, config_of(tmp_path))
+    assert result["val/AP"] != result["val/AP"], "not a number"
+    assert "RuntimeError: no memory left" in (tmp_path / "failed.txt").read_text()
+    assert (tmp_path / "train.log").read_text().startswith("begun") and capsys.readouterr().out == ""
+
+    assert run_in_sweep(lambda cfg: {"val/AP": 1.0}, config_of(tmp_path)) == {"val/AP": 1.0}
+    assert not (tmp_path / "failed.txt").exists(), "it was tried again"
+
+
+def test_the_share_of_a_run_that_is_done(tmp_path):
+    """Four epochs and the evaluation are five parts."""
+    assert share_done(tmp_path, 4) == 0
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,9,1.5\n1,19,1.2\n,20,\n")
+    assert share_done(tmp_path, 4) == pytest.approx(1 / 5)
+    assert share_done(tmp_path, -1) == 0, "a training by steps alone"
+    (tmp_path / "metrics.json").touch()
+    assert share_done(tmp_path, 4) == 1

@@ -115,10 +115,10 @@ def misalignment(operator: Operator, boxes: Tensor, image_size: Sequence[int], s
         raise ValueError(f"Box {k} is {boxes[k].tolist()}: expected x1 < x2 and y1 < y2; a box without area cannot be misread.")
     reading = read(operator, boxes, image_size, stride, output_size)
     boxes, extent = boxes.detach().double(), reading.extent
-    area, common, read_area = _areas(boxes, extent)
+    area, common, read_area = areas(boxes, extent)
     shift = (extent[:, :2] + extent[:, 2:] - boxes[:, :2] - boxes[:, 2:]) / 2
     read_by_bins = _rectangles(reading.x.low, reading.y.low, reading.x.high, reading.y.high) * stride
-    bin_area, bin_common, bin_read = _areas(_shares(boxes, output_size), read_by_bins)
+    bin_area, bin_common, bin_read = areas(_shares(boxes, output_size), read_by_bins)
     return Misalignment(
         lost=1 - common / area,
         gained=(read_area - common) / area,
@@ -134,7 +134,7 @@ def summarise(
     strides: Sequence[int] = (16, 32),
     output_size: int = 7,
 ) -> list[dict[str, str | int | float]]:
-    """Means over many boxes: a row for each operator, stride and size of box.
+    """Means over many boxes: a row for each stride, size of box and operator.
 
     boxes: of each image, `[L, 4]` in its pixels, and its (height, width).
 
@@ -149,12 +149,15 @@ def summarise(
     area = torch.cat([(b[:, 2:] - b[:, :2]).double().prod(1) for b in together.values()]) if together else torch.zeros(0)
     rows = []
     for stride in strides:
-        for name, operator in operators.items():
-            found = [misalignment(operator, some, image_size, stride, output_size) for image_size, some in together.items()]
-            for size, (least, limit) in SIZES.items():
-                chosen = (area >= least) & (area < limit)
-                if chosen.any():
-                    rows.append({"operator": name, "stride": stride, "size": size, "boxes": int(chosen.sum())} | _means(found, chosen))
+        found = {
+            name: [misalignment(operator, some, image_size, stride, output_size) for image_size, some in together.items()]
+            for name, operator in operators.items()
+        }
+        for size, (least, limit) in SIZES.items():
+            chosen = (area >= least) & (area < limit)
+            if chosen.any():
+                of_size = {"stride": stride, "size": size, "boxes": int(chosen.sum())}
+                rows += [{"operator": name, **of_size, **_means(several, chosen)} for name, several in found.items()]
     return rows
 
 
@@ -165,8 +168,8 @@ def format_summary(rows: Sequence[Mapping[str, str | int | float]]) -> str:
     lines = [form.format(*head)]
     for row in rows:
         numbers = (f"{row['iou']:.3f}", f"{row['bin_iou']:.3f}", f"{row['lost']:.1f}", f"{row['gained']:.1f}")
-        shifts = (f"{row['shift_x']:+.1f}", f"{row['shift_y']:+.1f}", f"{row['distance']:.1f}")
-        lines.append(form.format(row["stride"], row["size"], row["boxes"], row["operator"], *numbers, *shifts).replace("-0.0", "+0.0"))
+        shifts = (f"{round(row[name], 1) + 0.0:+.1f}" for name in ("shift_x", "shift_y"))
+        lines.append(form.format(row["stride"], row["size"], row["boxes"], row["operator"], *numbers, *shifts, f"{row['distance']:.1f}"))
     return "\n".join(lines)
 
 
@@ -191,7 +194,7 @@ def _span(operator: Operator, low: Tensor, high: Tensor, scale: float, bins: int
     return span, (first.masked_fill(nowhere, 0).long(), (last + 1).masked_fill(nowhere, 0).long())
 
 
-def _areas(true: Tensor, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def areas(true: Tensor, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The areas of the true boxes, of what they have in common with what is read, and of what is read; all `[..., 4]` -> `[...]`."""
     area, read_area = (true[..., 2:] - true[..., :2]).prod(-1), (read[..., 2:] - read[..., :2]).prod(-1)
     common = (torch.minimum(true[..., 2:], read[..., 2:]) - torch.maximum(true[..., :2], read[..., :2])).clamp(min=0).prod(-1)

@@ -1,0 +1,111 @@
+"""Explain what RoI operators do with a box: `python explain.py box=[296,192,496,337] image_size=[512,512] stride=32 output_size=3`.
+
+Prints every step in numbers and draws it; `image=` on a real image, `data=` for all proposals of a data set. See `--help`.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+from tqdm import tqdm
+
+from detection.backbone import VGG16
+from detection.build import instantiate
+from detection.detector import FastRCNN
+from detection.evaluation.explanation import Explanation, table, tell
+from detection.evaluation.explanation import explain as explain_operator
+from detection.evaluation.explanation_figure import Photograph, draw
+from detection.evaluation.misalignment import Operator, format_summary, summarise
+
+OPERATORS = Path(__file__).parent / "configs" / "roi"
+
+
+def explain(cfg: DictConfig) -> list[Explanation]:
+    """Prints and draws what each of `cfg.operators` does with `cfg.box`."""
+    for knob in ("stride", "output_size"):
+        if not (isinstance(cfg[knob], int) and cfg[knob] > 0):
+            raise ValueError(f"{knob}={cfg[knob]}: expected a whole number above 0")
+    operators = load_operators(cfg.operators)
+    image = None if cfg.image is None else read(cfg.image)
+    width, height = cfg.image_size if image is None else (image.shape[2], image.shape[1])
+    found = [
+        explain_operator(name, operator, cfg.box, (height, width), cfg.stride, cfg.output_size) for name, operator in operators.items()
+    ]
+    e, (x1, y1, x2, y2) = found[0], cfg.box
+    pixels, cells = f"{x2 - x1:g} x {y2 - y1:g} pixels", f"{e.box[2] - e.box[0]:.2f} x {e.box[3] - e.box[1]:.2f} cells"
+    print(f"The box ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is {pixels} of an image {width} wide and {height} high.")
+    print(f"At stride {e.stride} the map has {e.map_size[1]} x {e.map_size[0]} cells, and the box is {cells}.\n")
+    print("\n\n".join(tell(one) for one in found))
+    print(f"\n{table(found)}")
+    title = f"What is read of a box of {pixels} at stride {e.stride}: {cells}, {e.bins} x {e.bins} bins"
+    draw(found, cfg.picture, title, None if image is None else photograph(image, found, cfg))
+    print(f"\nThe picture: {cfg.picture}")
+    return found
+
+
+def explain_data(cfg: DictConfig) -> list[dict]:
+    """Prints the misalignment of all proposals of a data set's test split (val where there is none), by stride and size."""
+    operators = load_operators(cfg.operators)
+    data = instantiate(cfg.data)
+    data.prepare_data()
+    split = "test" if data.paths["test"] is not None else "val"
+    data.setup("test" if split == "test" else "validate")
+    dataset = getattr(data, split)
+    items = (dataset[i] for i in tqdm(range(len(dataset)), desc="images"))
+    rows = summarise(operators, ((target["proposals"], image.shape[-2:]) for image, target in items), output_size=cfg.output_size)
+    print(f"What operators read of the proposals of {len(dataset)} images ({split}), {cfg.output_size} x {cfg.output_size} bins; means\n")
+    print(format_summary(rows))
+    return rows
+
+
+def load_operators(names: str | Sequence[str]) -> dict[str, Operator]:
+    """The operators of configs/roi by these names."""
+    names = [names] if isinstance(names, str) else list(names)
+    known = sorted(path.stem for path in OPERATORS.glob("*.yaml"))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"operators={names}: {unknown[0]} is not there; choose from {', '.join(known)} (configs/roi)")
+    if not names:
+        raise ValueError(f"operators=[]: name one at least of {', '.join(known)} (configs/roi)")
+    return {name: instantiate(OmegaConf.load(OPERATORS / f"{name}.yaml")) for name in names}
+
+
+def read(path: str) -> Tensor:
+    """uint8 RGB `[3, H, W]`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"image={path}: no such file")
+    try:
+        with Image.open(path) as file:
+            return pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"image={path} does not decode: {error}") from error
+
+
+@torch.no_grad()
+def photograph(image: Tensor, explanations: list[Explanation], cfg: DictConfig) -> Photograph:
+    """The image's VGG16 features, normalised and padded as the detector does, and what each operator makes of them."""
+    torch.manual_seed(cfg.seed)
+    detector = FastRCNN(VGG16(cfg.stride, weights=cfg.weights), roi_heads=None).eval()
+    if cfg.weights is None:
+        print("The features are those of random weights: weights=IMAGENET1K_V1, or a file, shows trained ones.\n")
+    features = detector.backbone(detector.batch([image]))
+    boxes = [torch.tensor([list(cfg.box)], dtype=torch.float32)]
+    pooled = [e.operator(features, boxes, e.bins, 1 / e.stride)[0].mean(0) for e in explanations]
+    return Photograph(image, features[0].mean(0), pooled)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="explain")
+def main(cfg: DictConfig) -> None:
+    try:
+        explain(cfg) if cfg.get("data") is None else explain_data(cfg)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"explain.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -75,6 +75,7 @@ def over_images(
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
+    method: str = "BCa",
 ) -> dict[str, dict[str, Estimate]]:
     """Weighted sums of arms with bootstrap intervals over images: name of the sum -> AP, AP50, AP75 -> estimate.
 
@@ -82,10 +83,14 @@ def over_images(
         together, so that differences between arms are paired.
     combinations: see `detection.evaluation.statistics`.
 
+    method: of `scipy.stats.bootstrap`. AP comes out higher on resamples than on the images themselves, so that percentile intervals lie too
+        high: in a simulation with 100 images and the detections of two real runs, 87 to 92 % of the 95 % intervals held the true value. Of
+        the bias-corrected and accelerated ones (BCa, Efron 1987) and of the "basic" ones 92 to 94 % did. BCa stays within 0 to 100, but
+        evaluates once more for each image: for thousands of images "basic" is the faster.
+
     The interval says how the number varies with the images on which these very weights are judged, not with the training: for the latter,
-    which is often the larger part, see `statistics.over_seeds`. There is no p-value. The interval is bias-corrected and accelerated (BCa,
-    Efron 1987), since AP comes out higher on resamples than on the images themselves: of 95 % percentile intervals 87 to 92 % held the true
-    AP in a simulation, of these 92 to 94 %. NaN where no resample differs, as when everything is found in every image.
+    which is often the larger part, see `statistics.over_seeds`. There is no p-value. Where nothing varies, as when everything is found in
+    every image, a BCa interval is NaN.
     """
     runs = {arm: [matched] if isinstance(matched, MatchedDetections) else list(matched) for arm, matched in arms.items()}
     used = sorted({arm for combination in combinations.values() for arm in combination})
@@ -113,7 +118,7 @@ def over_images(
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # where nothing varies; NaN says it
         result = stats.bootstrap(
-            (np.arange(images),), of_drawn, n_resamples=resamples, vectorized=True, confidence_level=confidence, method="BCa",
+            (np.arange(images),), of_drawn, n_resamples=resamples, vectorized=True, confidence_level=confidence, method=method,
             batch=max(1, _CHUNK // images), rng=np.random.default_rng(seed),
         )  # fmt: skip
     values = evaluate(np.ones((1, images)))[:, 0]
@@ -141,11 +146,12 @@ def _average_precision(c: _Class, weights: np.ndarray, recalls: np.ndarray) -> n
     weight = weights[:, c.image]  # [B, D]
     result = np.zeros((len(weights), len(c.found)))
     for t, (found, counted) in enumerate(zip(c.found, c.counted, strict=True)):
+        if t == 0 or (counted != c.counted[t - 1]).any():  # crowd regions alone make it differ between thresholds
+            seen_so_far = np.cumsum(weight * counted, axis=1)
         if not found.any():
             continue
         right = np.cumsum(weight[:, found], axis=1)  # precision and recall matter where an object was found: between, they only fall
-        seen = np.cumsum(weight * counted, axis=1)[:, found]
-        precision = right / (seen + np.spacing(1))
+        precision = right / (seen_so_far[:, found] + np.spacing(1))
         best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         recall = right / np.maximum(objects, 1)
         reached = np.searchsorted(recalls, recall.ravel(), side="right").reshape(recall.shape)  # recall levels up to here

@@ -22,6 +22,7 @@ class Localisation:
     """The N detections that found an object, one row each; boxes float64 `[N, 4]`, xyxy, in pixels of the original image.
 
     image_id, category_id, score: `[N]`.
+    object_id: `[N]`, the number of the object among those of all the images evaluated: the same object has the same one in every run.
     truth: the object's box. detection: after regression. proposal: before it, that is the RoI; None where the results do not have it.
     objects: how many there were to be found, so that N / objects is the recall.
     """
@@ -29,6 +30,7 @@ class Localisation:
     image_id: np.ndarray
     category_id: np.ndarray
     score: np.ndarray
+    object_id: np.ndarray
     truth: np.ndarray
     detection: np.ndarray
     proposal: np.ndarray | None
@@ -82,8 +84,8 @@ def localisation(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[
 
     results: COCO's, with one more key `proposal` (`[x, y, w, h]`, pixels of the original image) on all of them or on none.
 
-    Operators find different objects: where arms are compared, compare `len(found) / found.objects` as well. One that misses the difficult
-    objects looks better here than it is.
+    Operators find different objects, and one that misses the difficult ones looks better than it is: compare arms on what they have in
+    `common`, and tell `len(found) / found.objects` as well.
     """
     with_proposal = sum("proposal" in result for result in results)
     if 0 < with_proposal < len(results):
@@ -101,11 +103,20 @@ def localisation(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[
         image_id=np.array([d["image_id"] for d, _ in pairs], dtype=np.int64),
         category_id=np.array([d["category_id"] for d, _ in pairs], dtype=np.int64),
         score=np.array([d["score"] for d, _ in pairs], dtype=np.float64),
+        object_id=np.array([t["id"] for _, t in pairs], dtype=np.int64),
         truth=_boxes([t["bbox"] for _, t in pairs]),
         detection=_boxes([d["bbox"] for d, _ in pairs]),
         proposal=_boxes([d["proposal"] for d, _ in pairs]) if with_proposal else None,
         objects=objects,
     )
+
+
+def common(found: Sequence[Localisation]) -> list[Localisation]:
+    """The same, restricted to the objects that every one of them found. They must be of the same images."""
+    if len({one.objects for one in found}) > 1:
+        raise ValueError(f"there were {', '.join(str(one.objects) for one in found)} objects to be found: are these of the same images?")
+    everywhere = set.intersection(*(set(one.object_id.tolist()) for one in found)) if found else set()
+    return [one.where(np.isin(one.object_id, sorted(everywhere))) for one in found]
 
 
 def _boxes(xywh: list) -> np.ndarray:

@@ -55,7 +55,7 @@ class Run:
             raise FileNotFoundError(f"{path} is not there: is {self.folder} the folder of a run of train.py?")
         config = OmegaConf.load(path)
         for key, said in (("arm", self.arm), ("seed", self.seed)):
-            if config.get(key, said) != said:
+            if config.get(key) not in (None, said):
                 raise ValueError(f"{path} has {key}={config[key]}, but the folder says {said}: was it renamed or copied?")
         return config
 

@@ -114,6 +114,20 @@ def test_the_standard_error_is_the_binomials():
     assert math.isnan(estimate.p_value)
 
 
+def test_a_percentile_interval_lies_higher_than_the_corrected_one():
+    """The bias that the default corrects: resamples of a ranking with false detections in it have fewer different ones."""
+    rng = np.random.default_rng(0)
+    ids = range(1, 61)
+    gt = coco(*(annotation(i) for i in ids), images=ids)
+    results = [result(i, score=float(rng.random())) for i in ids if rng.random() < 0.7]
+    results += [result(i, [300, 300, 50, 50], score=float(rng.random())) for i in ids if rng.random() < 0.7]
+    arms = {"align": MatchedDetections(gt, results, ids)}
+    methods = ("percentile", "BCa")
+    percentile, corrected = (over_images(arms, {"a": {"align": 1}}, 1000, method=method)["a"]["AP"] for method in methods)
+    assert percentile.value == corrected.value
+    assert percentile.low + percentile.high > corrected.low + corrected.high + 1  # points
+
+
 def test_the_seeds_of_an_arm_are_averaged():
     gt = coco(annotation(1), annotation(2), annotation(3, category_id=DOG))
     runs = [MatchedDetections(gt, results, [1, 2, 3]) for results in ([result(1), result(2)], [result(3, category_id=DOG)], [])]

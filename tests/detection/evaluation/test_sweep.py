@@ -153,6 +153,12 @@ def test_a_run_that_was_renamed(sweep):
         _ = read_sweep(sweep).run("warp", 0).stride
 
 
+def test_a_run_that_was_never_named_may_be_put_into_a_sweep(sweep):
+    config = OmegaConf.load(sweep / "pool_seed0" / "config.yaml")
+    OmegaConf.save({**config, "arm": None}, sweep / "pool_seed0" / "config.yaml")
+    assert read_sweep(sweep).run("pool", 0).stride == 16
+
+
 def test_files_that_a_finished_run_should_have(sweep):
     run = read_sweep(sweep).run("pool", 0)
     (run.folder / "results.json").unlink()

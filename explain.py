@@ -18,10 +18,11 @@ from tqdm import tqdm
 from detection.backbone import VGG16
 from detection.build import instantiate
 from detection.detector import FastRCNN
+from detection.evaluation.bin_figure import draw_bin, tell_bin
 from detection.evaluation.explanation import Explanation, table, tell
 from detection.evaluation.explanation import explain as explain_operator
 from detection.evaluation.explanation_figure import Photograph, draw
-from detection.evaluation.misalignment import Operator, format_summary, summarise
+from detection.evaluation.misalignment import Operator, format_summary, rule_of, summarise
 
 OPERATORS = Path(__file__).parent / "configs" / "roi"
 
@@ -41,6 +42,15 @@ def explain(cfg: DictConfig) -> list[Explanation]:
     pixels, cells = f"{x2 - x1:g} x {y2 - y1:g} pixels", f"{e.box[2] - e.box[0]:.2f} x {e.box[3] - e.box[1]:.2f} cells"
     print(f"The box ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is {pixels} of an image {width} wide and {height} high.")
     print(f"At stride {e.stride} the map has {e.map_size[1]} x {e.map_size[0]} cells, and the box is {cells}.\n")
+    if cfg.bin is not None:
+        if not OmegaConf.is_list(cfg.bin) or len(cfg.bin) != 2:
+            raise ValueError(f"bin={cfg.bin}: expected [row,column], each from 0 to {cfg.output_size - 1}")
+        row, column = cfg.bin
+        sampling = [one for one in found if rule_of(one.operator) is not None] or found
+        print("\n\n".join(tell_bin(one, row, column) for one in sampling))
+        draw_bin(sampling, row, column, cfg.picture)
+        print(f"\nThe picture: {cfg.picture}")
+        return found
     print("\n\n".join(tell(one) for one in found))
     print(f"\n{table(found)}")
     title = f"What is read of a box of {pixels} at stride {e.stride}: {cells}, {e.bins} x {e.bins} bins"

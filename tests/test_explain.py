@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
+from detection.evaluation.bin_figure import TAP
 from detection.evaluation.explanation_figure import GAINED, LOST
 from explain import explain, explain_data, load_operators
 
@@ -92,6 +93,17 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
         runpy.run_path(str(ROOT / "explain.py"), run_name="__main__")
 
 
+def test_one_bin_from_near(composed, capsys):
+    cfg = composed("bin=[0,0]", "operators=[align,pool,prroi]")
+    explain(cfg)
+    lines = capsys.readouterr().out.splitlines()
+    # 9.77 lies between the centres 9.5 and 10.5, and 6.38 between 5.5 and 6.5: weights .73 .27 and .12 .88
+    assert "  the sample at (9.77, 6.38) is 0.09 (9, 5) + 0.03 (10, 5) + 0.64 (9, 6) + 0.24 (10, 6)" in lines
+    assert sum(line.startswith("  the sample at") and line.endswith("is 1.00 (9, 7)") for line in lines) == 1, "a whole cell of pool"
+    assert not any(line.startswith("prroi") for line in lines), "an integral has no samples"
+    assert share(cfg.picture, TAP) > 0, "the cells that the first sample mixes are marked"
+
+
 @pytest.mark.parametrize(("operator", "lost", "gained"), [("align", False, False), ("pool", False, True), ("pool_floor", True, True)])
 def test_the_picture_shows_what_is_lost_and_gained(composed, operator, lost, gained):
     """The legend, too, has only what there is."""
@@ -143,6 +155,8 @@ def test_all_proposals_of_a_data_set(composed, tmp_path, capsys):
         ("box=[50,10,60]", r"expected \[x1,y1,x2,y2\], two corners"),
         ("stride=0", r"stride=0: expected a whole number above 0"),
         ("output_size=0", r"output_size=0: expected a whole number above 0"),
+        ("bin=[0,3]", r"bin=\[0, 3\]: expected \[row,column\], each from 0 to 2"),
+        ("bin=0", r"bin=0: expected \[row,column\], each from 0 to 2"),
         ("operators=[]", r"name one at least of align, "),
         ("operators=rol", r"operators=\['rol'\]: rol is not there; choose from align, "),
     ],

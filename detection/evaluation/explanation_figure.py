@@ -60,10 +60,10 @@ def draw(explanations: Sequence[Explanation], path: str | os.PathLike, title: st
         strip = strips.pop(0)
         for axes, e in zip(_panels(strip, columns), row, strict=False):
             if photograph is None:
-                _add(axes, e.box, **KEPT, zorder=0)
+                add(axes, e.box, **KEPT, zorder=0)
             else:
                 _draw_image(axes, photograph.image, e.stride, alpha=0.55)  # pale, for what is drawn on it
-            _draw_grid(axes, e, window)
+            draw_grid(axes, e, window)
             _draw_reading(axes, e)
             _write(axes, e)
         if photograph is not None:
@@ -72,8 +72,9 @@ def draw(explanations: Sequence[Explanation], path: str | os.PathLike, title: st
                 axes.axis("on")
                 _draw_values(axes, values, f"what {e.name} returns: {e.bins} x {e.bins}")
     figure.legend(handles=_legend(explanations), loc="outside lower center", ncols=6, frameon=False, fontsize=10)
+    figure.get_layout_engine().set(h_pad=0.08)
     figure.suptitle(title, fontsize=12)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _panels(strip: SubFigure, columns: int) -> list[Axes]:
@@ -98,8 +99,8 @@ def _draw_photograph(strip: SubFigure, photograph: Photograph, e: Explanation) -
     _draw_values(features, photograph.features, f"its features, {width} x {height} cells, mean of the channels")
     for axes in (image, features):
         offset = 0.5 if axes is features else 0.0  # _draw_values has the centre of a cell at 0
-        _add(axes, tuple(edge - offset for edge in e.box), fill=False, edgecolor="black", linewidth=3)
-        _add(axes, tuple(edge - offset for edge in e.box), fill=False, edgecolor="white", linewidth=1.4)
+        add(axes, tuple(edge - offset for edge in e.box), fill=False, edgecolor="black", linewidth=3)
+        add(axes, tuple(edge - offset for edge in e.box), fill=False, edgecolor="white", linewidth=1.4)
 
 
 def _draw_values(axes: Axes, values: Tensor, title: str) -> None:
@@ -108,7 +109,7 @@ def _draw_values(axes: Axes, values: Tensor, title: str) -> None:
     axes.set_title(title, fontsize=9.5)
 
 
-def _draw_grid(axes: Axes, e: Explanation, window: tuple[float, float, float, float]) -> None:
+def draw_grid(axes: Axes, e: Explanation, window: tuple[float, float, float, float]) -> None:
     axes.axis("on")
     left, top, right, bottom = window
     height, width = e.map_size
@@ -130,24 +131,23 @@ def _draw_grid(axes: Axes, e: Explanation, window: tuple[float, float, float, fl
 
 def _draw_reading(axes: Axes, e: Explanation) -> None:
     for part in _minus(e.box, e.extent):
-        _add(axes, part, **LOST, linewidth=0, zorder=0.5)
+        add(axes, part, **LOST, linewidth=0, zorder=0.5)
     for part in _minus(e.extent, e.box):
-        _add(axes, part, **GAINED, linewidth=0, zorder=0.5)
+        add(axes, part, **GAINED, linewidth=0, zorder=0.5)
     x, y = e.reading.x, e.reading.y
     left, top, right, bottom = e.extent
     for part in [(low, top, high, bottom) for low, high in _overlaps(x)] + [(left, low, right, high) for low, high in _overlaps(y)]:
-        _add(axes, part, **SHARED, linewidth=0, zorder=0.7)
+        add(axes, part, **SHARED, linewidth=0, zorder=0.7)
     for (left, right), (top, bottom) in product(_apart(x), _apart(y)):
-        _add(axes, (left, top, right, bottom), fill=False, edgecolor=BIN, linewidth=1.4, zorder=3)
-    _add(axes, e.box, fill=False, edgecolor="black", linewidth=2.4, zorder=4)
+        add(axes, (left, top, right, bottom), fill=False, edgecolor=BIN, linewidth=1.4, zorder=3)
+    add(axes, e.box, fill=False, edgecolor="black", linewidth=2.4, zorder=4)
     xs, ys = ({place for of_bin in places(span) for place in of_bin} for span in (x, y))
     samples = tuple(zip(*product(xs, ys), strict=True)) or ((), ())  # an integral has none
     axes.scatter(*samples, s=16, color="black", edgecolor="white", linewidth=0.6, zorder=5)
 
 
 def _write(axes: Axes, e: Explanation) -> None:
-    name = f"{NAMES[e.name]} ({e.name})" if e.name in NAMES else e.name
-    axes.set_title(name, loc="left", fontsize=13, fontweight="bold", pad=36)
+    axes.set_title(full_name(e), loc="left", fontsize=13, fontweight="bold", pad=36)
     axes.set_title(f"IoU {e.misalignment.iou.item():.3f}", loc="right", fontsize=13, pad=36)
     axes.text(0, 1.02, "\n".join(describe(e.operator)), transform=axes.transAxes, fontsize=9.5, va="bottom")
     lines = [
@@ -159,6 +159,10 @@ def _write(axes: Axes, e: Explanation) -> None:
         f"bins    IoU {e.misalignment.bin_iou.item():.3f}, bin by bin",
     ]
     axes.set_xlabel("\n".join(lines), loc="left", fontsize=9.5, family="monospace")
+
+
+def full_name(e: Explanation) -> str:
+    return f"{NAMES[e.name]} ({e.name})" if e.name in NAMES else e.name
 
 
 def _place(r: Sequence[float]) -> str:
@@ -211,11 +215,11 @@ def _minus(a: Sequence[float], b: Sequence[float]) -> list[tuple[float, float, f
     return [part for part in parts if part[2] - part[0] > 1e-3 and part[3] - part[1] > 1e-3]
 
 
-def _add(axes: Axes, r: Sequence[float], **style) -> None:
+def add(axes: Axes, r: Sequence[float], **style) -> None:
     axes.add_patch(Rectangle((r[0], r[1]), r[2] - r[0], r[3] - r[1], **style))
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def save(figure: Figure, path: str | os.PathLike) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     write_whole(path, buffer.getvalue())

@@ -63,10 +63,9 @@ class MatchedDetections:
         per_class = [_average_precision(c, weights, self.recalls) for c in self._classes]
         if not per_class:
             return np.full((len(weights), 10), math.nan)
-        present = np.array([weights @ c.objects > 0 for c in self._classes])[:, :, None]  # [K, B, 1]
-        total = np.where(present, per_class, 0).sum(axis=0)
+        present = np.array([weights @ c.objects > 0 for c in self._classes]).sum(axis=0)[:, None]  # how many classes; those absent add 0
         with np.errstate(invalid="ignore"):
-            return total / present.sum(axis=0)
+            return np.sum(per_class, axis=0) / present
 
 
 def over_images(

@@ -128,6 +128,17 @@ def test_a_percentile_interval_lies_higher_than_the_corrected_one():
     assert percentile.low + percentile.high > corrected.low + corrected.high + 1  # points
 
 
+def test_every_sum_has_every_metric():
+    annotations, results = random_set(np.random.default_rng(0))
+    gt, ids = coco(*annotations, images=range(1, 13)), range(1, 13)
+    arms = {"align": MatchedDetections(gt, results, ids), "pool": MatchedDetections(gt, results[::2], ids)}
+    align, pool = (arms[arm].average_precision() for arm in ("align", "pool"))
+    estimates = over_images(arms, {"lost": {"align": 1, "pool": -1}, "pool": {"pool": 1}}, resamples=30)
+    for metric in METRICS:
+        assert estimates["pool"][metric].value == approx(pool[metric].item())
+        assert estimates["lost"][metric].value == approx((align[metric] - pool[metric]).item())
+
+
 def test_the_seeds_of_an_arm_are_averaged():
     gt = coco(annotation(1), annotation(2), annotation(3, category_id=DOG))
     runs = [MatchedDetections(gt, results, [1, 2, 3]) for results in ([result(1), result(2)], [result(3, category_id=DOG)], [])]

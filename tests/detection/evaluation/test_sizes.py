@@ -24,7 +24,8 @@ def test_at_stride_16_it_is_cocos_small_medium_large():
 
 
 def test_an_object_of_50_pixels_is_three_cells_at_stride_16_and_one_and_a_half_at_32():
-    gt, results = coco(annotation(1, [0, 0, 50, 50])), [result(1, [0, 0, 50, 50])]
+    crowd = annotation(1, [0, 200, 50, 50], iscrowd=1)  # not counted among the objects
+    gt, results = coco(annotation(1, [0, 0, 50, 50]), crowd), [result(1, [0, 0, 50, 50])]
     at_16, at_32 = (average_precision_by_cells(gt, results, [1], stride) for stride in (16, 32))
     assert [at_16[name]["objects"] for name in NAMES] == [0, 1, 0]
     assert [at_32[name]["objects"] for name in NAMES] == [1, 0, 0]

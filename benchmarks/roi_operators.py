@@ -4,7 +4,7 @@
     python benchmarks/roi_operators.py --shapes all       # training and testing shapes, fewer channels, stride 32, P = 14
     python benchmarks/roi_operators.py --device cuda --json gpu.json
 
-Each line is the median of interleaved repetitions (ours, theirs, ours, theirs, ...), so that a machine that slows down slows both. RoIAlign's
+Each line is the median of interleaved repetitions (ours, theirs, ours, ...), so that a machine that slows down slows both. RoIAlign's
 `max`, RoIWarp and PrRoIPool have no counterpart in torchvision: their ratio is to torchvision's RoIAlign of the same shape.
 """
 

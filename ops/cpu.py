@@ -76,11 +76,11 @@ def window_weight_gradient(features: Tensor, grad: Tensor, image: Tensor, window
     return of_y.sum(0), of_x.sum(0)
 
 
-def max_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, with_arg: bool) -> tuple[Tensor, Tensor]:
-    """The largest samples, `[K, C, P, P]`; and, where asked for, which they are, `[K, C, P * P]` int32 (else of no channels)."""
+def max_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, arg_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """The largest samples, `[K, C, P, P]`; and which they are, `[K, C, P * P]` in `arg_dtype` (None: of no channels)."""
     bins = y.first.shape[1], x.first.shape[1]
     out = features.new_empty(len(image), features.shape[1], bins[0] * bins[1])
-    arg = torch.empty(len(image), features.shape[1] if with_arg else 0, out.shape[2], dtype=torch.int32)
+    arg = torch.empty(len(image), features.shape[1] if arg_dtype else 0, out.shape[2], dtype=arg_dtype or torch.int8)
     arrays = _numpy((features, image, *y, *x, out, arg))
     _each_block(features.shape[1], lambda _, *block: kernels.max_forward(*arrays, *block))
     return out.unflatten(2, bins), arg

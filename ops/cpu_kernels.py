@@ -233,36 +233,43 @@ def max_forward(features, image, yf, ys, yn, yt, xf, xs, xn, xt, out, arg, c0, c
 
 @_compile
 def max_backward(grad, arg, image, yf, ys, yn, xf, xs, xn, grad_features, c0, c1):
-    height, width, channels = grad_features.shape[2], grad_features.shape[3], c1 - c0
-    bins_x = xf.shape[1]
-    cells = np.zeros(grad_features.shape[0] * height * width * channels, grad_features.dtype)
-    row = np.empty(width * channels, grad_features.dtype)
-    tile = np.empty((yf.shape[1] * bins_x, channels), grad_features.dtype)
-    which = np.empty((yf.shape[1] * bins_x, channels), np.int32)
+    """Each bin's gradient to the taps of its winner. They differ from channel to channel, so here the map is walked channel by channel."""
+    images, _, height, width = grad_features.shape
+    bins_y, bins_x = yf.shape[1], xf.shape[1]
+    planes = np.zeros((images, c1 - c0, height * width + width + 1), grad_features.dtype)  # a tap beyond the edge has weight 0
+    at = np.empty((bins_y * bins_x, _most(yn) * _most(xn)), np.uint32)  # cell below each sample
+    way = np.empty((bins_y * bins_x, _most(yn) * _most(xn), 2), grad_features.dtype)  # and how far it is on the way to the next
+    one, right, down, diagonal = grad_features.dtype.type(1), np.uint32(1), np.uint32(width), np.uint32(width + 1)
     for k in range(len(image)):
-        _read_tile(grad[k], tile, c0)
-        _read_tile(arg[k], which, c0)
-        left, right = _reach(xf, xs, xn, k, width)
-        length = (right - left) * channels
-        for p in range(yf.shape[1]):
-            for i in range(yn[k, p]):
-                top, v = _tap(yf[k, p], ys[k, p], i, height)
-                at = ((image[k] * height + top) * width + left) * channels
-                line = cells[at : at + length]
-                if v != 0:
-                    line = row[:length]
-                    line[:] = 0
-                for q in range(bins_x):
+        between = False
+        for p in range(bins_y):
+            for q in range(bins_x):
+                for i in range(yn[k, p]):
                     for j in range(xn[k, q]):
-                        near, h = _tap(xf[k, q], xs[k, q], j, width)
-                        b, w, to = p * bins_x + q, i * xn[k, q] + j, (near - left) * channels
-                        _add_where(line[to : to + channels], 1 - h, tile[b], which[b], w)
-                        if h != 0:
-                            _add_where(line[to + channels : to + 2 * channels], h, tile[b], which[b], w)
-                if v != 0:
-                    _add(cells[at : at + length], 1 - v, line)
-                    _add(cells[at + width * channels : at + width * channels + length], v, line)
-    _channels_first(cells, grad_features, c0, c1)
+                        b, w = p * bins_x + q, i * xn[k, q] + j
+                        y, way[b, w, 0] = _tap(yf[k, p], ys[k, p], i, height)
+                        x, way[b, w, 1] = _tap(xf[k, q], xs[k, q], j, width)
+                        at[b, w] = y * width + x
+                        between = between or way[b, w, 0] != 0 or way[b, w, 1] != 0
+        for c in range(c0, c1):
+            plane = planes[image[k], c - c0]
+            for b in range(bins_y * bins_x):
+                if arg[k, c, b] >= 0:
+                    w, g = np.uint32(arg[k, c, b]), grad[k, c, b]
+                    cell = at[b, w]
+                    if between:
+                        v, h = way[b, w, 0], way[b, w, 1]
+                        plane[cell] += g * (one - v) * (one - h)
+                        plane[cell + right] += g * (one - v) * h
+                        plane[cell + down] += g * v * (one - h)
+                        plane[cell + diagonal] += g * v * h
+                    else:
+                        plane[cell] += g
+    for n in range(images):
+        for c in range(c0, c1):
+            for y in range(height):
+                for x in range(width):
+                    grad_features[n, c, y, x] = planes[n, c - c0, y * width + x]
 
 
 @_compile_sums
@@ -315,6 +322,14 @@ def _tap(first, step, i, size):
 
 
 @_compile
+def _most(count):
+    most = 0
+    for n in count.flat:
+        most = max(most, n)
+    return most
+
+
+@_compile
 def _reach(first, step, count, k, size):
     """Cells `[left, right)` that the taps of RoI k touch along an axis."""
     left, right = size, 0
@@ -334,13 +349,6 @@ def _add(to, weight, x):
     weight = to.dtype.type(weight)
     for c in range(len(to)):
         to[c] += weight * x[c]
-
-
-@_inline
-def _add_where(to, weight, x, which, w):
-    weight = to.dtype.type(weight)
-    for c in range(len(to)):
-        to[c] += weight * x[c] if which[c] == w else to.dtype.type(0)
 
 
 @_inline

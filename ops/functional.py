@@ -65,8 +65,11 @@ def lattice_pool(
     y = rule.axis(box[:, 1], box[:, 3], spatial_scale, height, features.shape[2])
     x = rule.axis(box[:, 0], box[:, 2], spatial_scale, width, features.shape[3])
     if features.is_cpu:
-        with_arg = reduce == "max" and torch.is_grad_enabled() and (features.requires_grad or box.requires_grad)
-        return library.lattice_pool(features, image, *y, *x, reduce, with_arg)[0]
+        remembered = None  # which samples won, in as few bytes as their number needs: a gradient has to know
+        if reduce == "max" and torch.is_grad_enabled() and (features.requires_grad or box.requires_grad):
+            most = rule.most_samples(features.shape[2]) * rule.most_samples(features.shape[3])
+            remembered = next(t for t in (torch.int8, torch.int16, torch.int32, torch.int64) if most <= torch.iinfo(t).max)
+        return library.lattice_pool(features, image, *y, *x, reduce, remembered)[0]
     return eager.lattice_pool(features, image, y, x, reduce).to(features.dtype)
 
 

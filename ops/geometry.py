@@ -14,6 +14,7 @@ Cascades" (2016) for RoIWarp; He et al., "Mask R-CNN" (2017), section 3, for RoI
 PrRoIPool.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -72,6 +73,14 @@ class LatticeRule:
             extent = extent.clamp(min=min_extent)
         axis = self._sample(start, extent, bins, size) if self.quantize_bins == "none" else self._cells(start, extent, bins, size)
         return _propagate_nan(axis)
+
+    def most_samples(self, size: int) -> int:
+        """No bin visits more samples than this along an axis of `size` cells."""
+        if self.quantize_bins != "none":
+            return size
+        if self.sampling_ratio > 0:
+            return self.sampling_ratio
+        return math.ceil(2 * (size - 1 + 2 * self.border)) + 1  # adaptive samples are more than half a cell apart
 
     def _project(self, x: Tensor, spatial_scale: float) -> Tensor:
         # The half pixel is taken off here, before the extent is, because torchvision does: `(b - 0.5) - (a - 0.5)` and `b - a` can differ

@@ -25,25 +25,25 @@ def lattice_pool(
     x_count: Tensor,
     x_total: Tensor,
     reduce: str,
-    with_arg: bool,
+    arg_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """Reduce each bin's samples. -> `[K, C, P, P]` in the dtype of the features, and for `max` `with_arg` the index of the winners."""
+    """Reduce each bin's samples. -> `[K, C, P, P]` in the dtype of the features, and for `max` the winners' indices in `arg_dtype`."""
     y, x = Axis(y_first, y_step, y_count, y_total), Axis(x_first, x_step, x_count, x_total)
     _finite(y_first, x_first)
     source = _accumulable(features)
     if reduce == "max":
-        out, arg = cpu.max_forward(source, image, y, x, with_arg)
+        out, arg = cpu.max_forward(source, image, y, x, arg_dtype)
     else:
         out = cpu.window_forward(source, image, cpu.lattice_windows(y, x, *features.shape[2:]))
-        arg = torch.empty(_NONE, dtype=torch.int32)
+        arg = torch.empty(_NONE, dtype=torch.int8)
     return out.to(features.dtype), arg
 
 
 @lattice_pool.register_fake
-def _(features, image, y_first, y_step, y_count, y_total, x_first, x_step, x_count, x_total, reduce, with_arg):
+def _(features, image, y_first, y_step, y_count, y_total, x_first, x_step, x_count, x_total, reduce, arg_dtype):
     rois, channels, bins = image.shape[0], features.shape[1], (y_first.shape[1], x_first.shape[1])
-    arg = (rois, channels if with_arg else 0, bins[0] * bins[1]) if reduce == "max" else _NONE
-    return features.new_empty(rois, channels, *bins), features.new_empty(arg, dtype=torch.int32)
+    arg = (rois, channels if arg_dtype else 0, bins[0] * bins[1]) if reduce == "max" else _NONE
+    return features.new_empty(rois, channels, *bins), features.new_empty(arg, dtype=arg_dtype or torch.int8)
 
 
 @torch.library.custom_op("roi::lattice_pool_backward", mutates_args=(), device_types="cpu")
@@ -89,6 +89,7 @@ def _lattice_setup(ctx, inputs, output):
     features, image, *lattice, ctx.reduce, _ = inputs
     ctx.save_for_backward(features, output[1], image, *lattice)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros as large as the output for the indices, which have no gradient
 
 
 def _lattice_backward(ctx, grad, _):

@@ -134,6 +134,13 @@ class TestSamplesOffTheMap:
         assert a.count.max() <= 24
         assert a.total[1].tolist() == [1e7, 1e7]
 
+    @pytest.mark.parametrize("rule", [POOL, POOL_FLOOR, ALIGN, LatticeRule(sampling_ratio=0), LatticeRule(sampling_ratio=0, border=3)])
+    def test_no_bin_visits_more_samples_than_the_rule_says(self, rule):
+        low = -40 + 100 * torch.rand(2000, generator=torch.Generator().manual_seed(0))
+        high = low + 200 * torch.rand(2000, generator=torch.Generator().manual_seed(1)) ** 4
+        for bins in (1, 2, 7):
+            assert rule.axis(low, high, 1.0, bins, 11).count.max() <= rule.most_samples(11)
+
     def test_a_box_without_extent_keeps_all_its_equal_samples(self):
         for x, count in ((9.75, 2), (10.5, 2), (10.75, 0), (-0.5, 2), (-0.75, 0)):  # valid from -1 to 10 in index coordinates
             assert LatticeRule().axis(torch.tensor([x]), torch.tensor([x]), 1.0, 1, 10).count.item() == count

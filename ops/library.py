@@ -93,6 +93,8 @@ def _lattice_setup(ctx, inputs, output):
 
 
 def _lattice_backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 12
     of_features, of_lattice = ctx.needs_input_grad[0], any(ctx.needs_input_grad[i] for i in (2, 3, 6, 7))
     out = lattice_pool_backward(grad, *ctx.saved_tensors, ctx.reduce, of_features, of_lattice)
     of_source, y_first, y_step, x_first, x_step = (

@@ -20,8 +20,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from detection.build import instantiate
+from detection.data.module import describe
 from detection.evaluation.files import write_whole
 from detection.evaluation.report import write_report
+from detection.evaluation.report.origin import add_origin
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +122,8 @@ class SweepCallback(Callback):
                 data = instantiate(config.data)
                 data.prepare_data()
                 data.setup()
+                splits = {name: split for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}
+                add_origin(config.hydra.sweep.dir, {name: describe(split) for name, split in splits.items()})
         except (OSError, ValueError) as error:
             sys.exit(f"train.py: {error}")  # Hydra would turn any other exception of a callback into a warning
         self.progress = Progress(runs)

@@ -1,0 +1,119 @@
+"""Writes the report: report.html, the same as report.md, tables as CSV, figures as PNG and SVG."""
+
+import base64
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from tqdm import tqdm
+
+from detection.evaluation.files import write_whole
+from detection.evaluation.report import prose
+from detection.evaluation.report.figures import Drawing, all_drawings
+from detection.evaluation.report.findings import Findings
+from detection.evaluation.report.origin import commit, read_origin, versions
+from detection.evaluation.report.style import DARK, LIGHT, rendered
+from detection.evaluation.report.tables import Table, all_tables
+from detection.evaluation.sweep import Sweep, read_sweep
+
+TABLES_OF = {
+    "differences": "differences",
+    "localisation": "localisation",
+    "sizes": "sizes",
+    "misalignment": "misalignment",
+    "cross": "cross",
+}
+"""Figure -> the table with its numbers."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A figure for light and for dark ground, as data: URIs, and the table with its numbers where there is one."""
+
+    drawing: Drawing
+    light: str
+    dark: str
+    table: Table | None
+
+
+def write_report(folder: Path | str, reference: str = "align") -> Path:
+    """Writes `<folder>/report/` on the finished runs of a sweep, and returns the path of report.html.
+
+    Args:
+        folder: of the sweep, see `detection.evaluation.sweep`.
+        reference: the arm that others are held against; the first that has finished runs where this one has none.
+    Raises:
+        ValueError: no run is finished, or a file of a run cannot be read; the message names it.
+    """
+    sweep = read_sweep(folder)
+    found = Findings(sweep, reference)
+    out = sweep.folder / "report"
+    tables = all_tables(found)
+    for table in tables.values():
+        write_whole(out / "tables" / f"{table.name}.csv", table.csv.encode())
+    sections = []
+    for drawing in tqdm(all_drawings(found), desc="drawing", unit="figure", leave=False):
+        for kind in ("png", "svg"):
+            write_whole(out / "figures" / f"{drawing.name}.{kind}", rendered(drawing.draw, LIGHT, kind))
+        light, dark = (_uri(rendered(drawing.draw, theme, "svg", transparent=True)) for theme in (LIGHT, DARK))
+        sections.append(Section(drawing, light, dark, tables.get(TABLES_OF.get(drawing.name, ""))))
+    content = {
+        "title": "What does quantizing RoI coordinates cost?",
+        "subtitle": f"{sweep.folder.name}: {len(found.arms)} operators, {len(found.seeds)} seed{'s' * (len(found.seeds) > 1)}, "
+        f"{len(sweep.finished)} finished runs",
+        "result": prose.result(found),
+        "explanation": prose.explanation(found),
+        "tables": tables,
+        "sections": sections,
+        "problems": _problems(sweep, found, reference),
+        "made_from": _made_from(found),
+    }
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=lambda name: name.endswith(".html.jinja"), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    for name in ("report.md", "report.html"):
+        write_whole(out / name, environment.get_template(f"{name}.jinja").render(content).encode())
+    return out / "report.html"
+
+
+def _uri(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+
+def _problems(sweep: Sweep, found: Findings, reference: str) -> list[str]:
+    """What a reader must know before trusting the numbers."""
+    problems = [f"{run.arm}, seed {run.seed}: failed. {run.error.strip().splitlines()[-1]}" for run in sweep.failed]
+    problems += [f"{arm}, seed {seed}: not finished." for arm, seed in sweep.missing]
+    if found.reference != reference:
+        problems.append(f"There is no finished run of {reference}: the others are held against {found.reference}.")
+    if found.over == "images":
+        problems.append("There is one seed: intervals are over images and say nothing of how training varies.")
+    return problems
+
+
+def _made_from(found: Findings) -> list[tuple[str, str]]:
+    """Data, settings, software and command: (what, which)."""
+    run = found.sweep.finished[0]
+    config, starts = run.config, read_origin(found.sweep.folder)
+    data = next((start["data"] for start in reversed(starts) if start["data"]), {})
+    truth = found.sweep.annotations
+    evaluated = f"{len(truth.imgs)} images, {len(truth.anns)} objects of {len(truth.cats)} categories"
+    trained = (
+        config.trainer.max_epochs
+        if config.trainer.max_steps < 0
+        else f"{config.trainer.max_steps} steps, at most {config.trainer.max_epochs}"
+    )
+    facts = [("data", str(config.data.root)), *((f"data: {split}", words) for split, words in data.items())]
+    facts += [("evaluated on", evaluated), ("stride", f"{found.stride} pixels a cell"), ("seeds", ", ".join(map(str, found.seeds)))]
+    facts += [
+        ("training", f"{trained} epochs of {config.data.batch_size} images a step, rate {config.optim.groups.lr:g}, the same for all")
+    ]
+    commits = dict.fromkeys(start["commit"] for start in starts) or [f"{commit()} (of this report; the sweep's was not written down)"]
+    used = starts[-1]["versions"] if starts else versions()
+    facts += [("commit", ", ".join(commits)), ("versions", ", ".join(f"{name} {number}" for name, number in used.items()))]
+    if starts:
+        facts += [("machine", starts[-1]["machine"]), ("started", starts[0]["time"])]
+        facts += [("command", command) for command in dict.fromkeys(start["command"] for start in starts)]
+    return [*facts, ("report", date.today().isoformat())]

@@ -119,8 +119,10 @@ def two_by_two(found: Findings) -> Drawing | None:
         axes.legend(loc="upper right")
         return figure
 
-    caption = "The two quantizations, one at a time and together; the largest value of a bin, no + 1. Were their costs to add up, the lines would "
-    caption += f"be parallel. Bars: 95 % intervals over {found.over}."
+    caption = (
+        "The two quantizations, one at a time and together; the largest value of a bin, no + 1. Were their costs to add up, the lines "
+    )
+    caption += f"would be parallel. Bars: 95 % intervals over {found.over}."
     return Drawing("two_by_two", "The 2 x 2 of the two quantizations", caption, draw)
 
 
@@ -137,7 +139,7 @@ def thresholds(found: Findings) -> Drawing:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return figure
 
-    caption = "Where localisation is asked for more strictly, quantization costs more. Colours as above; dashed, with squares: bins of whole cells."
+    caption = "What is lost where localisation is asked for more strictly. Colours as above; dashed, with squares: bins of whole cells."
     return Drawing("thresholds", "AP at every IoU threshold", caption, draw)
 
 
@@ -177,7 +179,7 @@ def located(found: Findings) -> Drawing | None:
         figure.legend(handles=entries, loc="outside lower center", ncols=2)
         return figure
 
-    caption = "Of the detections that found an object (IoU 0.5): median and the middle half, before and after box regression. All seeds together. "
+    caption = "Of the detections that found an object (IoU 0.5): median and the middle half, before and after box regression. All seeds. "
     caption += "Where few objects are found, only the easy ones are in the picture: the table says how many."
     return Drawing("localisation", "How far off the boxes are", caption, draw)
 
@@ -241,9 +243,9 @@ def misalignment(found: Findings) -> Drawing | None:
         return figure
 
     caption = (
-        f"Before any training: how well what an operator reads fits the RoI, over the RoIs behind {found.reference}'s detections; and what "
+        f"Before any training: how well what an operator reads fits the RoI, over the RoIs behind {found.reference}'s detections; and "
     )
-    caption += "came of it. Operators that read the same differ by their reduction and their bins."
+    caption += "what came of it. Operators that read the same differ by their reduction and their bins."
     return Drawing("misalignment", "Misread RoIs, lost accuracy", caption, draw)
 
 
@@ -291,7 +293,7 @@ def cross(found: Findings, metric: str = "AP75") -> Drawing | None:
         bar.outline.set_visible(False)
         return figure
 
-    caption = f"{metric} on the test split of weights trained with one operator (row) and used with another (column), mean over seeds; bold where "
+    caption = f"{metric} of weights trained with one operator (row) and used with another (column), mean over seeds; bold where "
     caption += "both are the same. What is lost off that diagonal was learnt for one operator's way of reading."
     return Drawing("cross", "Trained with one operator, tested with another", caption, draw)
 

@@ -73,7 +73,7 @@ class Findings:
 
     @cached_property
     def costs(self) -> dict[str, dict[str, Estimate]]:
-        """metric -> projection, bins, both, interaction -> estimate; empty where an arm of the 2 x 2, or a seed common to all, is missing."""
+        """metric -> projection, bins, both, interaction -> estimate; empty where the four arms of the 2 x 2 have no seed in common."""
         cells = TwoByTwo()
         seeds = [{run.seed for run in self.runs(arm)} for arm in cells.arms]
         common = set.intersection(*seeds)

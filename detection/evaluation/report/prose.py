@@ -30,20 +30,16 @@ def explanation(found: Findings) -> str:
     if not found.costs:
         return ""
     costs = found.costs["AP75"]
-    apart = [
-        f"{words} costs {points(costs[key])}"
-        for key, words in (("projection", "rounding the RoI alone"), ("bins", "quantizing its bins alone"))
-    ]
-    return f"With all else held equal, {' and '.join(apart)}; both together cost {points(costs['both'])}."
+    projection, bins, both = (costs[key].text() for key in ("projection", "bins", "both"))
+    brackets = " (95 % intervals in brackets)" if costs["both"].has_interval else ""
+    return (
+        f"With all else held equal, rounding the RoI alone costs {projection} and quantizing its bins alone costs {bins}; both together "
+        f"cost {both}{brackets}."
+    )
 
 
 def name(arm: str) -> str:
     return NAMES.get(arm, arm)
-
-
-def points(estimate: Estimate) -> str:
-    """`38.0 [30.1, 45.9]`"""
-    return estimate.text()
 
 
 def evidence(found: Findings, estimate: Estimate) -> str:

@@ -93,23 +93,19 @@ def main_table(found: Findings) -> Table:
     for arm in found.arms:
         change = found.differences["AP75"].get(arm, "" if arm == found.reference else "-")
         p = change.p_value if isinstance(change, Estimate) else ""
-        rows.append((arm, *found.knobs(arm), *(found.means[metric][arm] for metric in METRICS), change, p))
-    columns = ("operator", "RoI", "bins", "of a bin")
-    interval = (
-        "seeds, Student's t" if found.over == "seeds" else "images, a bootstrap: there is one seed, and how training varies is not known"
-    )
+        mean = {metric: found.means[metric][arm] for metric in METRICS}
+        rows.append((arm, mean["AP75"], change, p, mean["AP"], mean["AP50"], *found.knobs(arm), len(found.runs(arm))))
+    of_images = "images, a bootstrap: there is one seed, and how training varies is not known"
+    interval = "seeds, Student's t" if found.over == "seeds" else of_images
+    score, apart = estimate(), Column(f"AP75 - {found.reference}", estimate(signed=True))
+    numbers = (Column("AP75", score), apart, Column("p", p_value), Column("AP", score), Column("AP50", score))
     return Table(
         "main",
         "Accuracy of every operator",
-        (
-            *map(Column, columns),
-            *(Column(metric, estimate()) for metric in METRICS),
-            Column(f"AP75 - {found.reference}", estimate(signed=True)),
-            Column("p", p_value),
-        ),
+        (Column("operator"), *numbers, *map(Column, ("RoI", "bins", "of a bin", "runs"))),
         tuple(rows),
-        f"Percent; ± is the 95 % interval over {interval}. Differences are paired: within a seed all operators start from the same weights and "
-        "see the same images, proposals and sampled RoIs. p is two-sided and not corrected for the number of comparisons.",
+        f"Percent; ± is the 95 % interval over {interval}. Differences are paired: within a seed all operators start from the same weights "
+        "and see the same images, proposals and sampled RoIs. p is two-sided and not corrected for the number of comparisons.",
     )
 
 
@@ -168,8 +164,8 @@ def localisation_table(found: Findings) -> Table | None:
             *(Column(edge, number(1, signed=True)) for edge in EDGES),
         ),
         tuple(rows),
-        "Of detections matched at IoU 0.5: mean IoU with the object and median distance of its edges in pixels; then the mean offset of each "
-        "edge after regression (positive: right, down), which is a bias and not a scatter. Mean over seeds.",
+        "Of detections matched at IoU 0.5: mean IoU with the object and median distance of its edges in pixels; then the mean offset of "
+        "each edge after regression (positive: right, down), which is a bias and not a scatter. Mean over seeds.",
     )
 
 
@@ -182,8 +178,8 @@ def sizes_table(found: Findings) -> Table:
         "AP by the size of the object",
         (Column("operator"), *(Column(name, number()) for name in names)),
         tuple(rows),
-        f"Size is the square root of the object's area: in pixels of the image, and in cells of {found.stride} pixels of the network's input. "
-        "Mean over seeds.",
+        f"Size is the square root of the object's area: in pixels of the image, and in cells of {found.stride} pixels of the network's "
+        "input. Mean over seeds.",
     )
 
 
@@ -223,9 +219,9 @@ def misalignment_table(found: Findings) -> Table | None:
         "What each operator really reads of a RoI, before any training",
         (Column("operator"), *columns, Column("AP75", number())),
         tuple(rows),
-        f"Mean over {boxes} RoIs, those that {found.reference}'s detections were regressed from: overlap of the RoI, and of its bins one by "
-        "one, with what the operator reads of them; the share of the RoI's area that is not read, and that is read beside it; how far the "
-        "centre moves.",
+        f"Mean over {boxes} RoIs, those that {found.reference}'s detections were regressed from: overlap of the RoI, and of its bins one "
+        "by one, with what the operator reads of them; the share of the RoI's area that is not read, and that is read beside it; how far "
+        "the centre moves.",
     )
 
 

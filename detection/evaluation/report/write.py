@@ -17,14 +17,7 @@ from detection.evaluation.report.style import DARK, LIGHT, rendered
 from detection.evaluation.report.tables import Table, all_tables
 from detection.evaluation.sweep import Sweep, read_sweep
 
-TABLES_OF = {
-    "differences": "differences",
-    "localisation": "localisation",
-    "sizes": "sizes",
-    "misalignment": "misalignment",
-    "cross": "cross",
-}
-"""Figure -> the table with its numbers."""
+WITH_NUMBERS = {"differences", "localisation", "sizes", "misalignment", "cross"}  # figures that have a table of the same name
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,7 @@ def write_report(folder: Path | str, reference: str = "align") -> Path:
         for kind in ("png", "svg"):
             write_whole(out / "figures" / f"{drawing.name}.{kind}", rendered(drawing.draw, LIGHT, kind))
         light, dark = (_uri(rendered(drawing.draw, theme, "svg", transparent=True)) for theme in (LIGHT, DARK))
-        sections.append(Section(drawing, light, dark, tables.get(TABLES_OF.get(drawing.name, ""))))
+        sections.append(Section(drawing, light, dark, tables.get(drawing.name) if drawing.name in WITH_NUMBERS else None))
     content = {
         "title": "What does quantizing RoI coordinates cost?",
         "subtitle": f"{sweep.folder.name}: {len(found.arms)} operators, {len(found.seeds)} seed{'s' * (len(found.seeds) > 1)}, "
@@ -100,16 +93,10 @@ def _made_from(found: Findings) -> list[tuple[str, str]]:
     data = next((start["data"] for start in reversed(starts) if start["data"]), {})
     truth = found.sweep.annotations
     evaluated = f"{len(truth.imgs)} images, {len(truth.anns)} objects of {len(truth.cats)} categories"
-    trained = (
-        config.trainer.max_epochs
-        if config.trainer.max_steps < 0
-        else f"{config.trainer.max_steps} steps, at most {config.trainer.max_epochs}"
-    )
+    length = f"{config.trainer.max_epochs} epochs" if config.trainer.max_steps < 0 else f"{config.trainer.max_steps} steps"
     facts = [("data", str(config.data.root)), *((f"data: {split}", words) for split, words in data.items())]
     facts += [("evaluated on", evaluated), ("stride", f"{found.stride} pixels a cell"), ("seeds", ", ".join(map(str, found.seeds)))]
-    facts += [
-        ("training", f"{trained} epochs of {config.data.batch_size} images a step, rate {config.optim.groups.lr:g}, the same for all")
-    ]
+    facts += [("training", f"{length} of {config.data.batch_size} images a step, rate {config.optim.groups.lr:g}, the same for all")]
     commits = dict.fromkeys(start["commit"] for start in starts) or [f"{commit()} (of this report; the sweep's was not written down)"]
     used = starts[-1]["versions"] if starts else versions()
     facts += [("commit", ", ".join(commits)), ("versions", ", ".join(f"{name} {number}" for name, number in used.items()))]

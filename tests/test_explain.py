@@ -54,7 +54,8 @@ def test_the_worked_box_in_text(composed, capsys):
     assert pool[0] == "RoI      x 9.00 to 17.00, y 6.00 to 12.00: 8.00 x 6.00 = 48.00 cells", "round, + 1"
     assert pool[4] == "reads    x 9.00 to 16.00, y 6.00 to 12.00: 7.00 x 6.00 = 42.00 cells", "the map ends with column 15"
     assert pool[5].startswith("lost 0.00 cells (0.0%), gained 13.68 (48.3%); IoU with the box 0.674")
-    assert pool[6] == "centre 4.0 px right, 23.5 px down"
+    # 9.25 and 15.5 round alike for 8 px to the right and not one to the left; 6 and 10.53 for 16 px down and 1 px up
+    assert pool[6:] == ["centre 4.0 px right, 23.5 px down", "unseen   moves within 8 px in x, 17 px in y"]
 
     # the RoI is rounded, its bins are not: samples at 1/4 and 3/4 of bins of 7/3 cells from 9
     warp = steps["warp"]
@@ -63,11 +64,15 @@ def test_the_worked_box_in_text(composed, capsys):
 
     align = steps["align"]
     assert align[3:5] == ["samples  x 9.77 10.81 | 11.85 12.90 | 13.94 14.98", "y 6.38 7.13 | 7.89 8.64 | 9.40 10.15"]
-    assert align[6:] == ["lost 0.00 cells (0.0%), gained 0.00 (0.0%); IoU with the box 1.000; bin by bin 1.000", "centre in place"]
+    assert align[6:] == [
+        "lost 0.00 cells (0.0%), gained 0.00 (0.0%); IoU with the box 1.000; bin by bin 1.000",
+        "centre in place",
+        "unseen   no move",
+    ]
 
-    assert steps["prroi"][-1] == "centre 16.0 px right, 16.0 px down", "half a cell, as released"
+    assert steps["prroi"][-2] == "centre 16.0 px right, 16.0 px down", "half a cell, as released"
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.count(".") >= 6 and line[0].islower()}
-    assert rows["pool_floor"] == ["0.593", "0.223", "11.07", "0.75", "-12.0", "-24.5"]
+    assert rows["pool_floor"] == ["0.593", "0.223", "11.07", "0.75", "-12.0", "-24.5", "32", "x", "32"]
 
 
 def test_the_bins_of_665_pixels(composed, capsys):

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from detection.evaluation.misalignment import Misalignment, Operator, Reading, Span, areas, map_size, misalignment, read, rule_of
+from detection.evaluation.misalignment import Misalignment, Operator, Reading, Span, areas, map_size, misalignment, read, rule_of, slack
 from ops.geometry import integral_bounds
 
 Rectangle = tuple[float, float, float, float]
@@ -33,6 +33,8 @@ class Explanation:
     """What is read in the end."""
     reading: Reading
     misalignment: Misalignment
+    slack: tuple[float, float]
+    """How far the box can be moved along x and along y before anything that is read changes, in pixels."""
 
     @property
     def area(self) -> float:
@@ -72,6 +74,7 @@ def explain(name: str, operator: Operator, box: Sequence[float], image_size: Seq
         extent=tuple(round(edge, 4) for edge in (reading.extent[0] / stride).tolist()),
         reading=reading,
         misalignment=misalignment(operator, boxes, image_size, stride, bins),
+        slack=tuple(slack(operator, boxes, image_size, stride, bins, steps=4 * stride)[0].tolist()),
     )
 
 
@@ -111,18 +114,19 @@ def tell(e: Explanation) -> str:
             f"  reads    {rectangle(e.extent)}",
             f"           {_against(e.extent, e.box)}; bin by bin {e.misalignment.bin_iou.item():.3f}",
             f"           centre {shift(e.misalignment)}",
+            f"  unseen   {unseen(e)}",
         ]
     )
 
 
 def table(explanations: Sequence[Explanation]) -> str:
     """One line an operator."""
-    form = "{:<15}{:>7}{:>12}{:>13}{:>15}{:>11}{:>10}"
-    lines = [form.format("", "IoU", "bin by bin", "lost, cells", "gained, cells", "right, px", "down, px")]
+    form = "{:<15}{:>7}{:>12}{:>13}{:>15}{:>11}{:>10}{:>12}"
+    lines = [form.format("", "IoU", "bin by bin", "lost, cells", "gained, cells", "right, px", "down, px", "unseen, px")]
     for e in explanations:
         ious = (f"{e.misalignment.iou.item():.3f}", f"{e.misalignment.bin_iou.item():.3f}")
         shifts = (f"{round(value, 1) + 0.0:+.1f}" for value in e.misalignment.shift[0].tolist())
-        lines.append(form.format(e.name, *ious, f"{e.lost:.2f}", f"{e.gained:.2f}", *shifts))
+        lines.append(form.format(e.name, *ious, f"{e.lost:.2f}", f"{e.gained:.2f}", *shifts, f"{e.slack[0]:.0f} x {e.slack[1]:.0f}"))
     return "\n".join(lines)
 
 
@@ -138,6 +142,11 @@ def shift(m: Misalignment) -> str:
         if abs(pixels) >= 0.05:
             parts.append(f"{abs(pixels):.1f} px {ahead if pixels > 0 else back}")
     return ", ".join(parts) or "in place"
+
+
+def unseen(e: Explanation) -> str:
+    """The moves of the box that change nothing of what is read."""
+    return f"moves within {e.slack[0]:.0f} px in x, {e.slack[1]:.0f} px in y" if any(e.slack) else "no move"
 
 
 def places(span: Span) -> list[list[float]]:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from detection.evaluation.explanation import Explanation, describe, places, shift
+from detection.evaluation.explanation import Explanation, describe, places, shift, unseen
 from detection.evaluation.files import write_whole
 from detection.evaluation.misalignment import Span
 
@@ -22,7 +22,7 @@ LOST = {"facecolor": "#F0A579", "edgecolor": "#A34400", "hatch": "////"}
 GAINED = {"facecolor": "#C9E8F9", "edgecolor": "#56B4E9", "hatch": "\\\\\\\\"}
 KEPT = {"facecolor": "#F4F4F4", "edgecolor": "none"}
 BIN = "#0072B2"
-SHARED = {"facecolor": (0.0, 0.2, 0.4, 0.16), "edgecolor": "none"}
+SHARED = {"facecolor": (0.0, 0.2, 0.4, 0.13), "edgecolor": "none"}
 WIDTH = 3.6  # of a panel, inches
 NAMES = {"pool": "RoIPool", "warp": "RoIWarp", "align": "RoIAlign", "prroi": "PrRoIPool"}
 """What papers call them."""
@@ -49,7 +49,7 @@ def draw(explanations: Sequence[Explanation], path: str | os.PathLike, title: st
     window = _window(explanations)
     ratio = (window[3] - window[1]) / (window[2] - window[0])
     rows = [[*explanations[i : i + columns]] for i in range(0, len(explanations), columns)]
-    heights = [(WIDTH - 0.45) * ratio + 2.05] * len(rows)
+    heights = [(WIDTH - 0.45) * ratio + 2.2] * len(rows)
     if photograph is not None:
         heights = [3.4] + [height for panel in heights for height in (panel, 1.9)]
     figure = Figure(figsize=(max(WIDTH * columns, 7.5), sum(heights) + 0.8), layout="constrained")
@@ -74,7 +74,7 @@ def draw(explanations: Sequence[Explanation], path: str | os.PathLike, title: st
     figure.legend(handles=_legend(explanations), loc="outside lower center", ncols=6, frameon=False, fontsize=10)
     figure.get_layout_engine().set(h_pad=0.08)
     figure.suptitle(title, fontsize=12)
-    save(figure, path)
+    save(figure, path, dpi=130 if photograph is None else 90)  # photographs compress badly
 
 
 def _panels(strip: SubFigure, columns: int) -> list[Axes]:
@@ -157,6 +157,7 @@ def _write(axes: Axes, e: Explanation) -> None:
         f"gained {e.gained:5.2f} cells, {e.gained / e.area:.1%}",
         f"centre  {shift(e.misalignment)}",
         f"bins    IoU {e.misalignment.bin_iou.item():.3f}, bin by bin",
+        f"unseen  {unseen(e)}",
     ]
     axes.set_xlabel("\n".join(lines), loc="left", fontsize=9.5, family="monospace")
 
@@ -219,7 +220,7 @@ def add(axes: Axes, r: Sequence[float], **style) -> None:
     axes.add_patch(Rectangle((r[0], r[1]), r[2] - r[0], r[3] - r[1], **style))
 
 
-def save(figure: Figure, path: str | os.PathLike) -> None:
+def save(figure: Figure, path: str | os.PathLike, dpi: int = 130) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    figure.savefig(buffer, format="png", dpi=dpi, pil_kwargs={"optimize": True})
     write_whole(path, buffer.getvalue())

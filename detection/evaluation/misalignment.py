@@ -128,29 +128,55 @@ def misalignment(operator: Operator, boxes: Tensor, image_size: Sequence[int], s
     )
 
 
+def slack(operator: Operator, boxes: Tensor, image_size: Sequence[int], stride: int, output_size: int = 7, steps: int = 16) -> Tensor:
+    """How far each box can be moved before anything that is read changes: what no regression can see.
+
+    Arguments as for `read`. Returns `[L, 2]`, in pixels: the way to the left and to the right together, and the way up and down. Found by
+    moves in so many `steps` a cell, of one cell at most either way. 0 for an operator that follows every move.
+    """
+    boxes, step, size = boxes.detach().float(), stride / steps, map_size(image_size, stride)[::-1]
+    ways = torch.zeros(len(boxes), 2, dtype=torch.float64)
+    for axis in (0, 1):
+        low, high = boxes[:, axis], boxes[:, axis + 2]
+        here = _span(operator, low, high, 1 / stride, output_size, size[axis])[0]
+        for direction in (-1, 1):
+            same = torch.ones(len(boxes), dtype=torch.bool)
+            for k in range(steps):
+                move = direction * (k + 0.5) * step
+                there = _span(operator, low + move, high + move, 1 / stride, output_size, size[axis])[0]
+                same &= ((there.low == here.low) | here.low.isnan()).all(1) & ((there.high == here.high) | here.high.isnan()).all(1)
+                ways[:, axis] += same * step
+    return ways
+
+
 def summarise(
     operators: Mapping[str, Operator],
     boxes: Iterable[tuple[Tensor, Sequence[int]]],
     strides: Sequence[int] = (16, 32),
     output_size: int = 7,
+    most: int = 20_000,
 ) -> list[dict[str, str | int | float]]:
     """Means over many boxes: a row for each stride, size of box and operator.
 
     boxes: of each image, `[L, 4]` in its pixels, and its (height, width).
+    most: of more boxes than this, so many drawn at random, always the same ones, stand for all.
 
     A row has `operator`, `stride`, `size` (one of `SIZES`; those without boxes are left out), `boxes` (how many), and the means of `iou`,
-    `bin_iou`, `lost` and `gained` (percent of the box), `shift_x` and `shift_y` (pixels, signed: a bias), and `distance` (of the centres,
-    pixels).
+    `bin_iou`, `lost` and `gained` (percent of the box), `shift_x` and `shift_y` (pixels, signed: a bias), `distance` (of the centres,
+    pixels) and `slack` (pixels, of both axes).
     """
     by_size: dict[tuple[int, ...], list[Tensor]] = {}
     for some, image_size in boxes:
         by_size.setdefault(tuple(image_size), []).append(some)
-    together = {image_size: torch.cat(several) for image_size, several in by_size.items()}
-    area = torch.cat([(b[:, 2:] - b[:, :2]).double().prod(1) for b in together.values()]) if together else torch.zeros(0)
+    together = {image_size: torch.cat(several) for image_size, several in by_size.items()}  # images of one size at once, which is fast
+    kept = _keep(sum(len(some) for some in together.values()), most).split([len(some) for some in together.values()])
+    chosen_boxes = ((some[keep], image_size) for (image_size, some), keep in zip(together.items(), kept, strict=True))
+    chunks = [(chunk, image_size) for some, image_size in chosen_boxes for chunk in some.split(4096) if len(chunk)]
+    area = torch.cat([(chunk[:, 2:] - chunk[:, :2]).double().prod(1) for chunk, _ in chunks]) if chunks else torch.zeros(0)
     rows = []
     for stride in strides:
         found = {
-            name: [misalignment(operator, some, image_size, stride, output_size) for image_size, some in together.items()]
+            name: [(misalignment(operator, *chunk, stride, output_size), slack(operator, *chunk, stride, output_size)) for chunk in chunks]
             for name, operator in operators.items()
         }
         for size, (least, limit) in SIZES.items():
@@ -162,14 +188,25 @@ def summarise(
 
 
 def format_summary(rows: Sequence[Mapping[str, str | int | float]]) -> str:
-    """The rows of `summarise` as a table of 96 columns."""
-    head = ("stride", "size", "boxes", "operator", "IoU", "of bins", "lost %", "gained %", "right", "down", "distance")
-    form = "{:>6}  {:<7}{:>7}  {:<14}{:>7}{:>9}{:>8}{:>10}{:>7}{:>7}{:>10}"
+    """The rows of `summarise` as a table of 100 columns at most."""
+    head = ("stride", "size", "boxes", "operator", "IoU", "bins", "lost %", "gained %", "right", "down", "distance", "slack")
+    form = "{:>6}  {:<7}{:>6}  {:<14}{:>6}{:>8}{:>8}{:>10}{:>7}{:>7}{:>10}{:>7}"
     lines = [form.format(*head)]
     for row in rows:
         numbers = (f"{row['iou']:.3f}", f"{row['bin_iou']:.3f}", f"{row['lost']:.1f}", f"{row['gained']:.1f}")
         shifts = (f"{round(row[name], 1) + 0.0:+.1f}" for name in ("shift_x", "shift_y"))
-        lines.append(form.format(row["stride"], row["size"], row["boxes"], row["operator"], *numbers, *shifts, f"{row['distance']:.1f}"))
+        lines.append(
+            form.format(
+                row["stride"],
+                row["size"],
+                row["boxes"],
+                row["operator"],
+                *numbers,
+                *shifts,
+                f"{row['distance']:.1f}",
+                f"{row['slack']:.1f}",
+            )
+        )
     return "\n".join(lines)
 
 
@@ -219,9 +256,17 @@ def _least(values: Tensor) -> Tensor:
     return least.masked_fill(least.isinf(), torch.nan)
 
 
-def _means(found: Sequence[Misalignment], chosen: Tensor) -> dict[str, float]:
-    shares = {name: torch.cat([getattr(m, name) for m in found])[chosen].mean().item() for name in ("iou", "bin_iou", "lost", "gained")}
-    shift = torch.cat([m.shift for m in found])[chosen]
+def _keep(count: int, most: int) -> Tensor:
+    keep = torch.zeros(count, dtype=torch.bool)
+    keep[torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]] = True
+    return keep
+
+
+def _means(found: Sequence[tuple[Misalignment, Tensor]], chosen: Tensor) -> dict[str, float]:
+    measured = [m for m, _ in found]
+    shares = {name: torch.cat([getattr(m, name) for m in measured])[chosen].mean().item() for name in ("iou", "bin_iou", "lost", "gained")}
+    shift = torch.cat([m.shift for m in measured])[chosen]
     right, down = shift.nanmean(0).tolist()
     percent = {"lost": 100 * shares["lost"], "gained": 100 * shares["gained"]}
-    return shares | percent | {"shift_x": right, "shift_y": down, "distance": shift.norm(dim=1).nanmean().item()}
+    shifts = {"shift_x": right, "shift_y": down, "distance": shift.norm(dim=1).nanmean().item()}
+    return shares | percent | shifts | {"slack": torch.cat([ways for _, ways in found])[chosen].mean().item()}

@@ -5,7 +5,7 @@ import torch
 from torchvision.ops import box_iou, roi_align
 
 import ops
-from detection.evaluation.misalignment import format_summary, map_size, misalignment, read, summarise
+from detection.evaluation.misalignment import format_summary, map_size, misalignment, read, slack, summarise
 from tests.ops.presets import preset
 
 BOX = torch.tensor([[296.0, 192.0, 496.0, 337.0]])  # 6.25 x 4.53 cells of 32 pixels at (9.25, 6)
@@ -78,6 +78,26 @@ def test_bins_can_be_misread_where_the_box_is_not():
     assert m.bin_iou.item() == pytest.approx(1.5**2 / 2**2)
 
 
+@pytest.mark.parametrize(
+    ("name", "bins", "x", "y"),
+    [
+        ("align", 7, 0, 0),
+        ("prroi", 7, 0, 0),
+        # x from 20 to 100, 1.25 to 6.25 cells: rounding changes at 8 and 24 (half cells), 12 to the left of 20 and 4 to the right; and at
+        # 88 and 104, 12 and 4 from 100. y from 20 to 105: the lower end, 6.56, falls to 6 after 1 already.
+        ("warp", 7, 12 + 4, 1 + 4),
+        ("pool", 7, 12 + 4, 1 + 4),
+        # x: floor and ceil change at whole cells, 4 to the left and 12 to the right of both ends. y: 105 is 9 past 96 and 7 before 112
+        ("pool_bins", 1, 4 + 12, 4 + 7),
+        # with two bins their common edge, at 60 and 62.5, steps over 48 and 64 too
+        ("pool_bins", 2, 4 + 4, 4 + 1.5),
+    ],
+)
+def test_slack_is_how_far_a_box_moves_unseen(name, bins, x, y):
+    found = slack(preset(name), torch.tensor([[20.0, 20.0, 100.0, 105.0]]), (512, 512), 16, bins, steps=128)
+    assert found.tolist() == [[x, y]]
+
+
 def test_a_box_off_the_map_is_not_read():
     away = torch.tensor([[400.0, 0.0, 500.0, 50.0]])
     for name in ("align", "pool"):
@@ -138,7 +158,14 @@ def test_a_summary_by_stride_and_size():
     assert by["pool", "all"]["distance"] == pytest.approx(8 * 2**0.5)
     table = format_summary(rows).splitlines()
     assert len(table) == 1 + 6 and all(len(line) <= 100 for line in table)
-    assert table[1].split() == ["16", "all", "3", "align", "1.000", "1.000", "0.0", "0.0", "+0.0", "+0.0", "0.0"]
+    assert table[1].split() == ["16", "all", "3", "align", "1.000", "1.000", "0.0", "0.0", "+0.0", "+0.0", "0.0", "0.0"]
+
+
+def test_a_large_data_set_is_judged_by_some_of_its_boxes():
+    boxes = boxes_inside(256, 256, count=3000)
+    all_of_them, some = (summarise({"warp": preset("warp")}, [(boxes, (256, 256))], (16,), most=most)[0] for most in (3000, 1000))
+    assert (all_of_them["boxes"], some["boxes"]) == (3000, 1000)
+    assert all_of_them["iou"] != some["iou"] == pytest.approx(all_of_them["iou"], abs=0.02)
 
 
 def test_a_foreign_operator_and_a_box_without_area_are_refused():

@@ -123,7 +123,8 @@ class SweepCallback(Callback):
                 data.prepare_data()
                 data.setup()
                 splits = {name: split for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}
-                add_origin(config.hydra.sweep.dir, {name: describe(split) for name, split in splits.items()})
+                named = [(run["arm"], run["seed"]) for run in runs.values()]
+                add_origin(config.hydra.sweep.dir, {name: describe(split) for name, split in splits.items()}, named)
         except (OSError, ValueError) as error:
             sys.exit(f"train.py: {error}")  # Hydra would turn any other exception of a callback into a warning
         self.progress = Progress(runs)

@@ -44,9 +44,9 @@ def _key(axes: Axes, looks: dict[str, Look], theme: Theme) -> None:
             entries.append(Line2D([], [], color=theme.ink, marker=marker, linestyle="", markersize=5, label=name))
     if not all(one.filled for one in looks.values()):
         entries.append(
-            Line2D([], [], color=theme.ink, marker="o", markerfacecolor="none", linestyle="", markersize=5, label="hollow: mean of a bin")
+            Line2D([], [], color=theme.ink, marker="o", markerfacecolor="none", linestyle="", markersize=5, label="hollow: mean")
         )
-    axes.figure.legend(handles=entries, loc="outside lower center", ncols=3)
+    axes.figure.legend(handles=entries, loc="outside lower center", ncols=2 if len(entries) < 5 else 3, columnspacing=1.2, handlelength=1.5)
 
 
 def _interval(axes: Axes, estimate: Estimate, y: float, one: Look, size: float = 6) -> None:
@@ -136,7 +136,7 @@ def thresholds(found: Findings) -> Drawing:
             axes.plot(THRESHOLDS, found.curves[arm], linestyle=one.line, linewidth=1.3, markersize=4, label=arm, **one.point)
         axes.set(xlabel="IoU from which a detection counts as right", ylabel="AP, percent", ylim=(0, None))
         axes.grid(linewidth=0.6)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, columnspacing=1.2)
         return figure
 
     caption = "What is lost where localisation is asked for more strictly. Colours as above; dashed, with squares: bins of whole cells."

@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,10 +17,11 @@ NAME = "origin.json"
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "pycocotools", "numba", "numpy", "scipy")
 
 
-def add_origin(folder: Path | str, data: Mapping[str, str]) -> None:
+def add_origin(folder: Path | str, data: Mapping[str, str], runs: Sequence[tuple[str, int]]) -> None:
     """Adds this start of the sweep to `<folder>/origin.json`: command, commit, versions, machine, time.
 
-    data: split -> what is in it, in words; empty where it was not read.
+    data: split -> what is in it, in words.
+    runs: (arm, seed) of every run that is planned.
     """
     start = {
         "command": shlex.join(["python", *sys.argv]),
@@ -29,6 +30,7 @@ def add_origin(folder: Path | str, data: Mapping[str, str]) -> None:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": dict(data),
+        "runs": [list(run) for run in runs],
     }
     write_whole(Path(folder) / NAME, json.dumps([*read_origin(folder), start], indent=2).encode())
 

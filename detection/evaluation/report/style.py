@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-WIDTH = 5.4  # inches; at 9 points a text can still be read when 375 pixels show it all
+WIDTH = 4.7  # inches; at 9 points a text can still be read when 360 pixels show it all
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def rows(axes: Axes, names: list[str]) -> range:
 
 def height(lines: int) -> float:
     """Inches of a figure with so many rows."""
-    return 0.26 * lines + 0.9
+    return 0.25 * lines + 0.9
 
 
 def rendered(draw: Callable[[Theme], Figure], theme: Theme, kind: str, transparent: bool = False) -> bytes:

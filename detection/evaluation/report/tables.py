@@ -26,6 +26,10 @@ class Column:
     name: str
     form: Callable[[Cell], str] = str
 
+    @property
+    def is_text(self) -> bool:
+        return self.form is str
+
 
 @dataclass(frozen=True)
 class Table:
@@ -123,11 +127,15 @@ def costs_table(found: Findings) -> Table | None:
     """The 2 x 2; None where it is not complete."""
     if not found.costs:
         return None
-    rows = [(words, *(found.costs[m][name] for m in METRICS), found.costs["AP75"][name].p_value) for name, words in COSTS.items()]
+    costs = {metric: found.costs[metric] for metric in ("AP75", "AP", "AP50")}
+    rows = [
+        (words, costs["AP75"][name], costs["AP75"][name].p_value, costs["AP"][name], costs["AP50"][name]) for name, words in COSTS.items()
+    ]
+    change = estimate(signed=True)
     return Table(
         "costs",
         "What each quantization costs, all else equal",
-        (Column("cost of"), *(Column(metric, estimate(signed=True)) for metric in METRICS), Column("p of AP75", p_value)),
+        (Column("cost of"), Column("AP75", change), Column("p", p_value), Column("AP", change), Column("AP50", change)),
         tuple(rows),
         "Points lost to {exact, rounded RoI} x {exact, whole-cell bins} with the largest value of a bin and no + 1: align_max, warp_max, "
         "pool_bins, pool_exclusive. A negative interaction: the second quantization hurts less once the first has been done.",

@@ -39,7 +39,8 @@ def write_report(folder: Path | str, reference: str = "align") -> Path:
     Raises:
         ValueError: no run is finished, or a file of a run cannot be read; the message names it.
     """
-    sweep = read_sweep(folder)
+    planned = [run for start in read_origin(folder)[-1:] for run in start["runs"]]
+    sweep = read_sweep(folder, arms=[arm for arm, _ in planned], seeds=[seed for _, seed in planned])
     found = Findings(sweep, reference)
     out = sweep.folder / "report"
     tables = all_tables(found)
@@ -90,7 +91,7 @@ def _made_from(found: Findings) -> list[tuple[str, str]]:
     """Data, settings, software and command: (what, which)."""
     run = found.sweep.finished[0]
     config, starts = run.config, read_origin(found.sweep.folder)
-    data = next((start["data"] for start in reversed(starts) if start["data"]), {})
+    data = starts[-1]["data"] if starts else {}
     truth = found.sweep.annotations
     evaluated = f"{len(truth.imgs)} images, {len(truth.anns)} objects of {len(truth.cats)} categories"
     length = f"{config.trainer.max_epochs} epochs" if config.trainer.max_steps < 0 else f"{config.trainer.max_steps} steps"

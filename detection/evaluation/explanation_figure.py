@@ -71,10 +71,10 @@ def draw(explanations: Sequence[Explanation], path: str | os.PathLike, title: st
             for axes, e, values in zip(_panels(strips.pop(0), columns), row, pooled, strict=False):
                 axes.axis("on")
                 _draw_values(axes, values, f"what {e.name} returns: {e.bins} x {e.bins}")
-    figure.legend(handles=_legend(explanations), loc="outside lower center", ncols=6, frameon=False, fontsize=10)
+    figure.legend(handles=_legend(explanations), loc="outside lower center", ncols=6, frameon=False, fontsize=9.5)
     figure.get_layout_engine().set(h_pad=0.08)
     figure.suptitle(title, fontsize=12)
-    save(figure, path, dpi=130 if photograph is None else 90)  # photographs compress badly
+    save(figure, path, dpi=130 if photograph is None else 82)  # photographs compress badly
 
 
 def _panels(strip: SubFigure, columns: int) -> list[Axes]:

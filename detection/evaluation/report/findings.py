@@ -80,6 +80,8 @@ class Findings:
         return self._estimates(cells.costs(), common) if common else {}
 
     def _estimates(self, combinations: Mapping[str, Combination], seeds: set[int] | None = None) -> dict[str, dict[str, Estimate]]:
+        if not combinations:
+            return {metric: {} for metric in METRICS}
         if self.over == "images":
             found = over_images(self._matched, combinations)
             return {metric: {name: found[name][metric] for name in combinations} for metric in METRICS}

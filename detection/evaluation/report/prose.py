@@ -9,10 +9,11 @@ NAMES = {"pool": "RoIPool", "warp": "RoIWarp", "align": "RoIAlign", "prroi": "Pr
 def result(found: Findings) -> str:
     """One sentence: what RoIPool (where it is missing, the arm that differs most) loses in AP75 to the reference."""
     changes = found.differences["AP75"]
-    here = f"on {found.sweep.finished[0].folder.parent.name}" if not changes else ""
     if not changes:
-        value = found.means["AP75"][found.reference]
-        return f"{name(found.reference)} reaches an AP75 of {value.text()} {here}; there is no other operator to hold against it."
+        value = found.means["AP75"][found.reference].text()
+        return (
+            f"{name(found.reference)} reaches an AP75 of {value} at stride {found.stride}; there is no other operator to hold against it."
+        )
     arm = "pool" if "pool" in changes else min(changes, key=lambda a: changes[a].value)
     change, ours, theirs = changes[arm], found.means["AP75"][arm].value, found.means["AP75"][found.reference].value
     verdict = "costs" if change.value < 0 else "gains"

@@ -1,6 +1,8 @@
 """Writes the report: report.html, the same as report.md, tables as CSV, figures as PNG and SVG."""
 
 import base64
+import shutil
+from collections.abc import Sized
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -43,19 +45,20 @@ def write_report(folder: Path | str, reference: str = "align") -> Path:
     sweep = read_sweep(folder, arms=[arm for arm, _ in planned], seeds=[seed for _, seed in planned])
     found = Findings(sweep, reference)
     out = sweep.folder / "report"
-    tables = all_tables(found)
+    tables, drawings = all_tables(found), all_drawings(found)
+    for name in ("tables", "figures"):
+        shutil.rmtree(out / name, ignore_errors=True)  # of an earlier report, which may have had others
     for table in tables.values():
         write_whole(out / "tables" / f"{table.name}.csv", table.csv.encode())
     sections = []
-    for drawing in tqdm(all_drawings(found), desc="drawing", unit="figure", leave=False):
+    for drawing in tqdm(drawings, desc="drawing", unit="figure", leave=False):
         for kind in ("png", "svg"):
             write_whole(out / "figures" / f"{drawing.name}.{kind}", rendered(drawing.draw, LIGHT, kind))
         light, dark = (_uri(rendered(drawing.draw, theme, "svg", transparent=True)) for theme in (LIGHT, DARK))
         sections.append(Section(drawing, light, dark, tables.get(drawing.name) if drawing.name in WITH_NUMBERS else None))
     content = {
         "title": "What does quantizing RoI coordinates cost?",
-        "subtitle": f"{sweep.folder.name}: {len(found.arms)} operators, {len(found.seeds)} seed{'s' * (len(found.seeds) > 1)}, "
-        f"{len(sweep.finished)} finished runs",
+        "subtitle": f"{_count(found.arms, 'operator')}, {_count(found.seeds, 'seed')}, {_count(sweep.finished, 'finished run')}",
         "result": prose.result(found),
         "explanation": prose.explanation(found),
         "tables": tables,
@@ -70,6 +73,10 @@ def write_report(folder: Path | str, reference: str = "align") -> Path:
     for name in ("report.md", "report.html"):
         write_whole(out / name, environment.get_template(f"{name}.jinja").render(content).encode())
     return out / "report.html"
+
+
+def _count(things: Sized, what: str) -> str:
+    return f"{len(things)} {what}{'s' * (len(things) != 1)}"
 
 
 def _uri(svg: bytes) -> str:

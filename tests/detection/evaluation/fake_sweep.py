@@ -66,7 +66,9 @@ def write_fake_sweep(
                 continue
             found = _detect(truth["test"], scatter, seed)
             write_results(run / "results.json", found)
-            cross = {other: _metrics(truth["test"], _detect(truth["test"], scatter + 2 * (other != arm), seed)).as_json() for other in CROSS}
+            cross = {
+                other: _metrics(truth["test"], _detect(truth["test"], scatter + 2 * (other != arm), seed)).as_json() for other in CROSS
+            }
             (run / "cross.json").write_text(json.dumps(cross))
             write_metrics(run / "metrics.json", _metrics(truth["test"], found))
     return folder

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from PIL import Image
 from torch import Tensor
 
 from detection.evaluation.explanation import Explanation, describe, places, shift, unseen
@@ -74,7 +75,7 @@ def draw(explanations: Sequence[Explanation], path: str | os.PathLike, title: st
     figure.legend(handles=_legend(explanations), loc="outside lower center", ncols=6, frameon=False, fontsize=9.5)
     figure.get_layout_engine().set(h_pad=0.08)
     figure.suptitle(title, fontsize=12)
-    save(figure, path, dpi=130 if photograph is None else 82)  # photographs compress badly
+    save(figure, path, dpi=130 if photograph is None else 88)  # photographs compress badly
 
 
 def _panels(strip: SubFigure, columns: int) -> list[Axes]:
@@ -221,6 +222,8 @@ def add(axes: Axes, r: Sequence[float], **style) -> None:
 
 
 def save(figure: Figure, path: str | os.PathLike, dpi: int = 130) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, pil_kwargs={"optimize": True})
+    """Writes a PNG, whole or not at all."""
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    Image.open(drawn).convert("RGB").save(buffer, format="png", optimize=True)
     write_whole(path, buffer.getvalue())

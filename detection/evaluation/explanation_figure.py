@@ -75,7 +75,7 @@ def draw(explanations: Sequence[Explanation], path: str | os.PathLike, title: st
     figure.legend(handles=_legend(explanations), loc="outside lower center", ncols=6, frameon=False, fontsize=9.5)
     figure.get_layout_engine().set(h_pad=0.08)
     figure.suptitle(title, fontsize=12)
-    save(figure, path, dpi=130 if photograph is None else 88)  # photographs compress badly
+    save(figure, path, dpi=130 if photograph is None else 86)  # photographs compress badly
 
 
 def _panels(strip: SubFigure, columns: int) -> list[Axes]:

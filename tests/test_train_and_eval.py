@@ -21,6 +21,7 @@ TINY = [
     "trainer=cpu",
     "trainer.enable_progress_bar=false",
     "trainer.log_every_n_steps=1",
+    "trainer.check_val_every_n_epoch=1",
     "data.num_workers=0",
     "data.source.train=8",
     "data.source.val=3",
@@ -53,7 +54,7 @@ def run_eval(ckpt, folder, *overrides):
 def trained(tmp_path_factory):
     """The folder of one short training, and what `train` returned."""
     folder = tmp_path_factory.mktemp("trained")
-    metrics = run_train(folder, "trainer.max_epochs=6", "optim.groups.lr=5e-3")
+    metrics = run_train(folder, "trainer.max_epochs=6", "optim.groups.lr=5e-3", "cross=[align,pool]")
     return folder, metrics
 
 
@@ -102,6 +103,15 @@ def test_eval_with_another_operator_finds_something_else(trained, tmp_path):
     run_eval(folder / "run" / "best.ckpt", tmp_path, "roi=pool")
     assert (tmp_path / "results.json").read_text() != (folder / "run" / "results.json").read_text()
     assert OmegaConf.load(tmp_path / "config.yaml").head.extractor.operator.quantize_roi == "round"
+
+
+def test_cross_evaluation_is_what_eval_says_of_the_other_operator(trained, tmp_path):
+    folder, _ = trained
+    cross = json.loads((folder / "run" / "cross.json").read_text())
+    assert list(cross) == ["align", "pool"]
+    assert cross["align"] == json.loads((folder / "run" / "metrics.json").read_text())
+    run_eval(folder / "run" / "best.ckpt", tmp_path, "roi=pool")
+    assert cross["pool"] == json.loads((tmp_path / "metrics.json").read_text()) != cross["align"]
 
 
 def test_eval_on_another_split_and_a_subset(trained, tmp_path):

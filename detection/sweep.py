@@ -4,10 +4,15 @@ import contextlib
 import csv
 import logging
 import math
+import multiprocessing
+import os
+import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +44,7 @@ def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfi
     Raises:
         ValueError: the folder holds a finished run of another configuration.
     """
+    _end_with_parent()
     run_dir = Path(cfg.run_dir)
     nothing = {cfg.optimized_metric: math.nan}
     if (run_dir / FINISHED).is_file():
@@ -49,13 +55,28 @@ def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfi
     with open(run_dir / "train.log", "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             metrics = train(cfg)
-            (run_dir / "last.ckpt").unlink(missing_ok=True)  # to go on from; there is nothing left to do, and there may be many runs
-            return metrics
         except Exception as error:
             log.exception("This run failed")
             write_whole(run_dir / FAILED, traceback.format_exc().encode())
             traceback.clear_frames(error.__traceback__)  # which would hold on to the weights of this run during the next
             return nothing
+    (run_dir / "last.ckpt").unlink(missing_ok=True)  # to go on from; there is nothing left to do, and there may be many runs
+    return metrics
+
+
+@cache
+def _end_with_parent(every: float = 2.0) -> None:
+    """In a process of joblib's, which would outlive a sweep that is killed and write into its runs: ends when the sweep does."""
+    if multiprocessing.current_process().name == "MainProcess":
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def check_same(run_dir: Path, config: dict) -> None:
@@ -127,6 +148,7 @@ class SweepCallback(Callback):
                 add_origin(config.hydra.sweep.dir, {name: describe(split) for name, split in splits.items()}, named)
         except (OSError, ValueError) as error:
             sys.exit(f"train.py: {error}")  # Hydra would turn any other exception of a callback into a warning
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that joblib ends its processes before it goes
         self.progress = Progress(runs)
         self.progress.start()
 

@@ -4,22 +4,22 @@
     python benchmarks/roi_operators.py --shapes all       # training and testing shapes, fewer channels, stride 32, P = 14
     python benchmarks/roi_operators.py --device cuda --json gpu.json
 
-Each line is the median of interleaved repetitions (ours, theirs, ours, ...), so that a machine that slows down slows both. RoIAlign's
-`max`, RoIWarp and PrRoIPool have no counterpart in torchvision: their ratio is to torchvision's RoIAlign of the same shape.
+Times are medians of torch.utils.benchmark, which repeats a call for a second. What torchvision has not (RoIAlign's `max`, RoIWarp, PrRoIPool)
+is held against its RoIAlign of the same shape.
 """
 
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import ops
@@ -73,46 +73,24 @@ def inputs(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
     return features.to(device), torch.cat([image, low, low + extent], 1).to(device)
 
 
-def milliseconds(call: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
+def milliseconds(call: Callable[[], object], seconds: float) -> float:
+    call()  # compiles, where something is compiled
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).median * 1e3
 
 
-def measure(pair: tuple[Operator, Operator], shape: Shape, device: str, repeat: int) -> dict[str, float]:
-    """Medians in milliseconds, and how many times as fast ours is."""
+def measure(pair: tuple[Operator, Operator], shape: Shape, device: str, seconds: float) -> dict[str, float]:
+    """Milliseconds of ours and theirs, forward (in training) and backward, and how many times as fast ours is."""
     features, boxes = inputs(shape, device)
-    trained = features.clone().requires_grad_()
-    args = boxes, shape.output_size, 1 / shape.stride
-
-    def forward(operator: Operator) -> Callable[[], Tensor]:
-        return lambda: operator(trained, *args)
-
-    outputs = [operator(trained, *args) for operator in pair]
-    grad = torch.randn_like(outputs[0])
-
-    def backward(output: Tensor) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(output, trained, grad, retain_graph=True)
-
-    calls = {"forward": [forward(o) for o in pair], "backward": [backward(o) for o in outputs]}
+    features.requires_grad_()
     row = {}
-    for direction, (ours, theirs) in calls.items():
-        times = {"ours": [], "theirs": []}
-        for i in range(repeat + 2):
-            for whose, call in (("ours", ours), ("theirs", theirs)):
-                elapsed = milliseconds(call, device)
-                if i >= 2:  # the first two warm up
-                    times[whose].append(elapsed)
-        row |= {f"{direction}_{whose}_ms": statistics.median(t) for whose, t in times.items()}
-        row[f"{direction}_ratio"] = row[f"{direction}_theirs_ms"] / row[f"{direction}_ours_ms"]
-    return row
+    for whose, operator in zip(("ours", "theirs"), pair, strict=True):
+        forward = partial(operator, features, boxes, shape.output_size, 1 / shape.stride)
+        row[f"forward_{whose}_ms"] = milliseconds(forward, seconds)
+        out = forward()
+        backward = partial(torch.autograd.grad, out, features, torch.ones_like(out), retain_graph=True)
+        row[f"backward_{whose}_ms"] = milliseconds(backward, seconds)
+    return row | {f"{d}_ratio": row[f"{d}_theirs_ms"] / row[f"{d}_ours_ms"] for d in ("forward", "backward")}
 
 
 def machine(device: str) -> str:
@@ -131,7 +109,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="reference", choices=["all", *(s.name for s in SHAPES)])
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=list(OPERATORS))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--repeat", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for how long a call is repeated (default: 1)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -140,7 +118,7 @@ def main() -> None:
     tasks = [(shape, name) for shape in shapes for name in arguments.operators]
     rows = []
     for shape, name in tqdm(tasks, desc="measuring", leave=False):
-        rows.append({"shape": shape.name, "operator": name, **measure(OPERATORS[name], shape, arguments.device, arguments.repeat)})
+        rows.append({"shape": shape.name, "operator": name, **measure(OPERATORS[name], shape, arguments.device, arguments.seconds)})
 
     print(f"{machine(arguments.device)}\n\n{'':22}{'forward, ms':>28}{'backward, ms':>28}")
     print(f"{'shape':11}{'operator':11}" + f"{'ours':>8}{'theirs':>10}{'ratio':>10}" * 2)

@@ -4,8 +4,8 @@
     python benchmarks/roi_operators.py --shapes all       # training and testing shapes, fewer channels, stride 32, P = 14
     python benchmarks/roi_operators.py --device cuda --json gpu.json
 
-Times are medians of torch.utils.benchmark, which repeats a call for a second. What torchvision has not (RoIAlign's `max`, RoIWarp, PrRoIPool)
-is held against its RoIAlign of the same shape.
+Times are medians of torch.utils.benchmark, which repeats a call for a second. What torchvision lacks (RoIAlign's `max`, RoIWarp,
+PrRoIPool) is held against its RoIAlign of the same shape.
 """
 
 import argparse

@@ -5,13 +5,13 @@ import warnings
 
 import numpy as np
 import pytest
-from coco_sets import CAT, DOG, annotation, coco, random_set, result
 from pytest import approx
 from scipy import stats
 
 from detection.evaluation.bootstrap import METRICS, MatchedDetections, over_images
 from detection.evaluation.coco import evaluate
 from detection.evaluation.statistics import difference
+from tests.detection.evaluation.coco_sets import CAT, DOG, annotation, coco, random_set, result
 
 
 def repeated(entries, counts):

@@ -9,12 +9,12 @@ import random
 
 import pytest
 import torch
-from coco_sets import CAT, DOG, annotation, coco, result
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
 from detection.evaluation.coco import evaluate, format_table, to_coco_results, write_metrics, write_results
+from tests.detection.evaluation.coco_sets import CAT, DOG, annotation, coco, result
 
 
 def stats(gt, results, image_ids=(1, 2, 3), **options):

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from coco_sets import CAT, DOG, annotation, coco, result
 from pytest import approx
 
 from detection.evaluation.localisation import common, localisation
+from tests.detection.evaluation.coco_sets import CAT, DOG, annotation, coco, result
 
 OBJECT = [100, 100, 100, 100]  # xywh: its edges are 100, 100, 200, 200
 SHIFTED = [110, 100, 100, 100]  # 10 pixels to the right: 90 of 110 columns are common

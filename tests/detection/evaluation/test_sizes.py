@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from coco_sets import annotation, coco, random_set, result
 from pytest import approx
 
 from detection.data.transforms import resize_and_flip
 from detection.evaluation.coco import evaluate
 from detection.evaluation.sizes import average_precision_by_cells, resize_scales
+from tests.detection.evaluation.coco_sets import annotation, coco, random_set, result
 
 NAMES = ["< 2 cells", "2 to 6 cells", "> 6 cells"]
 

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from coco_sets import annotation, coco, result
 from omegaconf import OmegaConf
 
 from detection.evaluation.coco import evaluate, write_metrics, write_results
 from detection.evaluation.sweep import read_sweep
+from tests.detection.evaluation.coco_sets import annotation, coco, result
 
 
 @pytest.fixture

@@ -1,14 +1,25 @@
-"""Train with one operator, test with another."""
+"""Train with one operator, test with another.
 
+python -m detection.cross runs/<sweep>     # the full matrix: what `cross` left out, from the checkpoints of a finished sweep
+"""
+
+import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
-from detection.build import instantiate
+from detection.build import build_detector, instantiate
+from detection.checkpoint import check_categories, load_checkpoint, load_weights
 from detection.evaluation.coco import Metrics
+from detection.evaluation.report import write_report
+from detection.evaluation.sweep import Run, read_sweep
 from detection.module import DetectionModule
+from detection.run import hush_lightning, write_cross
 
 OPERATORS = Path(__file__).resolve().parents[1] / "configs" / "roi"
 
@@ -48,3 +59,45 @@ def _evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataMo
     trainer = instantiate(cfg.trainer, logger=False, callbacks=[], enable_checkpointing=False, enable_progress_bar=False)
     {"test": trainer.test, "val": trainer.validate}[split](module, datamodule=data, verbose=False)
     return module.metrics
+
+
+def complete(run: Run, operators: list[str]) -> None:
+    """Evaluates a finished run's best checkpoint with each of `operators` that its cross.json lacks, and adds them there."""
+    known = run.cross()
+    cfg = OmegaConf.load(run.folder / "config.yaml")
+    cfg.cross = [name for name in operators if name not in known]
+    if not cfg.cross:
+        return
+    data = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup()
+    checkpoint = load_checkpoint(run.folder / "best.ckpt")
+    check_categories(checkpoint, data.categories)
+    cfg.backbone.weights = None  # the checkpoint has them
+    detector = build_detector(cfg, num_classes=len(data.categories) + 1)
+    load_weights(detector, checkpoint)
+    module = DetectionModule(detector, categories=data.categories)
+    module.metrics = run.metrics
+    write_cross(run.folder, known | cross_evaluate(cfg, module, data, "test" if data.test is not None else "val"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m detection.cross", description="Completes the matrix of a sweep, and its report.")
+    parser.add_argument("sweep", help="folder of the sweep")
+    parser.add_argument("--operators", nargs="+", help="names in configs/roi to evaluate with; default: all arms of the sweep")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: as many as PyTorch takes")
+    arguments = parser.parse_args()
+    hush_lightning()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        sweep = read_sweep(arguments.sweep)
+        for run in tqdm(sweep.finished, unit="run"):
+            complete(run, arguments.operators or sweep.arms)
+        print(write_report(arguments.sweep))
+    except (OSError, ValueError) as error:
+        sys.exit(f"cross: {error}")
+
+
+if __name__ == "__main__":
+    main()

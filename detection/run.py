@@ -67,11 +67,16 @@ def draw_curves(run_dir: Path) -> None:
         log.warning("No curves.png: %s", error)
 
 
+def write_cross(run_dir: Path, cross: dict[str, Metrics]) -> None:
+    """Writes cross.json: operator -> metrics of the run's weights with it."""
+    write_whole(run_dir / "cross.json", json.dumps({name: metrics.as_json() for name, metrics in cross.items()}, indent=2).encode())
+
+
 def report_cross(cross: dict[str, Metrics], run_dir: Path) -> None:
-    """Writes cross.json, operator -> metrics, where weights were evaluated with other operators than their own, and prints it."""
+    """Writes cross.json where weights were evaluated with other operators than their own, and prints it."""
     if not cross:
         return
-    write_whole(run_dir / "cross.json", json.dumps({name: metrics.as_json() for name, metrics in cross.items()}, indent=2).encode())
+    write_cross(run_dir, cross)
     print("\nThe same weights with other operators:")
     for name, metrics in cross.items():
         print(f"  {name:20}" + "  ".join(f"{key} {metrics.stats[key]:5.1f}" for key in ("AP", "AP50", "AP75")))

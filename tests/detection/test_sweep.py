@@ -61,6 +61,12 @@ def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_wi
     assert (pool / "metrics.json").is_file() and not (pool / "failed.txt").exists()
     assert {path: path.stat().st_mtime_ns for path in align.iterdir()} == before, "a finished run is left alone"
 
+    matrix = [sys.executable, "-m", "detection.cross", str(folder), "--operators", "align", "warp", "prroi"]
+    subprocess.run(matrix, cwd=tmp_path, check=True, capture_output=True)
+    completed = json.loads((align / "cross.json").read_text())
+    assert list(completed) == ["align", "warp", "prroi"]
+    assert {name: completed[name] for name in cross} == cross, "what was there is left alone"
+
     third = sweep(tmp_path, "optim.groups.lr=0.5")
     assert third.returncode == 1
     assert "optim.groups.lr was 0.003 and is 0.5" in third.stderr and "hydra.sweep.dir=runs/<name>" in third.stderr

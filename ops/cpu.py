@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ops import cpu_kernels as kernels
+from ops import cpu_max, cpu_window
 from ops.geometry import Axis, Bounds
 
 
@@ -29,24 +29,24 @@ class Windows(NamedTuple):
 
 
 def lattice_windows(y: Axis, x: Axis, height: int, width: int) -> Windows:
-    return Windows(*kernels.lattice_windows(*_numpy(y), height), *kernels.lattice_windows(*_numpy(x), width))
+    return Windows(*cpu_window.lattice_windows(*_numpy(y), height), *cpu_window.lattice_windows(*_numpy(x), width))
 
 
 def lattice_gradient(y: Axis, x: Axis, windows: Windows, grad: tuple[Tensor, Tensor], height: int, width: int) -> list[Tensor]:
     """From gradients of the weights to those of `first` and `step`, of y and then of x."""
-    of_y = kernels.lattice_gradient(*_numpy(y), height, windows.y_start, grad[0].numpy())
-    of_x = kernels.lattice_gradient(*_numpy(x), width, windows.x_start, grad[1].numpy())
+    of_y = cpu_window.lattice_gradient(*_numpy(y), height, windows.y_start, grad[0].numpy())
+    of_x = cpu_window.lattice_gradient(*_numpy(x), width, windows.x_start, grad[1].numpy())
     return [torch.from_numpy(g) for g in (*of_y, *of_x)]
 
 
 def integral_windows(y: Bounds, x: Bounds, height: int, width: int) -> Windows:
-    return Windows(*kernels.integral_windows(*_numpy(y), height), *kernels.integral_windows(*_numpy(x), width))
+    return Windows(*cpu_window.integral_windows(*_numpy(y), height), *cpu_window.integral_windows(*_numpy(x), width))
 
 
 def integral_gradient(y: Bounds, x: Bounds, windows: Windows, grad: tuple[Tensor, Tensor]) -> list[Tensor]:
     """From gradients of the weights to those of `low` and `high`, of y and then of x."""
-    of_y = kernels.integral_gradient(*_numpy(y), *windows[:3], grad[0].numpy())
-    of_x = kernels.integral_gradient(*_numpy(x), *windows[3:], grad[1].numpy())
+    of_y = cpu_window.integral_gradient(*_numpy(y), *windows[:3], grad[0].numpy())
+    of_x = cpu_window.integral_gradient(*_numpy(x), *windows[3:], grad[1].numpy())
     return [torch.from_numpy(g) for g in (*of_y, *of_x)]
 
 
@@ -55,7 +55,7 @@ def window_forward(features: Tensor, image: Tensor, windows: Windows) -> Tensor:
     bins = windows.y_start.shape[1], windows.x_start.shape[1]
     out = features.new_empty(len(image), features.shape[1], bins[0] * bins[1])
     arrays = [*_numpy((features, image)), *windows, *_numpy((out,))]
-    _each_block(features.shape[1], lambda _, *block: kernels.window_forward(*arrays, *block))
+    _each_block(features.shape[1], lambda _, *block: cpu_window.window_forward(*arrays, *block))
     return out.unflatten(2, bins)
 
 
@@ -63,7 +63,7 @@ def window_backward(grad: Tensor, image: Tensor, windows: Windows, like: Tensor)
     """Gradient of the features, laid out as `like`."""
     out = torch.empty_like(like, dtype=grad.dtype)
     arrays = [*_numpy((grad.flatten(2), image)), *windows, *_numpy((out,))]
-    _each_block(like.shape[1], lambda _, *block: kernels.window_backward(*arrays, *block))
+    _each_block(like.shape[1], lambda _, *block: cpu_window.window_backward(*arrays, *block))
     return out
 
 
@@ -72,7 +72,7 @@ def window_weight_gradient(features: Tensor, grad: Tensor, image: Tensor, window
     blocks = len(_blocks(features.shape[1]))
     of_y, of_x = (features.new_zeros(blocks, *w.shape) for w in (windows.y_weights, windows.x_weights))
     arrays, slices = [*_numpy((features, grad.flatten(2), image)), *windows], _numpy((of_y, of_x))
-    _each_block(features.shape[1], lambda b, *block: kernels.window_weight_gradient(*arrays, *(s[b] for s in slices), *block))
+    _each_block(features.shape[1], lambda b, *block: cpu_window.window_weight_gradient(*arrays, *(s[b] for s in slices), *block))
     return of_y.sum(0), of_x.sum(0)
 
 
@@ -82,7 +82,7 @@ def max_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, arg_dtype: to
     out = features.new_empty(len(image), features.shape[1], bins[0] * bins[1])
     arg = torch.empty(len(image), features.shape[1] if arg_dtype else 0, out.shape[2], dtype=arg_dtype or torch.int8)
     arrays = _numpy((features, image, *y, *x, out, arg))
-    _each_block(features.shape[1], lambda _, *block: kernels.max_forward(*arrays, *block))
+    _each_block(features.shape[1], lambda _, *block: cpu_max.max_forward(*arrays, *block))
     return out.unflatten(2, bins), arg
 
 
@@ -90,7 +90,7 @@ def max_backward(grad: Tensor, arg: Tensor, image: Tensor, y: Axis, x: Axis, lik
     """Gradient of the features, laid out as `like`."""
     out = torch.empty_like(like, dtype=grad.dtype)
     arrays = _numpy((grad.flatten(2), arg, image, *y[:3], *x[:3], out))
-    _each_block(like.shape[1], lambda _, *block: kernels.max_backward(*arrays, *block))
+    _each_block(like.shape[1], lambda _, *block: cpu_max.max_backward(*arrays, *block))
     return out
 
 
@@ -99,7 +99,7 @@ def max_lattice_gradient(features: Tensor, grad: Tensor, arg: Tensor, image: Ten
     blocks = len(_blocks(features.shape[1]))
     out = [features.new_zeros(blocks, *t.shape) for t in (y.first, y.step, x.first, x.step)]
     arrays, slices = _numpy((features, grad.flatten(2), arg, image, *y[:3], *x[:3])), _numpy(out)
-    _each_block(features.shape[1], lambda b, *block: kernels.max_lattice_gradient(*arrays, *(s[b] for s in slices), *block))
+    _each_block(features.shape[1], lambda b, *block: cpu_max.max_lattice_gradient(*arrays, *(s[b] for s in slices), *block))
     return [t.sum(0) for t in out]
 
 

@@ -272,9 +272,10 @@ def cross(found: Findings, metric: str = "AP75") -> Drawing | None:
         return None
     matrix, tested = found.cross[metric], tested_operators(found, metric)
     numbers = np.array([[matrix[arm].get(other, np.nan) for other in tested] for arm in matrix])
+    many = len(tested) > 4
 
     def draw(theme: Theme) -> Figure:
-        figure, (axes,) = _new(0.3 * len(matrix) + 1.2)
+        figure, (axes,) = _new(0.3 * len(matrix) + (1.8 if many else 1.2))
         image = axes.imshow(np.ma.masked_invalid(numbers), cmap="cividis", vmin=0, aspect="auto")
         middle = np.nanmax(numbers) / 2
         for (i, j), value in np.ndenumerate(numbers):
@@ -282,9 +283,9 @@ def cross(found: Findings, metric: str = "AP75") -> Drawing | None:
                 own = list(matrix)[i] == tested[j]
                 axes.text(
                     j, i, f"{value:.1f}", ha="center", va="center", color="black" if value > middle else "white",
-                    weight="bold" if own else "normal",
+                    weight="bold" if own else "normal", size="small" if many else None,
                 )  # fmt: skip
-        axes.set_xticks(range(len(tested)), tested, rotation=30 if len(tested) > 4 else 0)
+        axes.set_xticks(range(len(tested)), tested, rotation=90 if many else 0)
         axes.set_yticks(range(len(matrix)), list(matrix))
         axes.set(xlabel="tested with", ylabel="trained with")
         axes.spines[:].set_visible(False)
@@ -294,7 +295,7 @@ def cross(found: Findings, metric: str = "AP75") -> Drawing | None:
         return figure
 
     caption = f"{metric} of weights trained with one operator (row) and used with another (column), mean over seeds; bold where "
-    caption += "both are the same. What is lost off that diagonal was learnt for one operator's way of reading."
+    caption += "both are the same."
     return Drawing("cross", "Trained with one operator, tested with another", caption, draw)
 
 

@@ -6,7 +6,7 @@ Programs and layout as in `ops/cuda_lattice.py`.
 import triton
 import triton.language as tl
 
-from ops.cuda_lattice import clamp
+from ops.cuda_lattice import bins_of_program, clamp, store_shares
 
 
 @triton.jit
@@ -41,14 +41,11 @@ def integral_forward(
     channels, height, width, stride_n, stride_y, stride_x, bins_y, bins_x,
     BINS: tl.constexpr, CHANNELS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    k = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1) * BINS + tl.arange(0, BINS)
+    k, b, is_bin, p, q = bins_of_program(bins_y, bins_x, BINS)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    bins = bins_y * bins_x
-    mask = (b < bins)[:, None] & (c < channels)[None, :]
-    p, q = k * bins_y + b // bins_x, k * bins_x + b % bins_x
-    top, bottom, y0, yn = load_window(y_low, y_high, p, b < bins, height)
-    left, right, x0, xn = load_window(x_low, x_high, q, b < bins, width)
+    mask = is_bin[:, None] & (c < channels)[None, :]
+    top, bottom, y0, yn = load_window(y_low, y_high, p, is_bin, height)
+    left, right, x0, xn = load_window(x_low, x_high, q, is_bin, width)
     cells = features + tl.load(image + k) * stride_n + c[None, :]
     result = tl.zeros((BINS, CHANNELS), tl.float32)
     for i in range(tl.max(yn)):
@@ -58,8 +55,9 @@ def integral_forward(
             share = tl.where(visited, of_row * integral_share(left, right, x0 + j), 0.0)
             at = (y0 + i).to(OFFSET) * stride_y + (x0 + j).to(OFFSET) * stride_x
             result += share[:, None] * tl.load(cells + at[:, None], mask & (share != 0)[:, None], 0.0).to(tl.float32)
-    known = tl.load(y_low + p, b < bins, 0.0) + tl.load(x_low + q, b < bins, 0.0)
+    known = tl.load(y_low + p, is_bin, 0.0) + tl.load(x_low + q, is_bin, 0.0)
     result = tl.where((known == known)[:, None], result, float("nan"))
+    bins = bins_y * bins_x
     tl.store(out + k * channels * bins + c.to(OFFSET)[None, :] * bins + b[:, None], result.to(out.dtype.element_ty), mask)
 
 
@@ -70,17 +68,15 @@ def integral_slopes(
     BINS: tl.constexpr, CHANNELS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Each bin's share of the gradients of y's low and high and x's low and high, into `slopes [4, K, bins]`."""
-    k = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1) * BINS + tl.arange(0, BINS)
+    k, b, is_bin, p, q = bins_of_program(bins_y, bins_x, BINS)
     bins = bins_y * bins_x
-    p, q = k * bins_y + b // bins_x, k * bins_x + b % bins_x
-    top, bottom, y0, yn = load_window(y_low, y_high, p, b < bins, height)
-    left, right, x0, xn = load_window(x_low, x_high, q, b < bins, width)
+    top, bottom, y0, yn = load_window(y_low, y_high, p, is_bin, height)
+    left, right, x0, xn = load_window(x_low, x_high, q, is_bin, width)
     of_top, of_bottom = tl.zeros((BINS,), tl.float32), tl.zeros((BINS,), tl.float32)
     of_left, of_right = tl.zeros((BINS,), tl.float32), tl.zeros((BINS,), tl.float32)
     for c0 in range(0, channels, CHANNELS):
         c = c0 + tl.arange(0, CHANNELS)
-        mask = (b < bins)[:, None] & (c < channels)[None, :]
+        mask = is_bin[:, None] & (c < channels)[None, :]
         cells = features + tl.load(image + k) * stride_n + c[None, :]
         g = tl.load(grad + k * channels * bins + c.to(OFFSET)[None, :] * bins + b[:, None], mask, 0.0).to(tl.float32)
         for i in range(tl.max(yn)):
@@ -95,8 +91,4 @@ def integral_slopes(
                 of_top -= of_cell * of_column * (hat(top - (y0 + i)) - of_row) / height_of_bin
                 of_right += of_cell * of_row * (hat(right - (x0 + j)) - of_column) / width_of_bin
                 of_left -= of_cell * of_row * (hat(left - (x0 + j)) - of_column) / width_of_bin
-    at, size = k * bins + b, tl.num_programs(0).to(tl.int64) * bins
-    tl.store(slopes + at, of_top, b < bins)
-    tl.store(slopes + size + at, of_bottom, b < bins)
-    tl.store(slopes + 2 * size + at, of_left, b < bins)
-    tl.store(slopes + 3 * size + at, of_right, b < bins)
+    store_shares(slopes, k * bins + b, is_bin, bins, of_top, of_bottom, of_left, of_right)

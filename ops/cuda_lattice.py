@@ -25,6 +25,14 @@ def tap(first, step, i, size):
 
 
 @triton.jit
+def bins_of_program(bins_y, bins_x, BINS: tl.constexpr):
+    """RoI, bins, which of these exist, and where their lattices are kept along y and x."""
+    k = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1) * BINS + tl.arange(0, BINS)
+    return k, b, b < bins_y * bins_x, k * bins_y + b // bins_x, k * bins_x + b % bins_x
+
+
+@triton.jit
 def load_axis(first, step, count, at, is_bin):
     """The lattice of some bins along one axis; those that do not exist have no samples."""
     return tl.load(first + at, is_bin, 0.0), tl.load(step + at, is_bin, 0.0), tl.load(count + at, is_bin, 0)
@@ -48,15 +56,12 @@ def lattice_forward(
     MAX: tl.constexpr, REMEMBER: tl.constexpr, BINS: tl.constexpr, CHANNELS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """The mean or the largest of each bin's samples, and which sample won, `i * x_count + j`; -1 where it is the 0 of one off the map."""
-    k = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1) * BINS + tl.arange(0, BINS)
+    k, b, is_bin, p, q = bins_of_program(bins_y, bins_x, BINS)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    bins = bins_y * bins_x
-    mask = (b < bins)[:, None] & (c < channels)[None, :]
-    p, q = k * bins_y + b // bins_x, k * bins_x + b % bins_x
-    yf, ys, yn = load_axis(y_first, y_step, y_count, p, b < bins)
-    xf, xs, xn = load_axis(x_first, x_step, x_count, q, b < bins)
-    total = tl.load(y_total + p, b < bins, 0.0) * tl.load(x_total + q, b < bins, 0.0)
+    mask = is_bin[:, None] & (c < channels)[None, :]
+    yf, ys, yn = load_axis(y_first, y_step, y_count, p, is_bin)
+    xf, xs, xn = load_axis(x_first, x_step, x_count, q, is_bin)
+    total = tl.load(y_total + p, is_bin, 0.0) * tl.load(x_total + q, is_bin, 0.0)
 
     cells = features + tl.load(image + k) * stride_n + c[None, :]
     result = tl.zeros((BINS, CHANNELS), tl.float32)
@@ -82,10 +87,21 @@ def lattice_forward(
                 result += tl.where(visited, sample, 0.0)
     if not MAX:
         result = result / tl.maximum(total, 1.0)[:, None]
+    bins = bins_y * bins_x
     at = k * channels * bins + c.to(OFFSET)[None, :] * bins + b[:, None]
     tl.store(out + at, result.to(out.dtype.element_ty), mask)
     if REMEMBER:
         tl.store(winners + at, winner.to(winners.dtype.element_ty), mask)
+
+
+@triton.jit
+def store_shares(slopes, at, is_bin, bins, first, second, third, fourth):
+    """Into `[4, K, bins]`."""
+    size = tl.num_programs(0).to(tl.int64) * bins
+    tl.store(slopes + at, first, is_bin)
+    tl.store(slopes + size + at, second, is_bin)
+    tl.store(slopes + 2 * size + at, third, is_bin)
+    tl.store(slopes + 3 * size + at, fourth, is_bin)
 
 
 @triton.jit
@@ -98,18 +114,16 @@ def lattice_slopes(
 
     A program walks all channels of its bins, so that nobody else adds to them and the order is always the same.
     """
-    k = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1) * BINS + tl.arange(0, BINS)
+    k, b, is_bin, p, q = bins_of_program(bins_y, bins_x, BINS)
     bins = bins_y * bins_x
-    p, q = k * bins_y + b // bins_x, k * bins_x + b % bins_x
-    yf, ys, yn = load_axis(y_first, y_step, y_count, p, b < bins)
-    xf, xs, xn = load_axis(x_first, x_step, x_count, q, b < bins)
-    total = tl.load(y_total + p, b < bins, 0.0) * tl.load(x_total + q, b < bins, 0.0)
+    yf, ys, yn = load_axis(y_first, y_step, y_count, p, is_bin)
+    xf, xs, xn = load_axis(x_first, x_step, x_count, q, is_bin)
+    total = tl.load(y_total + p, is_bin, 0.0) * tl.load(x_total + q, is_bin, 0.0)
     of_yf, of_ys = tl.zeros((BINS,), tl.float32), tl.zeros((BINS,), tl.float32)
     of_xf, of_xs = tl.zeros((BINS,), tl.float32), tl.zeros((BINS,), tl.float32)
     for c0 in range(0, channels, CHANNELS):
         c = c0 + tl.arange(0, CHANNELS)
-        mask = (b < bins)[:, None] & (c < channels)[None, :]
+        mask = is_bin[:, None] & (c < channels)[None, :]
         cells = features + tl.load(image + k) * stride_n + c[None, :]
         at = k * channels * bins + c.to(OFFSET)[None, :] * bins + b[:, None]
         g = tl.load(grad + at, mask, 0.0).to(tl.float32)
@@ -140,8 +154,4 @@ def lattice_slopes(
     share_of_one = 1.0
     if not MAX:
         share_of_one = 1 / tl.maximum(total, 1.0)
-    at, size = k * bins + b, tl.num_programs(0).to(tl.int64) * bins
-    tl.store(slopes + at, of_yf * share_of_one, b < bins)
-    tl.store(slopes + size + at, of_ys * share_of_one, b < bins)
-    tl.store(slopes + 2 * size + at, of_xf * share_of_one, b < bins)
-    tl.store(slopes + 3 * size + at, of_xs * share_of_one, b < bins)
+    store_shares(slopes, k * bins + b, is_bin, bins, of_yf * share_of_one, of_ys * share_of_one, of_xf * share_of_one, of_xs * share_of_one)

@@ -12,6 +12,12 @@ from ops.cuda_lattice import clamp
 
 
 @triton.jit
+def corner(tile, tiles, tiles_x, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    """Image of a tile, and its first row and column."""
+    return tile // tiles, tile % tiles // tiles_x * TILE_Y, tile % tiles % tiles_x * TILE_X
+
+
+@triton.jit
 def reach(first, step, count, at, exists, size, INTEGRAL: tl.constexpr):
     """First and last cell that bins read along an axis; `size` and -1 where there are none. Of an integral, `first, step` are the edges."""
     a, z = tl.load(first + at, exists, 0.0), tl.load(step + at, exists, 0.0)
@@ -33,7 +39,7 @@ def touching(
 ):  # fmt: skip
     """The RoIs that read cells of each tile, in order, into `lists [images * tiles, rois]`, and how many they are."""
     tile = tl.program_id(0)
-    n, y0, x0 = tile // tiles, (tile % tiles) // tiles_x * TILE_Y, (tile % tiles) % tiles_x * TILE_X
+    n, y0, x0 = corner(tile, tiles, tiles_x, TILE_Y, TILE_X)
     p, q = tl.arange(0, BINS_Y)[None, :], tl.arange(0, BINS_X)[None, :]
     length = 0
     for k0 in range(0, rois, ROIS):
@@ -78,7 +84,7 @@ def mean_backward(
     The shares are themselves an outer product, of those along y and those along x.
     """
     tile = tl.program_id(0)
-    n, y0, x0 = tile // tiles, (tile % tiles) // tiles_x * TILE_Y, (tile % tiles) % tiles_x * TILE_X
+    n, y0, x0 = corner(tile, tiles, tiles_x, TILE_Y, TILE_X)
     y, x = (y0 + tl.arange(0, TILE_Y))[:, None], (x0 + tl.arange(0, TILE_X))[:, None]
     q = tl.arange(0, BINS_X)[None, :]
     c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
@@ -124,7 +130,7 @@ def max_backward(
 ):  # fmt: skip
     """Each cell asks the few bins that read it whether it is among the cells of the winning sample: the winner differs with the channel."""
     tile = tl.program_id(0)
-    n, y0, x0 = tile // tiles, (tile % tiles) // tiles_x * TILE_Y, (tile % tiles) % tiles_x * TILE_X
+    n, y0, x0 = corner(tile, tiles, tiles_x, TILE_Y, TILE_X)
     cell = tl.arange(0, TILE_Y * TILE_X)
     y, x = y0 + cell // TILE_X, x0 + cell % TILE_X
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)

@@ -1,4 +1,4 @@
-"""The operators on a CPU: lattices in, Numba kernels over blocks of channels, tensors out.
+"""The operators on a CPU: lattices in, Numba kernels over blocks of channels, tensors out. The same four functions as `ops/cuda.py`.
 
 Blocks share nothing and do not depend on the number of threads, so neither do the results: the same bits on one thread or sixteen.
 """
@@ -28,29 +28,66 @@ class Windows(NamedTuple):
     x_weights: np.ndarray
 
 
-def lattice_windows(y: Axis, x: Axis, height: int, width: int) -> Windows:
+def lattice_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, arg_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """The mean or the largest sample of each bin, `[K, C, P, P]`; and which won, `[K, C, P * P]` in `arg_dtype` (None: of no channels)."""
+    _check_finite(y.first, x.first)
+    source = _accumulable(features)
+    if reduce == "max":
+        out, winners = _max_forward(source, image, y, x, arg_dtype)
+    else:
+        out = _window_forward(source, image, _lattice_windows(y, x, *features.shape[2:]))
+        winners = torch.empty(0, dtype=torch.int8)
+    return out.to(features.dtype), winners
+
+
+def lattice_backward(
+    grad: Tensor, features: Tensor, winners: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, of_features: bool, of_lattice: bool
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """Gradient of the features, laid out as they are; of `first` and `step`, of y and then of x. None for what is not asked for."""
+    source, grad = _accumulable(features), _accumulable(grad).contiguous()
+    if reduce == "max":
+        out = _max_backward(grad, winners, image, y, x, source).to(features.dtype) if of_features else None
+        return out, _max_lattice_gradient(source, grad, winners, image, y, x) if of_lattice else None
+    windows = _lattice_windows(y, x, *features.shape[2:])
+    out = _window_backward(grad, image, windows, source).to(features.dtype) if of_features else None
+    if not of_lattice:
+        return out, None
+    of_weights = _window_weight_gradient(source, grad, image, windows)
+    of_y = cpu_window.lattice_gradient(*_numpy(y), features.shape[2], windows.y_start, of_weights[0].numpy())
+    of_x = cpu_window.lattice_gradient(*_numpy(x), features.shape[3], windows.x_start, of_weights[1].numpy())
+    return out, [torch.from_numpy(g) for g in (*of_y, *of_x)]
+
+
+def integral_forward(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> Tensor:
+    """The mean of the interpolated map over each bin, `[K, C, P, P]`."""
+    _check_finite(y.low, x.low)
+    return _window_forward(_accumulable(features), image, _integral_windows(y, x, *features.shape[2:])).to(features.dtype)
+
+
+def integral_backward(
+    grad: Tensor, features: Tensor, image: Tensor, y: Bounds, x: Bounds, of_features: bool, of_bounds: bool
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """Gradient of the features, laid out as they are; gradients of `low` and `high`, of y and then of x. None for what is not asked for."""
+    source, grad = _accumulable(features), _accumulable(grad).contiguous()
+    windows = _integral_windows(y, x, *features.shape[2:])
+    out = _window_backward(grad, image, windows, source).to(features.dtype) if of_features else None
+    if not of_bounds:
+        return out, None
+    of_weights = _window_weight_gradient(source, grad, image, windows)
+    of_y = cpu_window.integral_gradient(*_numpy(y), *windows[:3], of_weights[0].numpy())
+    of_x = cpu_window.integral_gradient(*_numpy(x), *windows[3:], of_weights[1].numpy())
+    return out, [torch.from_numpy(g) for g in (*of_y, *of_x)]
+
+
+def _lattice_windows(y: Axis, x: Axis, height: int, width: int) -> Windows:
     return Windows(*cpu_window.lattice_windows(*_numpy(y), height), *cpu_window.lattice_windows(*_numpy(x), width))
 
 
-def lattice_gradient(y: Axis, x: Axis, windows: Windows, grad: tuple[Tensor, Tensor], height: int, width: int) -> list[Tensor]:
-    """From gradients of the weights to those of `first` and `step`, of y and then of x."""
-    of_y = cpu_window.lattice_gradient(*_numpy(y), height, windows.y_start, grad[0].numpy())
-    of_x = cpu_window.lattice_gradient(*_numpy(x), width, windows.x_start, grad[1].numpy())
-    return [torch.from_numpy(g) for g in (*of_y, *of_x)]
-
-
-def integral_windows(y: Bounds, x: Bounds, height: int, width: int) -> Windows:
+def _integral_windows(y: Bounds, x: Bounds, height: int, width: int) -> Windows:
     return Windows(*cpu_window.integral_windows(*_numpy(y), height), *cpu_window.integral_windows(*_numpy(x), width))
 
 
-def integral_gradient(y: Bounds, x: Bounds, windows: Windows, grad: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """From gradients of the weights to those of `low` and `high`, of y and then of x."""
-    of_y = cpu_window.integral_gradient(*_numpy(y), *windows[:3], grad[0].numpy())
-    of_x = cpu_window.integral_gradient(*_numpy(x), *windows[3:], grad[1].numpy())
-    return [torch.from_numpy(g) for g in (*of_y, *of_x)]
-
-
-def window_forward(features: Tensor, image: Tensor, windows: Windows) -> Tensor:
+def _window_forward(features: Tensor, image: Tensor, windows: Windows) -> Tensor:
     """Weighted sums of cells. `features [N, C, H, W]` in float32 or float64, any strides -> `[K, C, P, P]`."""
     bins = windows.y_start.shape[1], windows.x_start.shape[1]
     out = features.new_empty(len(image), features.shape[1], bins[0] * bins[1])
@@ -59,7 +96,7 @@ def window_forward(features: Tensor, image: Tensor, windows: Windows) -> Tensor:
     return out.unflatten(2, bins)
 
 
-def window_backward(grad: Tensor, image: Tensor, windows: Windows, like: Tensor) -> Tensor:
+def _window_backward(grad: Tensor, image: Tensor, windows: Windows, like: Tensor) -> Tensor:
     """Gradient of the features, laid out as `like`."""
     out = torch.empty_like(like, dtype=grad.dtype)
     arrays = [*_numpy((grad.flatten(2), image)), *windows, *_numpy((out,))]
@@ -67,7 +104,7 @@ def window_backward(grad: Tensor, image: Tensor, windows: Windows, like: Tensor)
     return out
 
 
-def window_weight_gradient(features: Tensor, grad: Tensor, image: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+def _window_weight_gradient(features: Tensor, grad: Tensor, image: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     """Gradients of `y_weights` and `x_weights`: each block of channels into a slice of its own, the slices added up in order."""
     blocks = len(_blocks(features.shape[1]))
     of_y, of_x = (features.new_zeros(blocks, *w.shape) for w in (windows.y_weights, windows.x_weights))
@@ -76,7 +113,7 @@ def window_weight_gradient(features: Tensor, grad: Tensor, image: Tensor, window
     return of_y.sum(0), of_x.sum(0)
 
 
-def max_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, arg_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _max_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, arg_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """The largest samples, `[K, C, P, P]`; and which they are, `[K, C, P * P]` in `arg_dtype` (None: of no channels)."""
     bins = y.first.shape[1], x.first.shape[1]
     out = features.new_empty(len(image), features.shape[1], bins[0] * bins[1])
@@ -86,7 +123,7 @@ def max_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, arg_dtype: to
     return out.unflatten(2, bins), arg
 
 
-def max_backward(grad: Tensor, arg: Tensor, image: Tensor, y: Axis, x: Axis, like: Tensor) -> Tensor:
+def _max_backward(grad: Tensor, arg: Tensor, image: Tensor, y: Axis, x: Axis, like: Tensor) -> Tensor:
     """Gradient of the features, laid out as `like`."""
     out = torch.empty_like(like, dtype=grad.dtype)
     arrays = _numpy((grad.flatten(2), arg, image, *y[:3], *x[:3], out))
@@ -94,13 +131,23 @@ def max_backward(grad: Tensor, arg: Tensor, image: Tensor, y: Axis, x: Axis, lik
     return out
 
 
-def max_lattice_gradient(features: Tensor, grad: Tensor, arg: Tensor, image: Tensor, y: Axis, x: Axis) -> list[Tensor]:
+def _max_lattice_gradient(features: Tensor, grad: Tensor, arg: Tensor, image: Tensor, y: Axis, x: Axis) -> list[Tensor]:
     """Gradients of `first` and `step`, of y and then of x; slices as in `window_weight_gradient`."""
     blocks = len(_blocks(features.shape[1]))
     out = [features.new_zeros(blocks, *t.shape) for t in (y.first, y.step, x.first, x.step)]
     arrays, slices = _numpy((features, grad.flatten(2), arg, image, *y[:3], *x[:3])), _numpy(out)
     _each_block(features.shape[1], lambda b, *block: cpu_max.max_lattice_gradient(*arrays, *(s[b] for s in slices), *block))
     return [t.sum(0) for t in out]
+
+
+def _accumulable(tensor: Tensor) -> Tensor:
+    """Sums are kept in float32 at least, whatever the features are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _check_finite(*first: Tensor) -> None:
+    if not all(bool(t.isfinite().all()) for t in first):
+        raise ValueError("boxes: every coordinate must be finite and every image index in range; a lattice of this call is not a number")
 
 
 def _numpy(tensors: Iterable[Tensor]) -> list[np.ndarray]:

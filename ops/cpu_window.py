@@ -80,8 +80,7 @@ def integral_windows(low, high, size):
         for p in range(bins):
             for i in range(cells[k, p]):
                 cell = start[k, p] + i
-                integral = _hat_integral(high[k, p] - cell) - _hat_integral(low[k, p] - cell)
-                weights[k, p, i] = integral / (high[k, p] - low[k, p])
+                weights[k, p, i] = _hat_integral(low[k, p] - cell, high[k, p] - cell) / (high[k, p] - low[k, p])
     return start, cells, weights
 
 
@@ -99,10 +98,10 @@ def integral_gradient(low, high, start, cells, weights, grad_weights):
 
 
 @compile_kernel
-def _hat_integral(t):
-    """Integral of `max(0, 1 - |t|)` from 0 to t."""
-    t = min(max(t, -1), 1)
-    return t - t * abs(t) / 2
+def _hat_integral(a, b):
+    """Integral of `max(0, 1 - |t|)` from a to b. On one side of 0 no digits may cancel, or a thin bin would have none left."""
+    a, b = min(max(a, -1), 1), min(max(b, -1), 1)
+    return (b - a) * (1 - abs(a + b) / 2) if a * b >= 0 else b - a - (a * a + b * b) / 2
 
 
 @compile_kernel

@@ -59,9 +59,10 @@ def integral_pool(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> Tens
     accumulate = torch.promote_types(features.dtype, torch.float32)
     wy, wx = (_integral_weights(b, size).to(accumulate) for b, size in zip((y, x), features.shape[2:], strict=True))
     out = torch.zeros(len(image), features.shape[1], wy.shape[1], wx.shape[1], dtype=accumulate, device=features.device)
-    for n, feature in enumerate(features.to(accumulate)):  # by image, so that no RoI gets a map of its own
-        mine = (image == n).nonzero()[:, 0]
-        out = out.index_copy(0, mine, torch.einsum("kpi,kqj,cij->kcpq", wy[mine], wx[mine], feature))
+    with torch.autocast(features.device.type, enabled=False):
+        for n, feature in enumerate(features.to(accumulate)):  # by image, so that no RoI gets a map of its own
+            mine = (image == n).nonzero()[:, 0]
+            out = out.index_copy(0, mine, torch.einsum("kpi,kqj,cij->kcpq", wy[mine], wx[mine], feature))
     return out
 
 
@@ -69,6 +70,8 @@ def _integral_weights(bounds: Bounds, size: int) -> Tensor:
     """Share of each cell in the mean over each bin, `[K, P, size]`."""
     cells = torch.arange(size, dtype=bounds.low.dtype, device=bounds.low.device)
     low, high = ((edge[..., None] - cells).clamp(-1, 1) for edge in bounds)
-    integral = (high - high * high.abs() / 2) - (low - low * low.abs() / 2)
+    # two forms of one integral: on one side of the cell's centre no digits may cancel, or a thin bin would have none left
+    one_side, across = (high - low) * (1 - (low + high).abs() / 2), high - low - (low * low + high * high) / 2
+    integral = torch.where(low * high >= 0, one_side, across)
     extent = (bounds.high - bounds.low)[..., None]
     return torch.where(extent > 0, integral / torch.where(extent > 0, extent, 1), torch.where(extent.isnan(), torch.nan, 0))

@@ -2,19 +2,23 @@
 
 Boxes are a list of `[L, 4]` or one `[K, 5]` whose first column is the image; `(x1, y1, x2, y2)` in pixels of the image that `spatial_scale`
 relates to the map. Coordinate conventions: `ops/geometry.py`. The output is `[K, C, P, P]`, contiguous, in the dtype of the features;
-sums and coordinates are float32 at least. Input errors: `ops/inputs.py`. On the CPU Numba kernels run; elsewhere plain PyTorch does
-(`ops/eager.py`).
+sums and coordinates are float32 at least. Input errors: `ops/inputs.py`. Numba kernels run on a CPU, Triton kernels on a CUDA GPU;
+elsewhere, and for float64 on a GPU, plain PyTorch does (`ops/eager.py`), and a warning in the log says so once.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ops import eager, library
-from ops.geometry import LatticeRule, integral_bounds
+from ops.geometry import Axis, Bounds, IntegralRule, LatticeRule
 from ops.inputs import prepare
+
+log = logging.getLogger(__name__)
 
 Boxes = Tensor | Sequence[Tensor]
 Size = int | Sequence[int]
@@ -61,10 +65,9 @@ def lattice_pool(
     if reduce not in ("mean", "max"):
         raise ValueError(f"reduce={reduce!r}: expected one of mean, max")
     rule = LatticeRule(quantize_roi, inclusive_end, half_pixel, min_extent, quantize_bins, sampling_ratio, sample_offset, border)
-    image, box, (height, width) = prepare(features, boxes, output_size, differentiable_boxes=quantize_bins == "none")
-    y = rule.axis(box[:, 1], box[:, 3], spatial_scale, height, features.shape[2])
-    x = rule.axis(box[:, 0], box[:, 2], spatial_scale, width, features.shape[3])
-    if features.is_cpu:
+    image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=quantize_bins == "none")
+    y, x = _axes(rule, spatial_scale, features, box, bins)
+    if _has_kernels(features):
         remembered = None  # which samples won, in as few bytes as their number needs: a gradient has to know
         if reduce == "max" and torch.is_grad_enabled() and (features.requires_grad or box.requires_grad):
             most = rule.most_samples(features.shape[2]) * rule.most_samples(features.shape[3])
@@ -134,9 +137,54 @@ def prroi_pool(features: Tensor, boxes: Boxes, output_size: Size, spatial_scale:
     Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection" (IoU-Net), 2018, equation 5. The map is 0 beyond
     its outermost cells; a bin without area is 0. `half_pixel=False` is the released layer. Differentiable in the boxes too.
     """
-    image, box, (height, width) = prepare(features, boxes, output_size, differentiable_boxes=True)
-    y = integral_bounds(box[:, 1], box[:, 3], spatial_scale, height, half_pixel)
-    x = integral_bounds(box[:, 0], box[:, 2], spatial_scale, width, half_pixel)
-    if features.is_cpu:
+    image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=True)
+    y, x = _axes(IntegralRule(half_pixel), spatial_scale, features, box, bins)
+    if _has_kernels(features):
         return library.integral_pool(features, image, *y, *x)
     return eager.integral_pool(features, image, y, x).to(features.dtype)
+
+
+def _axes(
+    rule: LatticeRule | IntegralRule, spatial_scale: float, features: Tensor, box: Tensor, bins: tuple[int, int]
+) -> tuple[Axis, Axis] | tuple[Bounds, Bounds]:
+    """The rule along y and along x."""
+    fuse = features.is_cuda and library.supports(features) and not torch.compiler.is_compiling()
+    geometry = fused(rule, spatial_scale) if fuse else _geometry(rule, spatial_scale)
+    return geometry(box, *bins, *features.shape[2:])
+
+
+def _geometry(rule: LatticeRule | IntegralRule, spatial_scale: float) -> Callable[[Tensor, int, int, int, int], tuple]:
+    def along_both(box: Tensor, bins_y: int, bins_x: int, height: int, width: int) -> tuple:
+        y = rule.axis(box[:, 1], box[:, 3], spatial_scale, bins_y, height)
+        return y, rule.axis(box[:, 0], box[:, 2], spatial_scale, bins_x, width)
+
+    return along_both
+
+
+@cache
+def fused(rule: LatticeRule | IntegralRule, spatial_scale: float) -> Callable[[Tensor, int, int, int, int], tuple]:
+    """The geometry as one kernel in the place of some sixty, each of which would take a GPU as long as pooling does.
+
+    Compiled when first called, for any number of boxes, bins and cells; never with fused multiply-adds, whose rounding differs.
+    """
+    log.info("compiling the geometry of %s at scale %g", rule, spatial_scale)
+    return torch.compile(
+        _geometry(rule, spatial_scale),
+        fullgraph=True,
+        dynamic=True,
+        isolate_recompiles=True,
+        recompile_limit=32,
+        options={"emulate_precision_casts": True},
+    )
+
+
+def _has_kernels(features: Tensor) -> bool:
+    supported = library.supports(features)
+    if not (supported or torch.compiler.is_compiling()):
+        _tell_plain(features.device.type, features.dtype)
+    return supported
+
+
+@cache
+def _tell_plain(device: str, dtype: torch.dtype) -> None:
+    log.warning("no kernels for %s on %s: the RoI operators run in plain PyTorch, which is slower and takes more memory", dtype, device)

@@ -132,12 +132,18 @@ class LatticeRule:
         return Axis(low, torch.ones_like(low), count.int(), count)
 
 
-def integral_bounds(x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, half_pixel: bool) -> Bounds:
-    """Edges of the bins of PrRoIPool, nothing quantized. `x1, x2`: `[K]` edges of the boxes in pixels; a reversed box has no extent."""
-    start = x1 * spatial_scale - (0.5 if half_pixel else 0.0)
-    bin_size = ((x2 - x1) * spatial_scale).clamp(min=0)[:, None] / bins
-    low = start[:, None] + _indices(bins, start) * bin_size
-    return Bounds(low, low + bin_size)
+@dataclass(frozen=True)
+class IntegralRule:
+    """PrRoIPool's: nothing is quantized and nothing sampled."""
+
+    half_pixel: bool = False
+
+    def axis(self, x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, size: int) -> Bounds:
+        """Edges of `bins` bins a RoI, whatever the `size` of the axis. `x1, x2`: `[K]` in pixels; a reversed box has no extent."""
+        start = x1 * spatial_scale - (0.5 if self.half_pixel else 0.0)
+        bin_size = ((x2 - x1) * spatial_scale).clamp(min=0)[:, None] / bins
+        low = start[:, None] + _indices(bins, start) * bin_size
+        return Bounds(low, low + bin_size)
 
 
 def round_half_away(x: Tensor) -> Tensor:

@@ -3,16 +3,31 @@
 `roi::lattice_pool` and `roi::integral_pool` take lattices, never boxes: what is rounded was rounded before (`ops/geometry.py`).
 """
 
+import importlib
+import importlib.util
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from ops import cpu
 from ops.geometry import Axis, Bounds
 
 _NONE = torch.Size([0])
+_DEVICES = ("cpu", "cuda")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-@torch.library.custom_op("roi::lattice_pool", mutates_args=(), device_types="cpu")
+def kernels(device: torch.device) -> ModuleType:
+    """The module with the kernels of a device; loaded when first used, as Triton is not everywhere."""
+    return importlib.import_module(f"ops.{device.type}")
+
+
+def supports(features: Tensor) -> bool:
+    """Whether there are kernels for this device and dtype."""
+    return features.is_cpu or (features.is_cuda and _HAS_TRITON and features.dtype != torch.float64)
+
+
+@torch.library.custom_op("roi::lattice_pool", mutates_args=(), device_types=_DEVICES)
 def lattice_pool(
     features: Tensor,
     image: Tensor,
@@ -29,28 +44,21 @@ def lattice_pool(
 ) -> tuple[Tensor, Tensor]:
     """Reduce each bin's samples. -> `[K, C, P, P]` in the dtype of the features, and for `max` the winners' indices in `arg_dtype`."""
     y, x = Axis(y_first, y_step, y_count, y_total), Axis(x_first, x_step, x_count, x_total)
-    _finite(y_first, x_first)
-    source = _accumulable(features)
-    if reduce == "max":
-        out, arg = cpu.max_forward(source, image, y, x, arg_dtype)
-    else:
-        out = cpu.window_forward(source, image, cpu.lattice_windows(y, x, *features.shape[2:]))
-        arg = torch.empty(_NONE, dtype=torch.int8)
-    return out.to(features.dtype), arg
+    return kernels(features.device).lattice_forward(features, image, y, x, reduce, arg_dtype)
 
 
 @lattice_pool.register_fake
 def _(features, image, y_first, y_step, y_count, y_total, x_first, x_step, x_count, x_total, reduce, arg_dtype):
     rois, channels, bins = image.shape[0], features.shape[1], (y_first.shape[1], x_first.shape[1])
-    arg = (rois, channels if arg_dtype else 0, bins[0] * bins[1]) if reduce == "max" else _NONE
-    return features.new_empty(rois, channels, *bins), features.new_empty(arg, dtype=arg_dtype or torch.int8)
+    winners = (rois, channels if arg_dtype else 0, bins[0] * bins[1]) if reduce == "max" else _NONE
+    return features.new_empty(rois, channels, *bins), features.new_empty(winners, dtype=arg_dtype or torch.int8)
 
 
-@torch.library.custom_op("roi::lattice_pool_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("roi::lattice_pool_backward", mutates_args=(), device_types=_DEVICES)
 def lattice_pool_backward(
     grad: Tensor,
     features: Tensor,
-    arg: Tensor,
+    winners: Tensor,
     image: Tensor,
     y_first: Tensor,
     y_step: Tensor,
@@ -66,23 +74,16 @@ def lattice_pool_backward(
 ) -> list[Tensor]:
     """-> gradients of features, y_first, y_step, x_first, x_step; what is not asked for is empty."""
     y, x = Axis(y_first, y_step, y_count, y_total), Axis(x_first, x_step, x_count, x_total)
-    source, grad = _accumulable(features), _accumulable(grad).contiguous()
-    windows = cpu.lattice_windows(y, x, *features.shape[2:]) if reduce == "mean" else None
-    out = [features.new_empty(_NONE)] + [y_first.new_empty(_NONE) for _ in range(4)]
-    if of_features:
-        of_source = cpu.window_backward(grad, image, windows, source) if windows else cpu.max_backward(grad, arg, image, y, x, source)
-        out[0] = of_source.to(features.dtype)
-    if of_lattice and windows:
-        out[1:] = cpu.lattice_gradient(y, x, windows, cpu.window_weight_gradient(source, grad, image, windows), *features.shape[2:])
-    elif of_lattice:
-        out[1:] = cpu.max_lattice_gradient(source, grad, arg, image, y, x)
-    return out
+    backward = kernels(features.device).lattice_backward
+    return _filled(features, y_first, *backward(grad, features, winners, image, y, x, reduce, of_features, of_lattice))
 
 
 @lattice_pool_backward.register_fake
-def _(grad, features, arg, image, y_first, y_step, y_count, y_total, x_first, x_step, x_count, x_total, reduce, of_features, of_lattice):
-    lattice = [torch.empty_like(t) if of_lattice else t.new_empty(_NONE) for t in (y_first, y_step, x_first, x_step)]
-    return [torch.empty_like(features) if of_features else features.new_empty(_NONE), *lattice]
+def _(
+    grad, features, winners, image, y_first, y_step, y_count, y_total, x_first, x_step, x_count, x_total, reduce, of_features, of_lattice
+):
+    lattice = [torch.empty_like(t) for t in (y_first, y_step, x_first, x_step)] if of_lattice else None
+    return _filled(features, y_first, torch.empty_like(features) if of_features else None, lattice)
 
 
 def _lattice_setup(ctx, inputs, output):
@@ -98,7 +99,7 @@ def _lattice_backward(ctx, grad, _):
     of_features, of_lattice = ctx.needs_input_grad[0], any(ctx.needs_input_grad[i] for i in (2, 3, 6, 7))
     out = lattice_pool_backward(grad, *ctx.saved_tensors, ctx.reduce, of_features, of_lattice)
     of_source, y_first, y_step, x_first, x_step = (
-        g if g.numel() or asked else None for g, asked in zip(out, [of_features] + [of_lattice] * 4, strict=True)
+        g if asked else None for g, asked in zip(out, [of_features] + [of_lattice] * 4, strict=True)
     )
     return of_source, None, y_first, y_step, None, None, x_first, x_step, None, None, None, None
 
@@ -106,12 +107,10 @@ def _lattice_backward(ctx, grad, _):
 lattice_pool.register_autograd(_lattice_backward, setup_context=_lattice_setup)
 
 
-@torch.library.custom_op("roi::integral_pool", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("roi::integral_pool", mutates_args=(), device_types=_DEVICES)
 def integral_pool(features: Tensor, image: Tensor, y_low: Tensor, y_high: Tensor, x_low: Tensor, x_high: Tensor) -> Tensor:
     """The mean of the interpolated map over each bin. -> `[K, C, P, P]` in the dtype of the features."""
-    _finite(y_low, x_low)
-    windows = cpu.integral_windows(Bounds(y_low, y_high), Bounds(x_low, x_high), *features.shape[2:])
-    return cpu.window_forward(_accumulable(features), image, windows).to(features.dtype)
+    return kernels(features.device).integral_forward(features, image, Bounds(y_low, y_high), Bounds(x_low, x_high))
 
 
 @integral_pool.register_fake
@@ -119,7 +118,7 @@ def _(features, image, y_low, y_high, x_low, x_high):
     return features.new_empty(image.shape[0], features.shape[1], y_low.shape[1], x_low.shape[1])
 
 
-@torch.library.custom_op("roi::integral_pool_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("roi::integral_pool_backward", mutates_args=(), device_types=_DEVICES)
 def integral_pool_backward(
     grad: Tensor,
     features: Tensor,
@@ -132,21 +131,14 @@ def integral_pool_backward(
     of_bounds: bool,
 ) -> list[Tensor]:
     """-> gradients of features, y_low, y_high, x_low, x_high; what is not asked for is empty."""
-    y, x = Bounds(y_low, y_high), Bounds(x_low, x_high)
-    source, grad = _accumulable(features), _accumulable(grad).contiguous()
-    windows = cpu.integral_windows(y, x, *features.shape[2:])
-    out = [features.new_empty(_NONE)] + [y_low.new_empty(_NONE) for _ in range(4)]
-    if of_features:
-        out[0] = cpu.window_backward(grad, image, windows, source).to(features.dtype)
-    if of_bounds:
-        out[1:] = cpu.integral_gradient(y, x, windows, cpu.window_weight_gradient(source, grad, image, windows))
-    return out
+    backward, y, x = kernels(features.device).integral_backward, Bounds(y_low, y_high), Bounds(x_low, x_high)
+    return _filled(features, y_low, *backward(grad, features, image, y, x, of_features, of_bounds))
 
 
 @integral_pool_backward.register_fake
 def _(grad, features, image, y_low, y_high, x_low, x_high, of_features, of_bounds):
-    bounds = [torch.empty_like(t) if of_bounds else t.new_empty(_NONE) for t in (y_low, y_high, x_low, x_high)]
-    return [torch.empty_like(features) if of_features else features.new_empty(_NONE), *bounds]
+    bounds = [torch.empty_like(t) for t in (y_low, y_high, x_low, x_high)] if of_bounds else None
+    return _filled(features, y_low, torch.empty_like(features) if of_features else None, bounds)
 
 
 def _integral_setup(ctx, inputs, output):
@@ -162,11 +154,7 @@ def _integral_backward(ctx, grad):
 integral_pool.register_autograd(_integral_backward, setup_context=_integral_setup)
 
 
-def _accumulable(tensor: Tensor) -> Tensor:
-    """Sums are kept in float32 at least, whatever the features are."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _finite(*first: Tensor) -> None:
-    if not all(bool(t.isfinite().all()) for t in first):
-        raise ValueError("boxes: every coordinate must be finite and every image index in range; a lattice of this call is not a number")
+def _filled(features: Tensor, edges: Tensor, of_features: Tensor | None, of_edges: list[Tensor] | None) -> list[Tensor]:
+    """An operator returns tensors: empty ones for gradients that nobody asked for."""
+    of_features = features.new_empty(_NONE) if of_features is None else of_features
+    return [of_features, *(of_edges or [edges.new_empty(_NONE) for _ in range(4)])]

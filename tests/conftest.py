@@ -8,6 +8,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from detection.evaluation.misalignment import Misalignment, Operator, Reading, Span, areas, map_size, misalignment, read, rule_of, slack
-from ops.geometry import integral_bounds
+from ops.geometry import IntegralRule
 
 Rectangle = tuple[float, float, float, float]
 """`(x1, y1, x2, y2)` in cells."""
@@ -162,7 +162,7 @@ def _roi(operator: Operator, boxes: Tensor, stride: int) -> Rectangle:
     rule, corners = rule_of(operator), []
     for low, high in ((boxes[:, 0], boxes[:, 2]), (boxes[:, 1], boxes[:, 3])):
         if rule is None:
-            bounds = integral_bounds(low, high, 1 / stride, 1, half_pixel=False)
+            bounds = IntegralRule().axis(low, high, 1 / stride, 1, 0)
             corners.append((bounds.low.item(), bounds.high.item()))
         else:
             whole = replace(rule, quantize_bins="none", sampling_ratio=1, sample_offset=0.0, border=torch.inf)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import ops
-from ops.geometry import LatticeRule, integral_bounds
+from ops.geometry import IntegralRule, LatticeRule
 
 Operator = Callable[..., Tensor]
 SIZES = {"all": (0.0, torch.inf), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, torch.inf)}
@@ -215,7 +215,7 @@ def _span(operator: Operator, low: Tensor, high: Tensor, scale: float, bins: int
     rule = rule_of(operator)
     if rule is None:
         half_pixel = operator.keywords.get("half_pixel", False) if isinstance(operator, partial) else False
-        bounds = integral_bounds(low, high, scale, bins, half_pixel)
+        bounds = IntegralRule(half_pixel).axis(low, high, scale, bins, size)
         near, far = bounds.low.double(), bounds.high.double()
         nothing = torch.full_like(near, torch.nan)
         span = Span(near + 0.5, far + 0.5, nothing, nothing, torch.zeros_like(near, dtype=torch.int64))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import ops
 from ops import eager, library, reference
-from ops.geometry import LatticeRule, integral_bounds
+from ops.geometry import IntegralRule, LatticeRule
 from ops.inputs import prepare
 
 from .presets import AWKWARD, PRESETS, WITHOUT_BOX_GRADIENT, preset, random_boxes
@@ -30,12 +30,11 @@ def through(path, operator: partial, features: Tensor, boxes: Tensor, output_siz
     """The operator that a configuration names, computed by `path` (a module with `lattice_pool` and `integral_pool`)."""
     knobs = dict(operator.keywords)
     image, box, (height, width) = prepare(features, boxes, output_size, differentiable_boxes=knobs.get("quantize_bins", "none") == "none")
-    ys, xs = (box[:, 1], box[:, 3], spatial_scale, height), (box[:, 0], box[:, 2], spatial_scale, width)
-    if operator.func is ops.prroi_pool:
-        return path.integral_pool(features, image, integral_bounds(*ys, **knobs), integral_bounds(*xs, **knobs))
-    reduce = knobs.pop("reduce")
-    rule = LatticeRule(**knobs)
-    return path.lattice_pool(features, image, rule.axis(*ys, features.shape[2]), rule.axis(*xs, features.shape[3]), reduce)
+    reduce = knobs.pop("reduce", None)
+    rule = LatticeRule(**knobs) if reduce else IntegralRule(**knobs)
+    y = rule.axis(box[:, 1], box[:, 3], spatial_scale, height, features.shape[2])
+    x = rule.axis(box[:, 0], box[:, 2], spatial_scale, width, features.shape[3])
+    return path.lattice_pool(features, image, y, x, reduce) if reduce else path.integral_pool(features, image, y, x)
 
 
 oracle = partial(through, reference)
@@ -47,7 +46,7 @@ def results(compute: Callable, features: Tensor, boxes: Tensor, output_size, spa
     features = features.detach().requires_grad_()
     boxes = boxes.detach().requires_grad_(box_gradient)
     out = compute(features, boxes, output_size, spatial_scale)
-    weights = torch.rand(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    weights = torch.rand(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
     (out * weights).sum().backward()
     named = {"output": out.detach(), "gradient of features": features.grad}
     if box_gradient:
@@ -58,7 +57,8 @@ def results(compute: Callable, features: Tensor, boxes: Tensor, output_size, spa
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, atol: float) -> None:
     assert actual.keys() == expected.keys()
     for name in actual:
-        torch.testing.assert_close(actual[name].double(), expected[name].double(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        found, wanted = actual[name].double().cpu(), expected[name].double()
+        torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def feature_map(*shape: int, dtype=torch.float64, layout=torch.contiguous_format) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ops.geometry import LatticeRule, integral_bounds, round_half_away
+from ops.geometry import IntegralRule, LatticeRule, round_half_away
 
 POOL = LatticeRule(quantize_roi="round", inclusive_end=True, half_pixel=False, quantize_bins="cover")
 POOL_FLOOR = LatticeRule(quantize_roi="floor", half_pixel=False, quantize_bins="truncate")
@@ -160,10 +160,10 @@ def test_a_box_that_is_not_a_number_is_one_sample_at_nan_a_bin():
         assert a.first.isnan().all() and a.count.tolist() == [[1, 1]] and a.total.tolist() == [[1, 1]]
 
 
-def test_integral_bounds_tile_the_box():
-    b = integral_bounds(torch.tensor([8.0]), torch.tensor([32.0]), 1 / 8, 3, half_pixel=False)
+def test_the_bins_of_an_integral_tile_the_box():
+    b = IntegralRule().axis(torch.tensor([8.0]), torch.tensor([32.0]), 1 / 8, 3, 10)
     assert (b.low.tolist(), b.high.tolist()) == ([[1, 2, 3]], [[2, 3, 4]])
-    b = integral_bounds(torch.tensor([8.0]), torch.tensor([4.0]), 1 / 8, 3, half_pixel=True)
+    b = IntegralRule(half_pixel=True).axis(torch.tensor([8.0]), torch.tensor([4.0]), 1 / 8, 3, 10)
     assert b.low.tolist() == b.high.tolist() == [[0.5] * 3]
 
 

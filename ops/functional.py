@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ops import eager, library
 from ops.geometry import Axis, Bounds, IntegralRule, LatticeRule
-from ops.inputs import prepare
+from ops.inputs import prepare, without_bad
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,12 @@ def lattice_pool(
     if reduce not in ("mean", "max"):
         raise ValueError(f"reduce={reduce!r}: expected one of mean, max")
     rule = LatticeRule(quantize_roi, inclusive_end, half_pixel, min_extent, quantize_bins, sampling_ratio, sample_offset, border)
-    image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=quantize_bins == "none")
-    y, x = _axes(rule, spatial_scale, features, box, bins)
+    image, y, x = _place(
+        rule, spatial_scale, features, *prepare(features, boxes, output_size, differentiable_boxes=quantize_bins == "none")
+    )
     if _has_kernels(features):
         remembered = None  # which samples won, in as few bytes as their number needs: a gradient has to know
-        if reduce == "max" and torch.is_grad_enabled() and (features.requires_grad or box.requires_grad):
+        if reduce == "max" and torch.is_grad_enabled() and (features.requires_grad or y.first.requires_grad):
             most = rule.most_samples(features.shape[2]) * rule.most_samples(features.shape[3])
             remembered = next(t for t in (torch.int8, torch.int16, torch.int32, torch.int64) if most <= torch.iinfo(t).max)
         return library.lattice_pool(features, image, *y, *x, reduce, remembered)[0]
@@ -137,33 +138,35 @@ def prroi_pool(features: Tensor, boxes: Boxes, output_size: Size, spatial_scale:
     Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection" (IoU-Net), 2018, equation 5. The map is 0 beyond
     its outermost cells; a bin without area is 0. `half_pixel=False` is the released layer. Differentiable in the boxes too.
     """
-    image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=True)
-    y, x = _axes(IntegralRule(half_pixel), spatial_scale, features, box, bins)
+    rule = IntegralRule(half_pixel)
+    image, y, x = _place(rule, spatial_scale, features, *prepare(features, boxes, output_size, differentiable_boxes=True))
     if _has_kernels(features):
         return library.integral_pool(features, image, *y, *x)
     return eager.integral_pool(features, image, y, x).to(features.dtype)
 
 
-def _axes(
-    rule: LatticeRule | IntegralRule, spatial_scale: float, features: Tensor, box: Tensor, bins: tuple[int, int]
-) -> tuple[Axis, Axis] | tuple[Bounds, Bounds]:
-    """The rule along y and along x."""
+def _place(
+    rule: LatticeRule | IntegralRule, spatial_scale: float, features: Tensor, image: Tensor, box: Tensor, bins: tuple[int, int]
+) -> tuple[Tensor, Axis, Axis] | tuple[Tensor, Bounds, Bounds]:
+    """The image of each box, and where its bins look along y and along x."""
     fuse = features.is_cuda and library.supports(features) and not torch.compiler.is_compiling()
     geometry = fused(rule, spatial_scale) if fuse else _geometry(rule, spatial_scale)
-    return geometry(box, *bins, *features.shape[2:])
+    images, _, height, width = features.shape
+    return geometry(image, box, images, *bins, height, width)
 
 
-def _geometry(rule: LatticeRule | IntegralRule, spatial_scale: float) -> Callable[[Tensor, int, int, int, int], tuple]:
-    def along_both(box: Tensor, bins_y: int, bins_x: int, height: int, width: int) -> tuple:
+def _geometry(rule: LatticeRule | IntegralRule, spatial_scale: float) -> Callable[..., tuple]:
+    def place(image: Tensor, box: Tensor, images: int, bins_y: int, bins_x: int, height: int, width: int) -> tuple:
+        image, box = without_bad(image, box, images)
         y = rule.axis(box[:, 1], box[:, 3], spatial_scale, bins_y, height)
-        return y, rule.axis(box[:, 0], box[:, 2], spatial_scale, bins_x, width)
+        return image, y, rule.axis(box[:, 0], box[:, 2], spatial_scale, bins_x, width)
 
-    return along_both
+    return place
 
 
 @cache
-def fused(rule: LatticeRule | IntegralRule, spatial_scale: float) -> Callable[[Tensor, int, int, int, int], tuple]:
-    """The geometry as one kernel in the place of some sixty, each of which would take a GPU as long as pooling does.
+def fused(rule: LatticeRule | IntegralRule, spatial_scale: float) -> Callable[..., tuple]:
+    """The geometry as a kernel or two in the place of some seventy, which would take a GPU longer than pooling does.
 
     Compiled when first called, for any number of boxes, bins and cells; never with fused multiply-adds, whose rounding differs.
     """

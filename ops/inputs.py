@@ -18,11 +18,11 @@ def prepare(
         differentiable_boxes: whether the operator has a gradient with respect to the boxes.
 
     Returns:
-        Index of the image `[K]` int64, coordinates `[K, 4]` in float32 (float64 where the features are), bins `(height, width)`.
+        Index of the image `[K]`, coordinates `[K, 4]` in float32 (float64 where the features are), bins `(height, width)`.
 
     Raises:
         TypeError, ValueError: naming the argument. On a CPU also for a box that is NaN or infinite and for an image that is not there; on
-            other devices, where looking would stall the stream, such a box becomes NaN, and so does its output.
+            other devices looking would stall the stream: see `without_bad`.
     """
     if not isinstance(features, Tensor) or not features.is_floating_point():
         raise TypeError(f"features: expected a floating point tensor [N, C, H, W], got {_describe(features)}")
@@ -45,14 +45,21 @@ def prepare(
     empty_map = coordinates.shape[0] > 0 and 0 in features.shape[2:]
     if empty_map:
         raise ValueError(f"features: a map of shape {tuple(features.shape)} has no cells to pool {coordinates.shape[0]} boxes from")
-    good = coordinates.isfinite().all(1) & (image >= 0) & (image < features.shape[0])
     if features.is_cpu and not torch.compiler.is_compiling():
+        good = _good(image, coordinates, features.shape[0])
         if not good.all():
             _complain(image, coordinates, features.shape[0], int((~good).nonzero()[0]))
-    else:
-        coordinates = torch.where(good[:, None], coordinates, torch.nan)
-        image = torch.where(good, image, 0)
     return image, coordinates, (int(size[0]), int(size[1]))
+
+
+def without_bad(image: Tensor, coordinates: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Index of the image `[K]` int64 and coordinates `[K, 4]`; a box that is no box becomes NaN, and so does its output."""
+    good = _good(image, coordinates, images)
+    return torch.where(good, image, 0).long(), torch.where(good[:, None], coordinates, torch.nan)
+
+
+def _good(image: Tensor, coordinates: Tensor, images: int) -> Tensor:
+    return coordinates.isfinite().all(1) & (image > -1) & (image < images)
 
 
 def _table(boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,8 +67,7 @@ def _table(boxes: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"boxes: a tensor must be [K, 5] (image index, x1, y1, x2, y2), got shape {tuple(boxes.shape)}")
     if not boxes.is_floating_point():
         raise TypeError(f"boxes: expected floating point coordinates, got {boxes.dtype}")
-    index = boxes[:, 0].detach()
-    return index.nan_to_num(nan=-1, posinf=-1, neginf=-1).long(), boxes[:, 1:]
+    return boxes[:, 0].detach(), boxes[:, 1:]
 
 
 def _concatenate(features: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -85,7 +91,7 @@ def _complain(image: Tensor, coordinates: Tensor, images: int, k: int) -> None:
     box = [round(float(v), 3) for v in coordinates[k]]
     if not bool(coordinates[k].isfinite().all()):
         raise ValueError(f"boxes: box {k} is {box}: coordinates must be finite")
-    raise ValueError(f"boxes: box {k} {box} belongs to image {int(image[k])}, and the features hold images 0 to {images - 1}")
+    raise ValueError(f"boxes: box {k} {box} belongs to image {image[k].item():g}, and the features hold images 0 to {images - 1}")
 
 
 def _describe(x: object) -> str:

@@ -65,7 +65,7 @@ def test_the_geometry_as_one_kernel_has_the_same_bits(name):
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for count, height, width, bins in ((9, 38, 50, 7), (100, 50, 38, 7), (3, 20, 31, 14)):
         box = torch.cat([random_boxes(count, 1, 16 * width, 16 * height), AWKWARD])[:, 1:].float()
-        y, x = fused(rule, 1 / 16)(box, bins, bins, height, width)
+        _, y, x = fused(rule, 1 / 16)(torch.zeros(len(box)), box, 1, bins, bins, height, width)
         expected = (
             *rule.axis(box[:, 1], box[:, 3], 1 / 16, bins, height),
             *rule.axis(box[:, 0], box[:, 2], 1 / 16, bins, width),

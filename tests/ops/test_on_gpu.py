@@ -53,7 +53,7 @@ def test_the_same_bits_on_every_run(operator):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_the_geometry_as_one_kernel_has_the_same_bits(name):
     rule, box = rule_of(name), torch.cat([random_boxes(500, 1, 1008, 608), AWKWARD])[:, 1:].float().cuda()
-    y, x = fused(rule, 1 / 16)(box, 7, 7, 38, 63)
+    _, y, x = fused(rule, 1 / 16)(torch.zeros(len(box), device="cuda"), box, 1, 7, 7, 38, 63)
     expected = *rule.axis(box[:, 1], box[:, 3], 1 / 16, 7, 38), *rule.axis(box[:, 0], box[:, 2], 1 / 16, 7, 63)
     assert all(torch.equal(a, b) for a, b in zip((*y, *x), expected, strict=True))
 

@@ -42,8 +42,8 @@ def lattice_pool(
 @lattice_pool.register_fake
 def _(features, image, y_first, y_step, y_count, y_total, x_first, x_step, x_count, x_total, reduce, arg_dtype):
     rois, channels, bins = image.shape[0], features.shape[1], (y_first.shape[1], x_first.shape[1])
-    arg = (rois, channels if arg_dtype else 0, bins[0] * bins[1]) if reduce == "max" else _NONE
-    return features.new_empty(rois, channels, *bins), features.new_empty(arg, dtype=arg_dtype or torch.int8)
+    remembered = rois * channels * bins[0] * bins[1] if reduce == "max" and arg_dtype else 0
+    return features.new_empty(rois, channels, *bins), features.new_empty(remembered, dtype=arg_dtype or torch.int8)
 
 
 @torch.library.custom_op("roi::lattice_pool_backward", mutates_args=(), device_types="cpu")

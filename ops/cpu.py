@@ -29,7 +29,7 @@ class Windows(NamedTuple):
 
 
 def lattice_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, arg_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """The mean or the largest sample of each bin, `[K, C, P, P]`; and which won, `[K, C, P * P]` in `arg_dtype` (None: of no channels)."""
+    """The mean or the largest sample of each bin, `[K, C, P, P]`; and which won, `[K * C * P * P]` in `arg_dtype` (None: empty)."""
     _check_finite(y.first, x.first)
     source = _accumulable(features)
     if reduce == "max":
@@ -114,11 +114,12 @@ def _window_weight_gradient(features: Tensor, grad: Tensor, image: Tensor, windo
 
 
 def _max_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, arg_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """The largest samples, `[K, C, P, P]`; and which they are, `[K, C, P * P]` in `arg_dtype` (None: of no channels)."""
+    """The largest samples, `[K, C, P, P]`; and which they are, `[K * C * P * P]` in `arg_dtype` and the kernels' order (None: empty)."""
     bins = y.first.shape[1], x.first.shape[1]
     out = features.new_empty(len(image), features.shape[1], bins[0] * bins[1])
-    arg = torch.empty(len(image), features.shape[1] if arg_dtype else 0, out.shape[2], dtype=arg_dtype or torch.int8)
-    arrays = _numpy((features, image, *y, *x, out, arg))
+    arg = torch.empty(out.numel() if arg_dtype else 0, dtype=arg_dtype or torch.int8)
+    samples = cpu_max.lattice_samples(*_numpy((image, *y, *x)), *features.shape[2:])
+    arrays = [*_numpy((features, image, y.count, x.count)), *samples, *_numpy((out, arg))]
     _each_block(features.shape[1], lambda _, *block: cpu_max.max_forward(*arrays, *block))
     return out.unflatten(2, bins), arg
 

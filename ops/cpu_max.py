@@ -1,87 +1,127 @@
-"""Numba kernels of a bin's largest sample: every sample is visited, and each channel has a winner of its own."""
+"""Numba kernels of a bin's largest sample: every sample is visited, and each channel has a winner of its own.
+
+Which samples won is kept in the kernels' own order, which neither of them has to transpose: one block of channels after the other, each
+`[K, bins, channels]`; a sample's number is `i * xn + j`, and -1 is the 0 of a sample off the map or of an empty bin.
+"""
 
 import numpy as np
 
-from ops.cpu_loops import blend, cell_below, channels_last, clamp, compile_kernel, compile_sums, inline, read_tile, write_tile
+from ops.cpu_loops import (
+    add,
+    blend,
+    cell_below,
+    channels_first,
+    channels_last,
+    clamp,
+    compile_kernel,
+    compile_sums,
+    inline,
+    read_tile,
+    write_tile,
+)
 
 
 @compile_kernel
-def max_forward(features, image, yf, ys, yn, yt, xf, xs, xn, xt, out, arg, c0, c1):
-    """The largest sample of each bin and which it is, `i * xn + j`; -1 where it is the 0 of a sample off the map or of an empty bin."""
-    height, width, channels = features.shape[2], features.shape[3], c1 - c0
-    bins_x = xf.shape[1]
-    cells = channels_last(features, c0, c1)
-    row = np.empty(width * channels, features.dtype)
-    best = np.empty((yf.shape[1] * bins_x, channels), features.dtype)
-    which = np.empty((yf.shape[1] * bins_x, channels), np.int32)
-    for k in range(len(image)):
-        left, right = _reach(xf, xs, xn, k, width)
-        length = (right - left) * channels
-        for p in range(yf.shape[1]):
+def lattice_samples(image, yf, ys, yn, yt, xf, xs, xn, xt, height, width):
+    """What `max_forward` visits, found once for all blocks of channels.
+
+    Where every sample is a cell, `at` is that cell. Else the map is interpolated at the rows of samples of a row of bins first; `at` and
+    `beside` are then a sample's neighbours on these lines, line `i` from `i * width` on, and `way` is how far it is from one to the other.
+    """
+    rois, bins_y, bins_x = len(image), yf.shape[1], xf.shape[1]
+    top, v, near, h = *_taps(yf, ys, yn, height), *_taps(xf, xs, xn, width)
+    between = np.any(v != 0) or np.any(h != 0)
+    start = np.zeros(rois * bins_y * bins_x + 1, np.int64)  # of each bin's samples
+    worth = np.zeros(rois * bins_y * bins_x, xf.dtype)  # of a bin before its samples are visited
+    for k in range(rois):
+        for p in range(bins_y):
             for q in range(bins_x):
-                count = yn[k, p] * xn[k, q]
-                best[p * bins_x + q] = 0 if count == 0 or count < yt[k, p] * xt[k, q] else -np.inf
-            which[p * bins_x : (p + 1) * bins_x] = -1
-            for i in range(yn[k, p]):
-                top, v = _tap(yf[k, p], ys[k, p], i, height)
-                at = ((image[k] * height + top) * width + left) * channels
-                line = cells[at : at + length]
-                if v != 0:
-                    blend(line, v, cells[at + width * channels : at + width * channels + length], row[:length])
-                    line = row[:length]
-                for q in range(bins_x):
+                b, count = (k * bins_y + p) * bins_x + q, yn[k, p] * xn[k, q]
+                start[b + 1] = start[b] + count
+                worth[b] = 0 if count == 0 or count < yt[k, p] * xt[k, q] else -np.inf
+    at, beside, way = np.empty(start[-1], np.uint32), np.empty(start[-1], np.uint32), np.empty(start[-1], xf.dtype)
+    s = 0
+    for k in range(rois):
+        for p in range(bins_y):
+            for q in range(bins_x):
+                for i in range(yn[k, p]):
+                    line = (i if between else image[k] * height + top[k, p, i]) * width
                     for j in range(xn[k, q]):
-                        near, h = _tap(xf[k, q], xs[k, q], j, width)
-                        at = (near - left) * channels
-                        b, w, sample = p * bins_x + q, i * xn[k, q] + j, line[at : at + channels]
-                        if h != 0:
-                            _larger_blend(best[b], which[b], sample, h, line[at + channels : at + 2 * channels], w)
-                        else:
-                            _larger(best[b], which[b], sample, w)
+                        at[s], beside[s], way[s] = line + near[k, q, j], line + near[k, q, j] + (h[k, q, j] != 0), h[k, q, j]
+                        s += 1
+    return top, v, near, start, worth, at, beside, way, between
+
+
+@compile_kernel
+def max_forward(features, image, yn, xn, top, v, near, start, worth, at, beside, way, between, out, arg, c0, c1):
+    """The largest sample of each bin, and which it is, unless `arg` is empty."""
+    height, width, channels = features.shape[2], features.shape[3], c1 - c0
+    bins_y, bins_x = yn.shape[1], xn.shape[1]
+    flat = channels_last(features, c0, c1)
+    cells = flat.reshape((-1, channels))
+    lines = np.empty((top.shape[2] * width, channels), features.dtype)
+    flat_lines = lines.reshape(-1)
+    best = np.empty((bins_y * bins_x, channels), features.dtype)
+    winners = _winners(arg, c0, c1, len(image) if arg.size > 0 else 1, len(best))
+    way = way.astype(features.dtype)
+    for k in range(len(image)):
+        which = winners[k if arg.size > 0 else 0]
+        which[:] = -1
+        left, length = _touched(near, xn, k, width, channels)
+        for p in range(bins_y):
+            for i in range(yn[k, p] if between else 0):
+                x, to = ((image[k] * height + top[k, p, i]) * width + left) * channels, (i * width + left) * channels
+                y = x + width * channels if v[k, p, i] != 0 else x
+                blend(flat[x : x + length], v[k, p, i], flat[y : y + length], flat_lines[to : to + length])
+            for q in range(bins_x):
+                b = p * bins_x + q
+                bin = k * len(best) + b
+                best[b] = worth[bin]
+                if between:
+                    _largest_between(best[b], which[b], lines, at, beside, way, start[bin], start[bin + 1])
+                else:
+                    _largest(best[b], which[b], cells, at, start[bin], start[bin + 1])
         write_tile(best, out[k], c0)
-        if arg.size > 0:
-            write_tile(which, arg[k], c0)
 
 
 @compile_kernel
 def max_backward(grad, arg, image, yf, ys, yn, xf, xs, xn, grad_features, c0, c1):
-    """Each bin's gradient to the taps of its winner. They differ from channel to channel, so here the map is walked channel by channel."""
-    images, _, height, width = grad_features.shape
-    bins_y, bins_x = yf.shape[1], xf.shape[1]
-    planes = np.zeros((images, c1 - c0, height * width + width + 1), grad_features.dtype)  # a tap beyond the edge has weight 0
-    at = np.empty((bins_y * bins_x, _most(yn) * _most(xn)), np.uint32)  # cell below each sample
-    way = np.empty((bins_y * bins_x, _most(yn) * _most(xn), 2), grad_features.dtype)  # and how far it is on the way to the next
-    one, right, down, diagonal = grad_features.dtype.type(1), np.uint32(1), np.uint32(width), np.uint32(width + 1)
+    """Each bin's gradient to the taps of its winner: every sample takes it from the channels where it won."""
+    height, width, channels = grad_features.shape[2], grad_features.shape[3], c1 - c0
+    bins_x = xf.shape[1]
+    cells = np.zeros(grad_features.shape[0] * height * width * channels, grad_features.dtype)
+    top, v, near, h = *_taps(yf, ys, yn, height), *_taps(xf, xs, xn, width)
+    between = np.any(v != 0) or np.any(h != 0)
+    row = np.empty((width + 1) * channels, grad_features.dtype)  # a tap beyond the edge has weight 0
+    tile = np.empty((yf.shape[1] * bins_x, channels), grad_features.dtype)
+    winners = _winners(arg, c0, c1, len(image), len(tile))
     for k in range(len(image)):
-        between = False
-        for p in range(bins_y):
-            for q in range(bins_x):
-                for i in range(yn[k, p]):
-                    for j in range(xn[k, q]):
-                        b, w = p * bins_x + q, i * xn[k, q] + j
-                        y, way[b, w, 0] = _tap(yf[k, p], ys[k, p], i, height)
-                        x, way[b, w, 1] = _tap(xf[k, q], xs[k, q], j, width)
-                        at[b, w] = y * width + x
-                        between = between or way[b, w, 0] != 0 or way[b, w, 1] != 0
-        for c in range(c0, c1):
-            plane = planes[image[k], c - c0]
-            for b in range(bins_y * bins_x):
-                if arg[k, c, b] >= 0:
-                    w, g = np.uint32(arg[k, c, b]), grad[k, c, b]
-                    cell = at[b, w]
-                    if between:
-                        v, h = way[b, w, 0], way[b, w, 1]
-                        plane[cell] += g * (one - v) * (one - h)
-                        plane[cell + right] += g * (one - v) * h
-                        plane[cell + down] += g * v * (one - h)
-                        plane[cell + diagonal] += g * v * h
-                    else:
-                        plane[cell] += g
-    for n in range(images):
-        for c in range(c0, c1):
-            for y in range(height):
-                for x in range(width):
-                    grad_features[n, c, y, x] = planes[n, c - c0, y * width + x]
+        read_tile(grad[k], tile, c0)
+        which = winners[k]
+        left, length = _touched(near, xn, k, width, channels)
+        for p in range(yf.shape[1]):
+            for i in range(yn[k, p]):
+                to = ((image[k] * height + top[k, p, i]) * width + left) * channels
+                if between:
+                    row[: length + channels] = 0
+                    for q in range(bins_x):
+                        b = p * bins_x + q
+                        for j in range(xn[k, q]):
+                            at = (near[k, q, j] - left) * channels
+                            beside = at + channels
+                            _add_won_between(
+                                row[at:beside], row[beside : beside + channels], h[k, q, j], tile[b], which[b], i * xn[k, q] + j
+                            )
+                    add(cells[to : to + length], 1 - v[k, p, i], row[:length])
+                    if v[k, p, i] != 0:
+                        add(cells[to + width * channels : to + width * channels + length], v[k, p, i], row[:length])
+                else:
+                    for q in range(bins_x):
+                        b = p * bins_x + q
+                        for j in range(xn[k, q]):
+                            at = to + (near[k, q, j] - left) * channels
+                            _add_won(cells[at : at + channels], tile[b], which[b], i * xn[k, q] + j)
+    channels_first(cells, grad_features, c0, c1)
 
 
 @compile_sums
@@ -91,10 +131,10 @@ def max_lattice_gradient(features, grad, arg, image, yf, ys, yn, xf, xs, xn, gra
     bins_x = xf.shape[1]
     cells = channels_last(features, c0, c1)
     tile = np.empty((yf.shape[1] * bins_x, channels), features.dtype)
-    which = np.empty((yf.shape[1] * bins_x, channels), np.int32)
+    winners = _winners(arg, c0, c1, len(image), len(tile))
     for k in range(len(image)):
         read_tile(grad[k], tile, c0)
-        read_tile(arg[k], which, c0)
+        which = winners[k]
         for p in range(yf.shape[1]):
             for i in range(yn[k, p]):
                 top, v = _tap(yf[k, p], ys[k, p], i, height)
@@ -134,41 +174,90 @@ def _tap(first, step, i, size):
 
 
 @compile_kernel
-def _most(count):
+def _taps(first, step, count, size):
+    """`_tap` of every sample, each `[K, P, most]`."""
     most = 0
     for n in count.flat:
         most = max(most, n)
-    return most
+    low, way = np.zeros((*first.shape, most), np.int32), np.zeros((*first.shape, most), first.dtype)
+    for k in range(first.shape[0]):
+        for p in range(first.shape[1]):
+            for i in range(count[k, p]):
+                low[k, p, i], way[k, p, i] = _tap(first[k, p], step[k, p], i, size)
+    return low, way
 
 
 @compile_kernel
-def _reach(first, step, count, k, size):
-    """Cells `[left, right)` that the taps of RoI k touch along an axis."""
+def _touched(low, count, k, size, channels):
+    """First cell that the taps of RoI k touch along an axis, and how many elements of a channels-last row they span."""
     left, right = size, 0
-    for p in range(first.shape[1]):
+    for p in range(count.shape[1]):
         if count[k, p] > 0:
-            a, b = first[k, p], first[k, p] + (count[k, p] - 1) * step[k, p]
-            left = min(left, cell_below(min(a, b), size))
-            right = max(right, min(cell_below(max(a, b), size) + 2, size))
-    return min(left, right), right
+            a, b = low[k, p, 0], low[k, p, count[k, p] - 1]
+            left, right = min(left, a, b), max(right, a + 2, b + 2)
+    return min(left, right), max(min(right, size) - left, 0) * channels
+
+
+@inline
+def _winners(arg, c0, c1, rois, bins):
+    """The winners of a block of channels; where none are remembered, a scratch to write to."""
+    if arg.size == 0:
+        return np.empty((rois, bins, c1 - c0), arg.dtype)
+    return arg[c0 * rois * bins : c1 * rois * bins].reshape((rois, bins, c1 - c0))
 
 
 @inline
 def _larger(best, which, x, w):
-    for c in range(len(best)):
-        larger = x[c] > best[c] or x[c] != x[c]  # not-a-number wins, as in PyTorch's own max pooling
-        best[c] = x[c] if larger else best[c]
-        which[c] = w if larger else which[c]
+    larger = x > best or x != x  # not-a-number wins, as in PyTorch's own max pooling
+    return x if larger else best, w if larger else which
+
+
+# Four samples in one pass: a winner that goes to memory after each and comes back for the next costs more than the comparison. The last
+# sample is visited again where a bin has no multiple of four: it is not larger than itself.
 
 
 @inline
-def _larger_blend(best, which, x, weight, y, w):
-    weight = best.dtype.type(weight)
-    for c in range(len(best)):
-        sample = x[c] + weight * (y[c] - x[c])
-        larger = sample > best[c] or sample != sample
-        best[c] = sample if larger else best[c]
-        which[c] = w if larger else which[c]
+def _largest(best, which, cells, at, start, end):
+    for s0 in range(start, end, 4):
+        s1, s2, s3 = min(s0 + 1, end - 1), min(s0 + 2, end - 1), min(s0 + 3, end - 1)
+        w0, w1, w2, w3 = np.int32(s0 - start), np.int32(s1 - start), np.int32(s2 - start), np.int32(s3 - start)
+        x0, x1, x2, x3 = cells[at[s0]], cells[at[s1]], cells[at[s2]], cells[at[s3]]
+        for c in range(len(best)):
+            x, w = _larger(best[c], which[c], x0[c], w0)
+            x, w = _larger(x, w, x1[c], w1)
+            x, w = _larger(x, w, x2[c], w2)
+            best[c], which[c] = _larger(x, w, x3[c], w3)
+
+
+@inline
+def _largest_between(best, which, lines, at, beside, way, start, end):
+    for s0 in range(start, end, 4):
+        s1, s2, s3 = min(s0 + 1, end - 1), min(s0 + 2, end - 1), min(s0 + 3, end - 1)
+        w0, w1, w2, w3 = np.int32(s0 - start), np.int32(s1 - start), np.int32(s2 - start), np.int32(s3 - start)
+        x0, y0, h0 = lines[at[s0]], lines[beside[s0]], way[s0]
+        x1, y1, h1 = lines[at[s1]], lines[beside[s1]], way[s1]
+        x2, y2, h2 = lines[at[s2]], lines[beside[s2]], way[s2]
+        x3, y3, h3 = lines[at[s3]], lines[beside[s3]], way[s3]
+        for c in range(len(best)):
+            x, w = _larger(best[c], which[c], x0[c] + h0 * (y0[c] - x0[c]), w0)
+            x, w = _larger(x, w, x1[c] + h1 * (y1[c] - x1[c]), w1)
+            x, w = _larger(x, w, x2[c] + h2 * (y2[c] - x2[c]), w2)
+            best[c], which[c] = _larger(x, w, x3[c] + h3 * (y3[c] - x3[c]), w3)
+
+
+@inline
+def _add_won(to, x, which, w):
+    for c in range(len(to)):
+        to[c] += x[c] if which[c] == w else to.dtype.type(0)
+
+
+@inline
+def _add_won_between(near, beside, h, x, which, w):
+    h = near.dtype.type(h)
+    for c in range(len(near)):
+        won = x[c] if which[c] == w else near.dtype.type(0)
+        near[c] += won - h * won
+        beside[c] += h * won
 
 
 @inline

@@ -24,11 +24,10 @@ NARROW, WIDE = {"num_warps": 4, "maxnreg": 168, **OPTIONS}, {"num_warps": 8, "ma
 
 
 def lattice_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, arg_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """The mean or the largest sample of each bin, `[K, C, P, P]`; and which won, `[K, C, P * P]` in `arg_dtype` (None: of no channels)."""
+    """The mean or the largest sample of each bin, `[K, C, P, P]`; and which won, `[K * C * P * P]` in `arg_dtype` (None: empty)."""
     bins = y.first.shape[1], x.first.shape[1]
     out = features.new_empty(len(image), features.shape[1], *bins)
-    remembered = (len(image), features.shape[1] if arg_dtype else 0, bins[0] * bins[1]) if reduce == "max" else 0
-    winners = torch.empty(remembered, dtype=arg_dtype or torch.int8, device=features.device)
+    winners = torch.empty(out.numel() if reduce == "max" and arg_dtype else 0, dtype=arg_dtype or torch.int8, device=features.device)
     if out.numel():
         features = features.contiguous(memory_format=torch.channels_last)
         sizes, blocks = _sizes(features, bins), _blocks(features, bins)

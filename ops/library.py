@@ -42,7 +42,7 @@ def lattice_pool(
     reduce: str,
     arg_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """Reduce each bin's samples. -> `[K, C, P, P]` in the dtype of the features, and for `max` the winners' indices in `arg_dtype`."""
+    """Reduce each bin's samples. -> `[K, C, P, P]` in the dtype of the features, and for `max` which won, in the kernels' own order."""
     y, x = Axis(y_first, y_step, y_count, y_total), Axis(x_first, x_step, x_count, x_total)
     return kernels(features.device).lattice_forward(features, image, y, x, reduce, arg_dtype)
 
@@ -50,7 +50,7 @@ def lattice_pool(
 @lattice_pool.register_fake
 def _(features, image, y_first, y_step, y_count, y_total, x_first, x_step, x_count, x_total, reduce, arg_dtype):
     rois, channels, bins = image.shape[0], features.shape[1], (y_first.shape[1], x_first.shape[1])
-    winners = (rois, channels if arg_dtype else 0, bins[0] * bins[1]) if reduce == "max" else _NONE
+    winners = rois * channels * bins[0] * bins[1] if reduce == "max" and arg_dtype else 0
     return features.new_empty(rois, channels, *bins), features.new_empty(winners, dtype=arg_dtype or torch.int8)
 
 

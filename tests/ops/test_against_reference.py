@@ -190,6 +190,17 @@ def test_not_a_number_in_the_features_is_not_hidden_by_a_maximum():
         assert path(preset("pool"), features, box, 2, 1 / 16).isnan().flatten().tolist() == [False, True, False, False]
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("operator", [preset("pool"), preset("align_max", sampling_ratio=4)], ids=["pool", "align_max"])
+def test_not_a_number_wins_wherever_it_is_visited(path, operator):
+    """Among the first of a bin's samples, the last, or between."""
+    box = torch.tensor([[0.0, 0, 0, 3, 5]], dtype=torch.float64)
+    for y, x in ((0, 0), (2, 1), (4, 2)):
+        features = feature_map(1, 20, 5, 3)
+        features[0, ::2, y, x] = torch.nan
+        assert path(operator, features, box, 1, 1.0).isnan().flatten().tolist() == [True, False] * 10
+
+
 def test_equal_maxima_give_the_gradient_to_the_first():
     features = torch.ones(1, 1, 4, 4, requires_grad=True)
     preset("pool")(features, torch.tensor([[0.0, 0, 0, 3, 3]]), 1, 1.0).backward()

@@ -15,6 +15,7 @@ from detection.data.images import ImageRecord
 log = logging.getLogger(__name__)
 
 SHAPES = {"image_id": "[n]", "size": "[n, 2]", "count": "[n]", "boxes": "[sum(count), 4]"}
+OPTIONAL = ("scores", "fingerprint")  # the latter is the cache's own, see `ProposalCache`
 
 
 class ProposalFile:
@@ -62,7 +63,11 @@ class ProposalFile:
 
 
 def write_proposals(
-    path: Path | str, images: Sequence[ImageRecord], boxes: Sequence[np.ndarray], scores: Sequence[np.ndarray] | None = None
+    path: Path | str,
+    images: Sequence[ImageRecord],
+    boxes: Sequence[np.ndarray],
+    scores: Sequence[np.ndarray] | None = None,
+    fingerprint: Sequence[int] | None = None,
 ) -> None:
     """Writes the windows `[L, 4]` of each image (x1, y1, x2, y2 in its pixels), whole or not at all. Windows that are all int16 stay so."""
     arrays = {
@@ -74,6 +79,8 @@ def write_proposals(
     arrays["boxes"] = np.concatenate([np.zeros((0, 4)), *(np.asarray(of_image).reshape(-1, 4) for of_image in boxes)]).astype(dtype)
     if scores is not None:
         arrays["scores"] = np.concatenate([np.zeros(0), *scores]).astype(np.float32)
+    if fingerprint is not None:
+        arrays["fingerprint"] = np.array(fingerprint, dtype=np.int64)
     path = Path(path)
     _check(path, arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +100,7 @@ def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"There is no proposal file at {path}.")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*SHAPES, "scores") if name in file}
+            arrays = {name: file[name] for name in (*SHAPES, *OPTIONAL) if name in file}
     except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:  # TypeError: a bare .npy is no context manager
         raise ValueError(f"{path} is not a proposal file (.npz, see docs/proposals.md), or was cut short: {error}") from error
     _check(path, arrays)
@@ -106,6 +113,7 @@ def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
         raise ValueError(f"{path} has no array {missing[0]!r}; a proposal file has {', '.join(SHAPES)} (docs/proposals.md).")
     images, windows = len(arrays["image_id"]), len(arrays["boxes"])
     expected = {"image_id": (images,), "size": (images, 2), "count": (images,), "boxes": (windows, 4), "scores": (windows,)}
+    expected["fingerprint"] = (images,)
     for name, array in arrays.items():
         if array.shape != expected[name]:
             raise ValueError(f"{path}: {name} has shape {array.shape}, expected {expected[name]} ({images} images, {windows} boxes).")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from detection.data.images import ImageRecord
-from detection.data.proposals import recall
+from detection.data.recall import recall
 from detection.data.selective_search import SelectiveSearch, search
 
 OPTIONS = {"quality": False, "max_side": 500, "min_side": 5, "max_proposals": 2000}

@@ -52,7 +52,7 @@ class ProposalCache:
     def _whole(self, keys: list[int]) -> Boxes | None:
         """The windows, if one file has all of them."""
         for path in self._files():
-            if not _is_part(path) and (kept := _read(path, keys)).keys() >= set(keys):
+            if not _is_part(path) and _fingerprints(path) >= set(keys) and (kept := _read(path, keys)):
                 return [kept[key] for key in keys]
         return None
 
@@ -93,7 +93,7 @@ def _is_part(path: Path) -> bool:
 
 
 def _fingerprints(path: Path) -> set[int]:
-    """None for a file that does not read: its images are computed again."""
+    """Those of the images in a file; none if it does not read, so that its images are computed again."""
     try:
         with np.load(path) as file:  # of the arrays in an archive only those are read that are asked for
             return set(file["fingerprint"].tolist())

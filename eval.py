@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from detection.build import build_detector, instantiate
-from detection.checkpoint import check_categories, load_checkpoint, load_weights, offer_parts
+from detection.checkpoint import check_categories, load_checkpoint, load_weights, offer_checkpoint
 from detection.module import DetectionModule
 from detection.run import begin, progress_bar, report
 
@@ -41,18 +41,6 @@ def main(cfg: DictConfig) -> float:
     return evaluate(cfg)[f"{cfg.split}/AP"]
 
 
-def read_checkpoint(arguments: list[str]) -> None:
-    """Offers the parts of the checkpoint on the command line to Hydra, which composes after this; ends the program where there is none."""
-    path = next((argument.removeprefix("ckpt=") for argument in arguments if argument.startswith("ckpt=")), None)
-    if path is not None:
-        try:
-            offer_parts(load_checkpoint(path)["config"])
-        except (FileNotFoundError, ValueError) as error:
-            sys.exit(f"eval.py: {error}")
-    elif not {"-h", "--help", "--hydra-help", "--version"} & set(arguments):
-        sys.exit("eval.py: which checkpoint? Say it with ckpt=<run>/best.ckpt; `python eval.py --help` shows what else can be said")
-
-
 if __name__ == "__main__":
-    read_checkpoint(sys.argv[1:])
+    offer_checkpoint(sys.argv[1:], "eval.py")
     main()

@@ -10,13 +10,12 @@ from pathlib import Path
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from detection.backbone import VGG16
 from detection.build import instantiate
+from detection.data.images import decode
 from detection.detector import FastRCNN
 from detection.evaluation.bin_figure import draw_bin, tell_bin
 from detection.evaluation.explanation import Explanation, table, tell
@@ -90,9 +89,8 @@ def read(path: str) -> Tensor:
     if not Path(path).is_file():
         raise FileNotFoundError(f"image={path}: no such file")
     try:
-        with Image.open(path) as file:
-            return pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+        return decode(path)
+    except ValueError as error:
         raise ValueError(f"image={path} does not decode: {error}") from error
 
 

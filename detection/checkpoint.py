@@ -1,5 +1,6 @@
 """Checkpoints of train.py: what is inside, and whether it fits."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -26,6 +27,18 @@ def load_checkpoint(path: str | Path) -> dict:
     if missing:
         raise ValueError(f"{path} was not written by train.py: it has no {', '.join(missing)}")
     return checkpoint
+
+
+def offer_checkpoint(arguments: list[str], script: str) -> None:
+    """Offers the parts of the checkpoint on the command line to Hydra, which composes after this; ends the program where there is none."""
+    path = next((argument.removeprefix("ckpt=") for argument in arguments if argument.startswith("ckpt=")), None)
+    if path is not None:
+        try:
+            offer_parts(load_checkpoint(path)["config"])
+        except (FileNotFoundError, ValueError) as error:
+            sys.exit(f"{script}: {error}")
+    elif not {"-h", "--help", "--hydra-help", "--version"} & set(arguments):
+        sys.exit(f"{script}: which checkpoint? Say it with ckpt=<run>/best.ckpt; `python {script} --help` shows what else can be said")
 
 
 def offer_parts(config: dict) -> None:

@@ -84,6 +84,15 @@ class DetectionModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._evaluate("test", self.trainer.test_dataloaders.dataset)
 
+    def predict_step(self, batch: Batch, _: int) -> dict[int, dict[str, Tensor]]:
+        """Image id -> what was found in it, of images without annotations."""
+        images, targets = batch
+        detections, _ = self.detector(images, targets)
+        return {
+            int(target["image_id"]): {name: value.float().cpu() for name, value in detection.items()}
+            for target, detection in zip(targets, detections, strict=True)
+        }
+
     def _step(self, batch: Batch, split: str) -> None:
         images, targets = batch
         detections, losses = self.detector(images, targets)

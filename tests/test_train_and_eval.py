@@ -11,9 +11,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
+from PIL import Image
 
-from detection.checkpoint import load_checkpoint, offer_parts
-from eval import evaluate, read_checkpoint
+from detection.checkpoint import load_checkpoint, offer_checkpoint, offer_parts
+from eval import evaluate
+from predict import predict
 from train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,6 +138,67 @@ def test_eval_names_shapes_that_differ(trained, tmp_path):
         run_eval(folder / "run" / "best.ckpt", tmp_path, "head.extractor.output_size=5")
 
 
+def run_predict(ckpt, folder, image, *overrides):
+    offer_parts(load_checkpoint(ckpt)["config"])
+    overrides = ["trainer=cpu", "trainer.enable_progress_bar=false", f"ckpt={ckpt}", f"run_dir={folder}", f"image={image}", *overrides]
+    return predict(composed("predict", *overrides))
+
+
+def test_predict_finds_in_pictures_what_eval_finds_in_the_data(trained, tmp_path):
+    folder, _ = trained
+    results = run_predict(folder / "run" / "best.ckpt", tmp_path, folder / "data/test")
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    instances = json.loads((tmp_path / "instances.json").read_text())
+    test = json.loads((folder / "data/annotations/instances_test.json").read_text())
+    id_of = {image["file_name"]: image["id"] for image in test["images"]}
+    ours = {image["id"]: id_of[image["file_name"]] for image in instances["images"]}
+    assert instances["categories"] == sorted(test["categories"], key=lambda category: category["id"])
+    of_eval = json.loads((folder / "run" / "results.json").read_text())
+    assert sorted(map(str, of_eval)) == sorted(str(result | {"image_id": ours[result["image_id"]]}) for result in results)
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(f"{name}.png" for name in id_of)
+
+
+def test_predict_reads_any_picture_and_names_those_it_cannot(trained, tmp_path, capsys):
+    folder, _ = trained
+    photos = tmp_path / "photos"
+    (photos / "sub").mkdir(parents=True)
+    picture = Image.open(next((folder / "data/test").iterdir()))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    picture.resize((80, 60)).save(photos / "lying.jpg", exif=exif)
+    picture.convert("CMYK").save(photos / "sub/cmyk.jpg")
+    whole = (photos / "lying.jpg").read_bytes()
+    (photos / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (photos / "notes.txt").write_text("no picture")
+    run_predict(folder / "run" / "best.ckpt", tmp_path / "out", photos, "head.score_threshold=0", "score_threshold=0")
+    sizes = {i["file_name"]: (i["width"], i["height"]) for i in json.loads((tmp_path / "out/instances.json").read_text())["images"]}
+    assert sizes == {"lying.jpg": (60, 80), "sub/cmyk.jpg": (96, 96)}
+    drawn = Image.open(tmp_path / "out/pictures/lying.jpg.png")
+    assert drawn.size == (750, 1000), "upright"
+    text = capsys.readouterr().out
+    assert "2 of 3 pictures" in text and "could not be read" in text and "truncated.jpg: image file is truncated" in text
+
+
+@pytest.mark.parametrize(
+    ("image", "overrides", "message"),
+    [
+        ("null", [], "Say it with image="),
+        ("nowhere", [], "image=nowhere: there is no such picture or folder"),
+        (".", [], r"image=\.: there are no pictures in this folder"),
+        ("broken.png", [], r"image=broken.png: none of 1 pictures can be read; broken.png: cannot identify"),
+        ("whole.png", ["proposals=file", "proposals.test.path=some.npz"], "a proposal file has no windows for these pictures"),
+    ],
+)
+def test_predict_names_mistakes(trained, tmp_path, monkeypatch, image, overrides, message):
+    folder, _ = trained
+    monkeypatch.chdir(tmp_path)
+    if image != ".":
+        (tmp_path / "broken.png").write_bytes(b"no picture")
+        Image.new("RGB", (96, 96)).save("whole.png")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_predict(folder / "run" / "best.ckpt", tmp_path / "out", image, *overrides)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -150,7 +213,7 @@ def test_eval_without_a_checkpoint_says_so(trained, tmp_path, monkeypatch, argum
     (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
-        read_checkpoint(arguments)
+        offer_checkpoint(arguments, "eval.py")
 
 
 def weights_of(folder):
@@ -194,7 +257,7 @@ def test_an_unknown_operator_lists_the_choices():
         composed("train", "roi=polo")
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "predict.py"])
 def test_help_tells_what_can_be_chosen(script, tmp_path):
     ended = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0

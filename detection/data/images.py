@@ -19,26 +19,41 @@ class ImageRecord:
     height: int
 
 
+def decode(path: Path | str) -> torch.Tensor:
+    """The image as uint8 RGB `3 x height x width`, turned upright as its EXIF orientation says.
+
+    Grey, palette and CMYK become RGB, 16 bits become 8, transparency is dropped. Raises `FileNotFoundError`, or `ValueError` with the
+    decoder's reason for a file that is damaged, cut short or no image.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 instead of scaling it
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            return F.pil_to_tensor(image.convert("RGB"))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # what Pillow raises depends on the format and on where a file is damaged
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
 def read_image(record: ImageRecord) -> torch.Tensor:
-    """The image as uint8 RGB, `3 x height x width`, turned upright as its EXIF orientation says; grey, palette and CMYK become RGB.
+    """The pixels of an image of a data set, see `decode`.
 
     Raises `ValueError` that names the file: it does not decode, or has another size than its annotations say (its boxes would be wrong).
     """
     try:
-        with Image.open(record.path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGB")
+        image = decode(record.path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"Image {record.id} is not at {record.path}; the annotations list it.") from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three, depending on the format
+    except ValueError as error:
         raise ValueError(
             f"{record.path} (image {record.id}) does not decode: {error}. Fetch the file again, or leave out its id."
         ) from error
-    if image.size != (record.width, record.height):
+    height, width = image.shape[1:]
+    if (width, height) != (record.width, record.height):
         raise ValueError(
-            f"{record.path} (image {record.id}) is {image.width} x {image.height}, its annotations say {record.width} x {record.height}: "
+            f"{record.path} (image {record.id}) is {width} x {height}, its annotations say {record.width} x {record.height}: "
             "they were made for another version of the image (resized, or not turned as its EXIF orientation says)."
         )
-    return F.pil_to_tensor(image)
+    return image

@@ -11,7 +11,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from detection.data.annotations import LAYOUT
 from detection.data.coco import CocoDetection, collate
-from detection.data.proposals import Proposals, recall
+from detection.data.proposals import Proposals
+from detection.data.recall import recall
 
 log = logging.getLogger(__name__)
 

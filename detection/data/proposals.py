@@ -1,13 +1,12 @@
-"""Candidate windows for the detector: what a provider of them is, the simplest one, and how well a set of windows covers the objects."""
+"""Candidate windows for the detector: what a provider of them is, and the simplest one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from detection.data.images import ImageRecord
 
@@ -57,16 +56,3 @@ class Grid:
         if gaps == 0:
             return np.array([(extent - length) / 2]), length
         return np.linspace(0, extent - length, gaps + 1), length
-
-
-def recall(proposals: Iterable[Tensor], boxes: Iterable[Tensor], thresholds: Sequence[float] = (0.5, 0.75)) -> dict[float, float]:
-    """The share of objects that some window covers with at least this IoU, for each threshold; over all images together.
-
-    `proposals` `[L, 4]` and `boxes` `[G, 4]` come image by image, in the same coordinates. NaN where there is no object at all.
-    """
-    best = []
-    for windows, objects in zip(proposals, boxes, strict=True):
-        overlaps = box_iou(objects, windows) if len(windows) else objects.new_zeros(len(objects), 1)
-        best.append(overlaps.amax(dim=1))
-    best = torch.cat(best) if best else torch.zeros(0)
-    return {threshold: (best >= threshold).double().mean().item() for threshold in thresholds}

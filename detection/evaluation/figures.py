@@ -24,6 +24,7 @@ from detection.data.images import ImageRecord, read_image
 from detection.evaluation.files import write_whole
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
+DPI = 130
 
 
 def curves(metrics_csv: str | os.PathLike, path: str | os.PathLike) -> None:
@@ -120,6 +121,28 @@ def detections_sheet(
     _save(figure, path)
 
 
+def detections_picture(
+    pixels: Tensor,
+    found: Mapping[str, Tensor],
+    names: Mapping[int, str],
+    path: str | os.PathLike,
+    score_threshold: float = 0.5,
+) -> None:
+    """One image with its detections, 1000 pixels on its longer side; a class has the same colour on all pictures.
+
+    pixels: uint8 RGB `[3, H, W]`. found: boxes `[L, 4]` xyxy in its pixels, scores `[L]`, labels `[L]`. names: label -> class.
+    """
+    height, width = pixels.shape[1:]
+    inches = 1000 / DPI / max(height, width)
+    figure = Figure(figsize=(width * inches, height * inches))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.imshow(pixels.permute(1, 2, 0).numpy(), aspect="auto")
+    for box, score, label in _above(found, score_threshold):
+        _draw_detection(axes, box, f"{names[label]} {score:.2f}", COLOURS[int(label) % len(COLOURS)], fontsize=8)
+    _save(figure, path)
+
+
 def _read_columns(metrics_csv: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Column -> (steps, values): CSVLogger leaves a cell empty where something was not logged in that row."""
     if not Path(metrics_csv).is_file():
@@ -155,18 +178,18 @@ def _draw_ground_truth(axes: Axes, annotation: Mapping) -> None:
     axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=1.2, linestyle=dashes))
 
 
-def _draw_detection(axes: Axes, box: Sequence[float], text: str, colour: str) -> None:
+def _draw_detection(axes: Axes, box: Sequence[float], text: str, colour: str, fontsize: int = 6) -> None:
     x1, y1, x2, y2 = (edge - 0.5 for edge in box)
     axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6))
     inside = y1 < 0.06 * axes.get_ylim()[0]  # no room above the box (the y axis of an image points down)
     dark = np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) < 0.5
     axes.text(
-        x1, y1, text, fontsize=6, va="top" if inside else "bottom", color="white" if dark else "black", clip_on=True,
+        x1, y1, text, fontsize=fontsize, va="top" if inside else "bottom", color="white" if dark else "black", clip_on=True,
         bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
     )  # fmt: skip
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png", dpi=130)
+    figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png", dpi=DPI)
     write_whole(path, buffer.getvalue())

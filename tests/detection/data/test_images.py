@@ -24,6 +24,8 @@ RED = Image.new("RGB", (4, 2), (255, 0, 0))
         ("alpha.png", RED.convert("RGBA"), (255, 0, 0)),
         ("grey.png", Image.new("L", (4, 2), 100), (100, 100, 100)),
         ("grey16.png", Image.fromarray(np.full((2, 4), 100 * 256, np.uint16)), (100, 100, 100)),
+        ("grey16.tif", Image.fromarray(np.full((2, 4), 100 * 256, np.uint16)), (100, 100, 100)),
+        ("grey16.pgm", Image.fromarray(np.full((2, 4), 100 * 256, np.int32)), (100, 100, 100)),
         ("cmyk.tif", Image.new("CMYK", (4, 2), (0, 255, 255, 0)), (255, 0, 0)),
     ],
 )
@@ -60,6 +62,20 @@ def test_a_file_that_does_not_decode_is_named(tmp_path, kept):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"broken\.png \(image 1\) does not decode"):
         read_image(ImageRecord(1, path, 4, 2))
+
+
+def test_a_truncated_jpeg_is_named(tmp_path):
+    path = tmp_path / "half.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"half\.jpg \(image 1\) does not decode: image file is truncated"):
+        read_image(ImageRecord(1, path, 64, 64))
+
+
+def test_an_image_too_large_to_be_true_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3)
+    with pytest.raises(ValueError, match=r"a\.png \(image 1\) does not decode: Image size \(8 pixels\) exceeds limit"):
+        read_image(save(tmp_path / "a.png", RED))
 
 
 def test_a_file_that_is_gone_is_named(tmp_path):

@@ -1,13 +1,12 @@
-"""The grid, and recall."""
+"""The grid."""
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from detection.data.images import ImageRecord
-from detection.data.proposals import Grid, recall
+from detection.data.proposals import Grid
 
 
 def image(width, height):
@@ -46,15 +45,3 @@ def test_windows_lie_inside_and_have_area(size):
 def test_scales_must_be_positive():
     with pytest.raises(ValueError, match="must be positive"):
         Grid(scales=[0.5, 0])
-
-
-def test_recall_counts_objects_over_all_images():
-    box = torch.tensor([[0.0, 0, 10, 10]])
-    half = torch.tensor([[0.0, 0, 10, 5]])  # IoU exactly 0.5
-    three_images = recall([box, half, torch.zeros(0, 4)], [box, box, torch.cat([box, box])])
-    assert three_images == {0.5: 2 / 4, 0.75: 1 / 4}
-
-
-def test_recall_of_nothing_is_not_a_number():
-    assert math.isnan(recall([torch.zeros(3, 4)], [torch.zeros(0, 4)])[0.5])
-    assert math.isnan(recall([], [])[0.75])

@@ -1,0 +1,99 @@
+"""Detect objects in any picture or folder of pictures: `python predict.py ckpt=runs/<run>/best.ckpt image=dog.jpg`. See `--help`."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from detection.build import build_detector, instantiate
+from detection.checkpoint import load_checkpoint, load_weights, offer_checkpoint
+from detection.data.coco import collate
+from detection.data.images import ImageRecord, decode
+from detection.data.pictures import Pictures, find_pictures, read_pictures
+from detection.data.proposal_file import ProposalFile
+from detection.data.proposals import Proposals
+from detection.evaluation.coco import to_coco_results, write_results
+from detection.evaluation.figures import detections_picture
+from detection.evaluation.files import write_whole
+from detection.module import DetectionModule
+from detection.run import begin, progress_bar
+
+
+def predict(cfg: DictConfig) -> list[dict]:
+    """Finds objects in `cfg.image` and fills `cfg.run_dir`: results.json, instances.json and pictures/. Returns the results."""
+    if cfg.image is None:
+        raise ValueError("which picture, or folder of pictures? Say it with image=")
+    paths = find_pictures(cfg.image)
+    bar = cfg.trainer.enable_progress_bar and len(paths) > 1
+    records, bad = read_pictures(paths, bar)
+    if not records:
+        raise ValueError(f"image={cfg.image}: none of {len(paths)} pictures can be read; {paths[0].name}: {bad[paths[0]]}")
+    run_dir = begin(cfg)
+
+    checkpoint = load_checkpoint(cfg.ckpt)
+    cfg.backbone.weights = None  # the checkpoint has them
+    detector = build_detector(cfg, num_classes=len(checkpoint["categories"]) + 1)
+    load_weights(detector, checkpoint)
+
+    pictures = Pictures(records, provider(cfg), instantiate(cfg.data.eval_transform))
+    loader = DataLoader(pictures, collate_fn=collate, num_workers=cfg.data.num_workers if len(records) > 1 else 0)
+    callbacks = progress_bar(cfg.trainer) if bar else []
+    trainer = instantiate(cfg.trainer, logger=False, callbacks=callbacks, enable_progress_bar=bool(bar), enable_checkpointing=False)
+    found = {image_id: one for batch in trainer.predict(DetectionModule(detector), loader) for image_id, one in batch.items()}
+
+    categories = dict(enumerate(checkpoint["categories"], 1))
+    results = to_coco_results(found, {label: category["id"] for label, category in categories.items()})
+    names = {record.id: name_of(record, cfg.image) for record in records}
+    images = [{"id": r.id, "file_name": names[r.id], "width": r.width, "height": r.height} for r in records]
+    instances = {"images": images, "annotations": [], "categories": checkpoint["categories"]}
+    write_whole(run_dir / "instances.json", json.dumps(instances, indent=1).encode())
+    write_results(run_dir / "results.json", results)
+
+    classes = {label: category["name"] for label, category in categories.items()}
+    for record in tqdm(records, desc="drawing", unit="image", disable=not bar):
+        path = run_dir / "pictures" / f"{names[record.id]}.png"
+        detections_picture(decode(record.path), found[record.id], classes, path, cfg.score_threshold)
+    for record in records[:10]:
+        print(f"{names[record.id]}: {tell(found[record.id], classes, cfg.score_threshold)}")
+    print(f"\n{len(records)} of {len(paths)} pictures, {len(results)} boxes. results.json, instances.json and pictures/ are in {run_dir}")
+    for path, reason in bad.items():
+        print(f"  could not be read: {path}: {reason}")
+    return results
+
+
+def provider(cfg: DictConfig) -> Proposals:
+    """The proposals of `cfg`, those of its test split where the splits differ."""
+    proposals = instantiate(cfg.proposals)
+    proposals = proposals["test"] if isinstance(proposals, Mapping) else proposals
+    if isinstance(proposals, ProposalFile):
+        raise ValueError("a proposal file has no windows for these pictures: choose proposals=selective_search or proposals=grid_photos")
+    return proposals
+
+
+def name_of(record: ImageRecord, image: str) -> str:
+    """The picture's name, in a folder that of its subfolder as well."""
+    return record.path.relative_to(image).as_posix() if Path(image).is_dir() else record.path.name
+
+
+def tell(found: Mapping, classes: Mapping[int, str], threshold: float) -> str:
+    """What was found, the surest first."""
+    pairs = zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
+    return ", ".join(f"{classes[label]} {score:.2f}" for label, score in pairs if score >= threshold) or f"nothing above {threshold:g}"
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="predict")
+def main(cfg: DictConfig) -> None:
+    try:
+        predict(cfg)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"predict.py: {error}")
+
+
+if __name__ == "__main__":
+    offer_checkpoint(sys.argv[1:], "predict.py")
+    main()

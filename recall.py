@@ -1,0 +1,45 @@
+"""How well proposals cover the objects of a data set: `python recall.py data=voc_animals data.root=... proposals=selective_search`."""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from detection.build import instantiate
+from detection.data.recall import format_recall, recall_table
+
+
+def tabulate(cfg: DictConfig) -> list[dict]:
+    """Prints the recall of `cfg.proposals` on `cfg.split` of `cfg.data`, by object size and number of windows, and returns its rows."""
+    data = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup({"train": "fit", "val": "validate", "test": "test"}[cfg.split])
+    dataset = getattr(data, cfg.split)
+    if dataset is None:
+        raise ValueError(f"split={cfg.split}: this data set has none")
+    windows = 0
+
+    def images():
+        nonlocal windows
+        for index in tqdm(range(len(dataset)), desc="images"):
+            proposals = dataset.proposals(dataset.records[index])
+            windows += len(proposals)
+            yield proposals, dataset.annotated(index)[0]
+
+    rows = recall_table(images(), [*cfg.windows, None])
+    print(f"\n{cfg.split}: {len(dataset)} images, {rows[0]['objects']} objects, {windows / len(dataset):.0f} windows an image; percent\n")
+    print(format_recall(rows))
+    return rows
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="recall")
+def main(cfg: DictConfig) -> None:
+    try:
+        tabulate(cfg)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"recall.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A VOC folder made by hand becomes a set in COCO's layout that the data module reads."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detection.data.coco import CocoDetection
+from detection.data.proposals import Grid
+from detection.data.voc import convert, main
+
+OBJECT = """<object><name>{name}</name><truncated>0</truncated><difficult>{difficult}</difficult>
+    <bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox>
+    <part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part></object>"""
+
+
+def xml(*objects, size="<size><width>60</width><height>40</height><depth>3</depth></size>"):
+    entries = [OBJECT.format(name=name, difficult=difficult, **dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)))
+               for name, difficult, box in objects]  # fmt: skip
+    return f"<annotation><filename>wrong.jpg</filename>{size}{''.join(entries)}</annotation>"
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Three images: two objects, of which one is difficult; none; and one with fractions whose size is not told."""
+    root = tmp_path / "VOC2007"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for stem in ("000005", "000007", "2008_000001"):
+        Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(root / f"JPEGImages/{stem}.jpg")
+    (root / "Annotations/000005.xml").write_text(xml(("dog", 0, (1, 1, 60, 40)), ("cat", 1, (11, 3, 20, 40))))
+    (root / "Annotations/000007.xml").write_text(xml())
+    (root / "Annotations/2008_000001.xml").write_text(xml(("dog", 0, (45.7, 1, 50.7, 10)), size=""))
+    (root / "ImageSets/Main/train.txt").write_text("000005\n000007\n")
+    (root / "ImageSets/Main/val.txt").write_text("2008_000001\n\n")
+    (root / "ImageSets/Main/dog_train.txt").write_text("000005  1\n000007 -1\n")
+    return root
+
+
+def instances(out, split):
+    return json.loads((out / f"annotations/instances_{split}.json").read_text())
+
+
+def test_boxes_become_continuous_and_difficult_ones_crowd(root, tmp_path):
+    out = tmp_path / "out"
+    assert convert(root, out) == {"train": 2, "val": 1}
+    train = instances(out, "train")
+    assert train["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}] == instances(out, "val")["categories"]
+    dog, cat = train["annotations"]
+    assert (dog["bbox"], dog["area"], dog["iscrowd"], dog["category_id"]) == ([0, 0, 60, 40], 2400, 0, 2), "the whole image"
+    assert (cat["bbox"], cat["iscrowd"], cat["ignore"]) == ([10, 2, 10, 38], 1, 1)
+    (val,) = instances(out, "val")["annotations"]
+    assert val["bbox"] == pytest.approx([44.7, 0, 6, 10])
+    assert instances(out, "val")["images"] == [{"id": 3, "file_name": "2008_000001.jpg", "width": 60, "height": 40}]
+
+
+@pytest.mark.parametrize("options", [[], ["--copy"]])
+def test_the_command_writes_a_set_that_is_read(root, tmp_path, capsys, options):
+    out = tmp_path / "out"
+    for _ in range(2):  # again does no harm
+        main([str(root), str(out), *options])
+    assert "train (2 images), val (1 images). Train on it with data=voc data.root=" in capsys.readouterr().out
+    assert (out / "images").is_symlink() == (not options)
+    dataset = CocoDetection(out / "images", out / "annotations/instances_train.json", Grid([0.5]))
+    _, target = dataset[0]
+    assert target["boxes"].tolist() == [[0, 0, 60, 40]] and target["labels"].tolist() == [2]
+    assert target["crowd"].tolist() == [[10, 2, 20, 40]]
+    assert len(dataset[1][1]["boxes"]) == 0
+
+
+def test_a_folder_without_lists_is_one_split(root, tmp_path):
+    for path in (root / "ImageSets/Main").iterdir():
+        path.unlink()
+    assert convert(root, tmp_path / "out") == {"all": 3}
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("Annotations/000005.xml", "<annotation>", r"000005\.xml is no whole XML file"),
+        ("Annotations/000005.xml", xml(("dog", 0, (5, 1, 4, 9))), r"000005\.xml: an object has name 'dog' and box 5, 1, 4, 9; expected"),
+        ("Annotations/000005.xml", xml(("", 0, (1, 1, 4, 9))), r"000005\.xml: an object has name ''"),
+        ("Annotations/000005.xml", xml(("dog", 0, (1, 1, 4, "x"))), r"an object \(dog\) has no bndbox with four numbers"),
+        ("Annotations/000099.xml", xml(), r"000099\.xml is of an image that is not there: expected \S+JPEGImages/000099\.jpg"),
+        ("ImageSets/Main/val.txt", "000099\n", r"val\.txt names 1 images without annotations; expected Annotations/000099\.xml"),
+    ],
+)
+def test_what_is_wrong_is_named(root, tmp_path, path, text, message):
+    (root / path).write_text(text)
+    with pytest.raises(SystemExit, match=f"^voc: .*{message}"):
+        main([str(root), str(tmp_path / "out")])
+
+
+def test_another_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"Annotations is not there: expected VOC's layout, JPEGImages/ and Annotations/"):
+        convert(tmp_path, tmp_path / "out")
+
+
+def test_other_images_are_not_overwritten(root, tmp_path):
+    (tmp_path / "out/images").mkdir(parents=True)
+    with pytest.raises(ValueError, match="images is there already and is not"):
+        convert(root, tmp_path / "out")

@@ -61,7 +61,7 @@ class FiniteLoss(pl.Callback):
         if math.isfinite(loss.item()):
             return
         _, targets = self.batch
-        broken = [name for name, weight in pl_module.named_parameters() if not torch.isfinite(weight).all()]
+        largest = torch.stack([weight.detach().abs().max() for weight in pl_module.parameters()]).max().item()
         found = {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
@@ -70,14 +70,14 @@ class FiniteLoss(pl.Callback):
             "image_ids": [int(target["image_id"]) for target in targets],
             "seed": self.seed,
             "lr": [group["lr"] for group in trainer.optimizers[0].param_groups],
-            "loss": str(loss.item()),
-            "weights_that_are_not_finite": broken,
+            "loss": f"{loss.item()}",  # json has no nan
+            "largest_weight": f"{largest:.3g}",
         }
         path = self.folder / "nan_loss.json"
         write_whole(path, (json.dumps(found, indent=2) + "\n").encode())
-        reason = f"{broken[0]} is not finite: the step before it was too large" if broken else "the weights are finite"
         raise FloatingPointError(
             f"the loss is {found['loss']} in step {found['step']} (epoch {found['epoch']}, batch {found['batch']}, images "
-            f"{found['image_ids']}); {reason}. {path} has the whole of it. The same command with resume={self.folder} comes to this batch "
-            "again from the last checkpoint; a lower optim.groups.lr or trainer.gradient_clip_val=10 is what usually helps"
+            f"{found['image_ids']}), the largest weight {found['largest_weight']}. {path} has the whole of it, and the same command with "
+            f"resume={self.folder} comes to this batch again from the last checkpoint. If weights are large, a lower optim.groups.lr or "
+            "trainer.gradient_clip_val=10 helps; if not, look at these images"
         )

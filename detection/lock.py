@@ -22,7 +22,7 @@ def only_process(run_dir: str | Path) -> Iterator[None]:
         yield
         return
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    with open(_path(run_dir), "w") as file:
+    with open(_path(run_dir), "a") as file:
         if not _taken(file):
             raise ValueError(f"another process is at work in {run_dir}. Wait, or choose another folder with hydra.run.dir=runs/<name>")
         yield

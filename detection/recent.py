@@ -60,6 +60,15 @@ class RecentCheckpoints(Checkpoint):
                 logger.experiment.metrics[:0] = self._logged  # CSVLogger has deleted them: it begins a file anew
                 logger.save()
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Removes checkpoints of later steps: they are damaged, or of a run that this one replaces in its folder."""
+        now = self.folder / f"step_{trainer.global_step:07d}.ckpt"
+        outdated = [path for path in recent_checkpoints(self.folder) if path > now] + [self.folder / "last.ckpt"]
+        if trainer.is_global_zero:
+            for path in outdated:
+                if path != Path(trainer.ckpt_path or ""):
+                    path.unlink(missing_ok=True)
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         # by this loggers number their rows; after some resumptions Lightning counts one too many
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step

@@ -43,8 +43,13 @@ OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 def unfinished_runs(folder: Path, config: dict[str, Any]) -> list[Path]:
     """Run folders in `folder` with a checkpoint to go on from, neither finished nor running, of this configuration; newest first."""
     found = [run for run in folder.glob("*/") if _checkpoints(run) and not (run / FINISHED).is_file() and not is_running(run)]
-    same = [run for run in found if (before := _read_config(run)) is not None and not differences(before, config)]
+    same = [run for run in found if (before := _read_config(run)) is not None and _same(before, config)]
     return sorted(same, key=lambda run: _checkpoints(run)[0].stat().st_mtime, reverse=True)
+
+
+def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Nobody has named the run here, so it must have had the very data as well."""
+    return not differences(before, now) and before["data"]["root"] == now["data"]["root"]
 
 
 def check_unfinished(run: Path, config: dict[str, Any]) -> None:
@@ -102,7 +107,7 @@ def _newest_whole(run: Path, cfg: DictConfig) -> Path | None:
             log.warning("%s. The checkpoint before it is tried", error)
             continue
         if differ := differences(checkpoint["config"], OmegaConf.to_container(cfg)):
-            log.warning("%s is of another configuration and left alone: %s", path, shorten(differ))
+            log.warning("%s is of another configuration and not used: %s", path, shorten(differ))
             continue
         log.info("Goes on from %s: step %d, in epoch %d", path, checkpoint["global_step"], checkpoint["epoch"])
         return path

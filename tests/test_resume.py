@@ -183,6 +183,15 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(data, tmp_pat
     assert json.loads((tmp_path / "nan_loss.json").read_text()) == found, "it comes to the same batch again"
 
 
+def test_a_run_that_begins_anew_in_its_folder_removes_what_it_replaces(data, tmp_path, accident):
+    for name in ("step_0000005.ckpt", "step_0000006.ckpt", "last.ckpt"):
+        (tmp_path / name).touch()
+    accident(2, power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(configuration(tmp_path, data))
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["best.ckpt", "step_0000001.ckpt", "step_0000002.ckpt"]
+
+
 class TestWhichRunGoesOn:
     """None of these trains: a run folder is its config.yaml and the names of its checkpoints."""
 
@@ -221,7 +230,9 @@ class TestWhichRunGoesOn:
 
     def test_what_decides_no_result_may_differ(self, tmp_path):
         run = self.run(tmp_path / "run", configuration("somewhere", "data", "data.num_workers=2"), "step_0000001.ckpt")
-        assert run_folder(str(tmp_path / "new"), _root_=configuration("elsewhere", "there", "resume=auto")) == str(run)
+        new = str(tmp_path / "new")
+        assert run_folder(new, _root_=configuration("elsewhere", "data", "resume=auto")) == str(run)
+        assert run_folder(new, _root_=configuration("elsewhere", "other data", "resume=auto")) == new, "other images are another run"
 
     @pytest.mark.parametrize(
         ("seed", "files", "message"),

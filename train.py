@@ -8,8 +8,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from detection.build import build_detector, instantiate
 from detection.cross import cross_evaluate
+from detection.lock import only_process
 from detection.module import DetectionModule
+from detection.recent import RecentCheckpoints, WholeCheckpointIO
+from detection.resume import checkpoint_to_resume
 from detection.run import begin, draw_curves, progress_bar, report, report_cross
+from detection.stop import CleanStop, FiniteLoss
 from detection.sweep import run_in_sweep
 
 log = logging.getLogger(__name__)
@@ -21,6 +25,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Returns:
         The metrics by name: `cfg.optimized_metric` of the best checkpoint, and `test/AP`, `test/AP50`, ... in percent.
     """
+    resumed = checkpoint_to_resume(cfg)
     run_dir = begin(cfg)
     data = instantiate(cfg.data)
     data.prepare_data()
@@ -30,16 +35,19 @@ def train(cfg: DictConfig) -> dict[str, float]:
         **instantiate(cfg.optim),
         categories=data.categories,
         config=OmegaConf.to_container(cfg),  # with its interpolations, so that eval.py can change one part and the others follow
+        seed=cfg.seed,
     )
 
     best = ModelCheckpoint(
         run_dir, filename="best", monitor=cfg.optimized_metric, mode="max", save_weights_only=True, enable_version_counter=False
     )
-    last = ModelCheckpoint(run_dir, filename="last", enable_version_counter=False)  # `save_last` of the other would keep the last best
-    callbacks = [best, last, *progress_bar(cfg.trainer)]
-    trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()), callbacks=callbacks)
-    trainer.fit(module, data, ckpt_path=cfg.resume)
+    recent = RecentCheckpoints(run_dir, **cfg.checkpoint)
+    callbacks = [best, recent, CleanStop(), FiniteLoss(run_dir, cfg.seed), *progress_bar(cfg.trainer)]
+    loggers = list(instantiate(cfg.logger).values())
+    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=[WholeCheckpointIO()])
+    trainer.fit(module, data, ckpt_path=resumed)
     trainer.save_checkpoint(run_dir / "last.ckpt")
+    recent.clear()
     if not best.best_model_path:
         log.warning("Training ended before the first validation, so there is no best.ckpt: the last weights are evaluated.")
     chosen = best.best_model_path or run_dir / "last.ckpt"
@@ -59,7 +67,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float:
-    metrics = train(cfg) if cfg.arm is None else run_in_sweep(train, cfg)
+    with only_process(cfg.run_dir):
+        metrics = train(cfg) if cfg.arm is None else run_in_sweep(train, cfg)
     return metrics[cfg.optimized_metric]
 
 

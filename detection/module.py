@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,6 +25,7 @@ class DetectionModule(pl.LightningModule):
         schedule: `(optimizer, total_steps) -> LRScheduler`, stepped once a training step; None keeps the rate.
         categories: `{"id", "name"}` of the data, in the order of the labels 1..C. Kept in the checkpoint.
         config: plain containers from which the detector can be built again. Kept in the checkpoint.
+        seed: of what a training step draws, with the epoch and the step.
 
     Attributes:
         results: detections of the last evaluation in COCO's results format, in the images' own pixels.
@@ -38,12 +40,14 @@ class DetectionModule(pl.LightningModule):
         schedule: Callable[[Optimizer, int], LRScheduler] | None = None,
         categories: list[dict] = (),
         config: dict[str, Any] | None = None,
+        seed: int = 0,
     ):
         super().__init__()
         self.detector = detector
         self.groups, self.optimizer, self.schedule = groups, optimizer, schedule
         self.categories = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
         self.config = config or {}
+        self.seed = seed
         self.detections: dict[int, dict[str, Tensor]] = {}
         self.results: list[dict] = []
         self.metrics: Metrics | None = None
@@ -55,11 +59,11 @@ class DetectionModule(pl.LightningModule):
         scheduler = self.schedule(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_train_epoch_start(self) -> None:
-        self.detector.roi_heads.epoch = self.current_epoch
-
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
+        self.detector.roi_heads.epoch = self.current_epoch
+        # what a step draws, dropout above all, depends on its place and not on what was drawn before: a run that goes on draws the same
+        torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)))
         _, losses = self.detector(images, targets)
         loss = sum(losses.values())
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(images))

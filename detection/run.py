@@ -18,6 +18,8 @@ from detection.progress import TimeLeft
 
 log = logging.getLogger(__name__)
 
+FINISHED = "metrics.json"  # the last file of a run
+
 
 def begin(cfg: DictConfig) -> Path:
     """Checks the machine, seeds, writes the configuration into the run folder and returns that folder."""
@@ -25,7 +27,7 @@ def begin(cfg: DictConfig) -> Path:
     hush_lightning()
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -42,6 +44,7 @@ def hush_lightning() -> None:
     for module in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{module}").setLevel(logging.WARNING)
     known = ("exists and is not empty", "LeafSpec", "does not have many workers", "smaller than the logging interval", "DistributedSampler")
+    known += ("You're resuming from a checkpoint that ended before the epoch ended",)  # DetectionData knows the place in the epoch
     for message in known:
         warnings.filterwarnings("ignore", f".*{message}")
 
@@ -86,5 +89,5 @@ def report(module: DetectionModule, dataset: Any, run_dir: Path, title: str) -> 
     """Writes results.json, metrics.json and detections.png of the module's last evaluation, and prints the table."""
     write_results(run_dir / "results.json", module.results)
     detections_sheet(dataset, module.detections, run_dir / "detections.png")
-    write_metrics(run_dir / "metrics.json", module.metrics)  # the last file: it says that the run is finished
+    write_metrics(run_dir / FINISHED, module.metrics)
     print(f"\n{title}: {len(dataset)} images\n{format_table(module.metrics)}\n\nThe run folder: {run_dir}")

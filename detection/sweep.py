@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from detection.build import instantiate
+from detection.configuration import differences, shorten
 from detection.data.module import describe
 from detection.evaluation.files import write_whole
 from detection.evaluation.report import write_report
 from detection.evaluation.report.origin import add_origin
+from detection.run import FINISHED
 
 log = logging.getLogger(__name__)
 
-PLACES = {"run_dir", "default_root_dir", "save_dir", "root", "cache_dir"}  # where things lie decides no result
-FINISHED, FAILED = "metrics.json", "failed.txt"
+FAILED = "failed.txt"
 
 
 def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfig) -> dict[str, float]:
@@ -80,26 +81,13 @@ def _end_with_parent(every: float = 2.0) -> None:
 
 
 def check_same(run_dir: Path, config: dict) -> None:
-    """Raises ValueError where the finished run in `run_dir` had another configuration than the resolved `config`, paths aside."""
-    path = run_dir / "config.yaml"
-    before, now = (dict(_settings(c)) for c in (OmegaConf.to_container(OmegaConf.load(path)), config))
-    differ = [key for key in {**before, **now} if before.get(key, "not there") != now.get(key, "not there")]
+    """Raises ValueError where the finished run in `run_dir` had another configuration than the resolved `config`."""
+    differ = differences(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")), config)
     if differ:
-        shown = [f"{key} was {before.get(key, 'not there')} and is {now.get(key, 'not there')}" for key in differ[:5]]
-        more = [f"and {len(differ) - 5} more"] if len(differ) > 5 else []
         raise ValueError(
-            f"{run_dir} holds a finished run of another configuration: {'; '.join(shown + more)}. Runs of one sweep must not be mixed: "
+            f"{run_dir} holds a finished run of another configuration: {shorten(differ)}. Runs of one sweep must not be mixed: "
             "choose another folder with hydra.sweep.dir=runs/<name>, or remove this one"
         )
-
-
-def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key -> value of everything in a nested dict, places left out."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _settings(value, f"{prefix}{key}.")
-        elif key not in PLACES:
-            yield f"{prefix}{key}", value
 
 
 def planned_runs(config: DictConfig) -> dict[Path, dict]:

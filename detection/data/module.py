@@ -1,8 +1,11 @@
 """Everything that training and evaluation read, as one Lightning data module."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -25,9 +28,21 @@ class EpochSampler(DistributedSampler):
     Lightning calls `set_epoch` before each epoch, and leaves a DistributedSampler in its place.
     """
 
+    seen = 0  # images of this epoch, in this process, that a run which goes on has seen already
+
     def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.seen = 0
         super().set_epoch(epoch)
         self.dataset.set_epoch(epoch)
+
+    def go_on(self, epoch: int, seen: int) -> None:
+        """The next pass is the rest of `epoch`, without its first images."""
+        self.set_epoch(epoch)
+        self.seen = seen
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.seen, None)
 
 
 class DetectionData(pl.LightningDataModule):
@@ -86,6 +101,7 @@ class DetectionData(pl.LightningDataModule):
         self.train: CocoDetection | None = None
         self.val: CocoDetection | None = None
         self.test: CocoDetection | None = None
+        self.place = {"epoch": 0, "batches": 0}  # where training begins
 
     def prepare_data(self) -> None:
         if self.source is not None:
@@ -123,8 +139,18 @@ class DetectionData(pl.LightningDataModule):
             raise ValueError(f"{len(self.train)} training images do not fill a batch of {self.batch_size}; lower data.batch_size.")
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
         sampler = EpochSampler(self.train, num_replicas=world_size, rank=rank, shuffle=True, seed=self.seed)
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer is not None else 0)  # not 0 where a run is resumed
+        sampler.go_on(self.place["epoch"], seen=self.place["batches"] * self.batch_size)
         return self._loader(self.train, batch_size=self.batch_size, sampler=sampler, drop_last=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's hook for checkpoints: which epoch it is, and how many of its batches are done."""
+        loop = self.trainer.fit_loop
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+        return {"epoch": epochs.processed, "batches": batches.completed if epochs.ready > epochs.processed else 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before `train_dataloader`, which Lightning may call, for the number of steps, before it knows the epoch itself."""
+        self.place = dict(state)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val, batch_size=self.eval_batch_size)
@@ -139,8 +165,14 @@ class DetectionData(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_interrupts_to_the_main_process,
             **options,
         )
+
+
+def _leave_interrupts_to_the_main_process(_: int) -> None:
+    """Ctrl-C in a terminal reaches workers as well; the main process, which may want to end its step first, needs them for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def describe(dataset: CocoDetection) -> str:

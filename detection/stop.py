@@ -1,0 +1,83 @@
+"""How a training ends before its time: Ctrl-C and SIGTERM between two steps, a loss that is no number before it reaches the weights."""
+
+import json
+import logging
+import math
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from detection.evaluation.files import write_whole
+
+log = logging.getLogger(__name__)
+
+
+class CleanStop(pl.Callback):
+    """Ctrl-C takes Lightning's way of SIGTERM: the step ends, `RecentCheckpoints` saves, the process leaves. A second one leaves at once.
+
+    The exit status is the shell's for the signal (143, 130), not Lightning's 0, which would read as success.
+    """
+
+    def __init__(self) -> None:
+        self.signal = signal.SIGTERM
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._interrupted)  # Lightning puts the handlers before it back at the end
+
+    def _interrupted(self, number: int, _: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.signal = signal.SIGINT
+        log.warning("Ctrl-C: stops after this step; once more: stops at once, to go on from the last checkpoint")
+        signal.raise_signal(signal.SIGTERM)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):
+            exception.code = 128 + self.signal
+            log.warning("Stopped by %s after step %d; resume=auto goes on", self.signal.name, trainer.global_step)
+
+
+class FiniteLoss(pl.Callback):
+    """Ends training at the first loss that is no number, before it reaches the weights, and writes nan_loss.json: which batch it was.
+
+    Args:
+        folder: the run folder.
+        seed: of the run; with epoch and image ids it says which flips and RoIs were drawn.
+    """
+
+    def __init__(self, folder: str | Path, seed: int):
+        self.folder, self.seed = Path(folder), seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.batch, self.batch_idx = batch, batch_idx
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if math.isfinite(loss.item()):
+            return
+        _, targets = self.batch
+        largest = torch.stack([weight.detach().abs().max() for weight in pl_module.parameters()]).max().item()
+        found = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "batch": self.batch_idx,
+            "rank": trainer.global_rank,
+            "image_ids": [int(target["image_id"]) for target in targets],
+            "seed": self.seed,
+            "lr": [group["lr"] for group in trainer.optimizers[0].param_groups],
+            "loss": f"{loss.item()}",  # json has no nan
+            "largest_weight": f"{largest:.3g}",
+        }
+        path = self.folder / "nan_loss.json"
+        write_whole(path, (json.dumps(found, indent=2) + "\n").encode())
+        raise FloatingPointError(
+            f"the loss is {found['loss']} in step {found['step']} (epoch {found['epoch']}, batch {found['batch']}, images "
+            f"{found['image_ids']}), the largest weight {found['largest_weight']}. {path} has the whole of it, and the same command with "
+            f"resume={self.folder} comes to this batch again from the last checkpoint. If weights are large, a lower optim.groups.lr or "
+            "trainer.gradient_clip_val=10 helps; if not, look at these images"
+        )

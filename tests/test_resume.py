@@ -1,0 +1,295 @@
+"""The same command is the same run, bit for bit; and a run that was killed goes on and ends as if it had not been."""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from detection.lock import only_process
+from detection.module import DetectionModule
+from detection.recent import recent_checkpoints
+from detection.resume import checkpoint_to_resume, run_folder
+from tests.test_train_and_eval import ROOT, TINY, composed
+from train import train
+
+# six steps in three epochs with a validation each; the loss decides which is the best, since the AP of so short a training is always 0
+SHORT = [*TINY, "threads=1", "trainer.max_epochs=3", "optimized_metric=val/loss", "head.box_head.dropout=0.5", "checkpoint.every_n_steps=1"]
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """What is left of a run that nothing happened to."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(configuration(run, data))
+    assert torch.are_deterministic_algorithms_enabled()
+    return remains(run)
+
+
+def configuration(run, data, *overrides):
+    return composed("train", *SHORT, f"run_dir={run}", f"data.root={data}", *overrides)
+
+
+def remains(run):
+    """Hashes of the weights, the best ones too, and what is written of the results and the way there."""
+    files = {name: (run / name).read_text() for name in ("results.json", "metrics.json", "metrics.csv")}
+    assert json.loads(files["results.json"]), "something was found"
+    return {name: weights_hash(run / name) for name in ("last.ckpt", "best.ckpt")} | files
+
+
+def weights_hash(path):
+    weights = torch.load(path, weights_only=True)["state_dict"]
+    return hashlib.sha256(b"".join(value.contiguous().numpy().tobytes() for value in weights.values())).hexdigest()
+
+
+@pytest.fixture
+def accident(monkeypatch):
+    """A function that lets something happen in the middle of a step: `accident(step, what)`, steps counted from 0."""
+    training_step = DetectionModule.training_step
+
+    def arrange(step, what):
+        def watched(self, batch, batch_idx):
+            if self.global_step == step:
+                monkeypatch.setattr(DetectionModule, "training_step", training_step)
+                what()
+            return training_step(self, batch, batch_idx)
+
+        monkeypatch.setattr(DetectionModule, "training_step", watched)
+
+    return arrange
+
+
+def power_cut():
+    raise RuntimeError("as good as a power cut: nothing is saved after it")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_the_same_command_is_the_same_run_with_any_number_of_workers(whole, data, tmp_path, num_workers):
+    train(configuration(tmp_path, data, f"data.num_workers={num_workers}"))
+    assert remains(tmp_path) == whole
+
+
+KILLED = """
+import os, random, runpy, signal, sys
+from detection.detector import FastRCNN
+from torch.optim import AdamW
+
+moment, countdown = sys.argv[1], int(sys.argv[2])
+del sys.argv[1:3]
+
+def deadly(function, counts):
+    def call(*args, **kwargs):
+        global countdown
+        if counts(*args, **kwargs):
+            countdown -= 1
+            if countdown < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+if moment == "forward pass":
+    FastRCNN.forward = deadly(FastRCNN.forward, lambda self, *_: self.training)
+elif moment == "validation":
+    FastRCNN.forward = deadly(FastRCNN.forward, lambda self, *_: not self.training)
+elif moment == "optimizer's step":
+    AdamW.step = deadly(AdamW.step, lambda *_, **__: True)
+else:
+    os.replace = deadly(os.replace, lambda source, target: "step_" in str(target))
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_end(whole, data, tmp_path):
+    """Through the command line, by SIGKILL, at a moment drawn anew each time."""
+    moment = random.choice(["forward pass", "validation", "optimizer's step", "writing of a checkpoint"])
+    count = random.randrange(2, 3 if moment == "validation" else 5)
+    print(f"killed in: {moment}, after {count} of them")
+    command = [str(ROOT / "train.py"), *SHORT, f"data.root={data}"]
+    process = [sys.executable, "-c", KILLED, moment, str(count), *command]
+    killed = subprocess.run(process, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert recent_checkpoints(run) and not (run / "metrics.json").exists()
+
+    resumed = subprocess.run([sys.executable, *command, "resume=auto"], cwd=tmp_path, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"Goes on from {run}" in resumed.stdout
+    assert list((tmp_path / "runs").iterdir()) == [run], "it goes on in its own folder"
+    assert remains(run) == whole
+    assert not recent_checkpoints(run) and not list(run.glob(".*.tmp")), "nothing is left behind"
+
+
+def test_a_truncated_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, data, tmp_path, accident, caplog):
+    accident(4, power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(configuration(tmp_path, data))
+    newest, before = recent_checkpoints(tmp_path)
+    assert (newest.name, before.name) == ("step_0000004.ckpt", "step_0000003.ckpt"), "two are kept"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+
+    with caplog.at_level(logging.INFO):
+        train(configuration(tmp_path, data, "resume=auto"))
+    assert f"{newest} is no whole checkpoint" in caplog.text
+    assert f"Goes on from {before}: step 3, in epoch 1" in caplog.text
+    assert remains(tmp_path) == whole
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("step", [2, 3])
+def test_sigterm_and_ctrl_c_leave_a_checkpoint(whole, data, tmp_path, accident, number, status, step):
+    """Step 2 is the first of its epoch; step 3 the last, so that its validation is run before the run ends."""
+    accident(step, lambda: signal.raise_signal(number))
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        train(configuration(tmp_path, data, "checkpoint.every_n_steps=100"))
+    assert ended.value.code == status
+    assert signal.getsignal(number) == handler
+    assert [path.name for path in recent_checkpoints(tmp_path)] == [f"step_{step + 1:07d}.ckpt"], "the step is done, then it ends"
+    train(configuration(tmp_path, data, "checkpoint.every_n_steps=100", f"resume={tmp_path}"))
+    assert remains(tmp_path) == whole
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(data, tmp_path):
+    message = r"the loss is nan in step \d \(epoch \d, batch \d, images \[.*the largest weight .*e\+\d\d.*resume="
+    with pytest.raises(FloatingPointError, match=message):
+        train(configuration(tmp_path, data, "optim.groups.lr=1e20"))
+    found = json.loads((tmp_path / "nan_loss.json").read_text())
+    assert len(found["image_ids"]) == 4 and found["seed"] == 0
+    assert recent_checkpoints(tmp_path), "no checkpoint is lost"
+
+    (tmp_path / "nan_loss.json").unlink()
+    with pytest.raises(FloatingPointError, match=f"step {found['step']} "):
+        train(configuration(tmp_path, data, "optim.groups.lr=1e20", f"resume={tmp_path}"))
+    assert json.loads((tmp_path / "nan_loss.json").read_text()) == found, "it comes to the same batch again"
+
+
+def test_a_run_that_begins_anew_in_its_folder_removes_what_it_replaces(data, tmp_path, accident):
+    for name in ("step_0000005.ckpt", "step_0000006.ckpt", "last.ckpt"):
+        (tmp_path / name).touch()
+    accident(2, power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(configuration(tmp_path, data))
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["best.ckpt", "step_0000001.ckpt", "step_0000002.ckpt"]
+
+
+class TestWhichRunGoesOn:
+    """None of these trains: a run folder is its config.yaml and the names of its checkpoints."""
+
+    def run(self, folder, cfg, *files, age=0):
+        folder.mkdir(parents=True)
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        for name in files:
+            (folder / name).touch()
+            os.utime(folder / name, (time.time() - age,) * 2)
+        return folder
+
+    def test_auto_is_the_newest_unfinished_run_of_this_configuration(self, tmp_path):
+        cfg, other = (configuration("somewhere", "data", "resume=auto", f"seed={seed}") for seed in (0, 1))
+        new = str(tmp_path / "new")
+        assert run_folder(new, _root_=cfg) == new, "there is none"
+        self.run(tmp_path / "finished", cfg, "metrics.json", "last.ckpt")
+        self.run(tmp_path / "other", other, "step_0000001.ckpt")
+        self.run(tmp_path / "without", cfg)
+        assert run_folder(new, _root_=cfg) == new
+        self.run(tmp_path / "older", cfg, "step_0000003.ckpt", age=60)
+        newest = self.run(tmp_path / "newest", cfg, "step_0000001.ckpt", age=30)
+        (tmp_path / "damaged").mkdir()
+        (tmp_path / "damaged" / "config.yaml").write_text("{half")
+        (tmp_path / "damaged" / "step_0000001.ckpt").touch()
+        assert run_folder(new, _root_=cfg) == str(newest)
+
+        hold = "import sys; from detection.lock import only_process\nwith only_process(sys.argv[1]): print('holds', flush=True); input()"
+        command = [sys.executable, "-c", hold, str(newest)]
+        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "holds\n"
+            assert run_folder(new, _root_=cfg) == str(tmp_path / "older"), "one that is running is left alone"
+            with pytest.raises(ValueError, match="another process is at work"), only_process(newest):
+                pass
+            process.communicate("\n")
+        assert run_folder(new, _root_=cfg) == str(newest)
+
+    def test_what_decides_no_result_may_differ(self, tmp_path):
+        run = self.run(tmp_path / "run", configuration("somewhere", "data", "data.num_workers=2"), "step_0000001.ckpt")
+        new = str(tmp_path / "new")
+        assert run_folder(new, _root_=configuration("elsewhere", "data", "resume=auto")) == str(run)
+        assert run_folder(new, _root_=configuration("elsewhere", "other data", "resume=auto")) == new, "other images are another run"
+
+    @pytest.mark.parametrize(
+        ("seed", "files", "message"),
+        [
+            (0, ["metrics.json"], r"this run is finished\. To train on, take resume=.*last\.ckpt"),
+            (1, ["step_0000001.ckpt"], r"another configuration: seed was 1 and is 0"),
+            (0, [], r"there is no whole checkpoint\. It was killed before step 1 "),
+            (0, ["step_0000001.ckpt"], "there is no whole checkpoint"),
+        ],
+    )
+    def test_a_run_that_cannot_go_on_says_why(self, tmp_path, seed, files, message):
+        run = self.run(tmp_path / "run", configuration("somewhere", "data", f"seed={seed}"), *files)
+        with pytest.raises(ValueError, match=message):
+            checkpoint_to_resume(configuration(run, "data", f"resume={run}", "seed=0"))
+
+    def test_a_wrong_path_says_what_is_expected(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such run folder or checkpoint; resume=auto"):
+            checkpoint_to_resume(configuration(tmp_path, "data", f"resume={tmp_path / 'nowhere'}"))
+        with pytest.raises(SystemExit, match=r"train\.py: resume=.*nowhere"):
+            run_folder("new", _root_=configuration(tmp_path, "data", f"resume={tmp_path / 'nowhere'}"))
+
+
+def default_training(folder, *overrides):
+    return [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "trainer=cpu",
+        "trainer.enable_progress_bar=false",
+        "checkpoint.every_n_steps=20",
+        *overrides,
+    ]
+
+
+@pytest.mark.slow
+def test_the_default_training_survives_kills_at_random_moments(tmp_path):
+    """20 of them, or as many as ROI_KILLS says."""
+    kills = int(os.environ.get("ROI_KILLS", 20))
+    options = {"cwd": tmp_path, "stdout": subprocess.DEVNULL}
+    started = time.monotonic()
+    subprocess.run(default_training("hydra.run.dir=whole"), check=True, **options)
+    length = time.monotonic() - started
+    for _ in range(kills):
+        with subprocess.Popen(default_training("resume=auto"), **options) as process:
+            time.sleep(random.uniform(0, 1.5 * length / kills))
+            process.kill()
+    subprocess.run(default_training("resume=auto"), check=True, **options)
+    finished = [path.parent for path in (tmp_path / "runs").glob("*/metrics.json")]
+    assert finished
+    assert all(remains(run) == remains(tmp_path / "whole") for run in finished)
+
+
+@pytest.mark.slow
+def test_ten_runs_of_one_command_are_one_run(tmp_path):
+    """One epoch of the default training each, or as many runs as ROI_RERUNS says."""
+    found = []
+    for index in range(int(os.environ.get("ROI_RERUNS", 10))):
+        command = default_training("trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", f"hydra.run.dir=run{index}")
+        subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+        found.append(remains(tmp_path / f"run{index}"))
+    assert all(one == found[0] for one in found)

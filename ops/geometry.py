@@ -109,8 +109,8 @@ class LatticeRule:
             # 0 / 0 is a sample of a box without extent that lies just on the border: on the map, like its twins
             skipped = ((near - first) / step).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).ceil().clamp(min=0).minimum(total)
             last = ((far - first) / step).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).floor().minimum(total - 1)
-            most = ((high - low) / step.abs()).floor() + 1  # binds only where float32 has no digits left to count with
-            count = (last - skipped + 1).clamp(min=0).minimum(most).int()
+            most = ((high - low) / step.abs()).nan_to_num(nan=torch.inf, posinf=torch.inf).floor() + 1
+            count = (last - skipped + 1).clamp(min=0).minimum(most).int()  # `most` binds only where float32 has no digits to count with
         return Axis(first + skipped * step, step, count, total)
 
     def _cells(self, start: Tensor, extent: Tensor, bins: int, size: int) -> Axis:

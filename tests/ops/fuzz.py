@@ -66,12 +66,13 @@ def random_call(seed: int) -> tuple[partial, Tensor, Tensor, tuple[int, int], fl
         for _ in range(draw.randint(0, 3))
     ]
     features = torch.randn(images, channels, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    if draw.random() < 0.3:
-        features = features.round()  # many equals
+    operator = random_operator(draw)
+    if operator.keywords.get("quantize_bins", "cover") != "none" and draw.random() < 0.3:
+        features = features.round()  # many equals; where samples lie between cells, which of two equals is larger is a matter of rounding
     if draw.random() < 0.5:
         features = features.contiguous(memory_format=torch.channels_last)
     table = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 5)
-    return random_operator(draw), features, table, (draw.randint(1, 4), draw.randint(1, 4)), scale
+    return operator, features, table, (draw.randint(1, 4), draw.randint(1, 4)), scale
 
 
 def check(seed: int) -> str:

@@ -171,3 +171,13 @@ def test_the_bins_of_an_integral_tile_the_box():
 def test_an_unknown_choice_names_the_knob_and_the_choices(knob, value):
     with pytest.raises(ValueError, match=rf"{knob}='{value}': expected one of none, "):
         LatticeRule(**{knob: value})
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize("border", [0.0, 1.0])
+def test_a_box_without_extent_on_an_axis_of_one_cell_has_no_negative_number_of_samples(sampling_ratio, border):
+    rule = LatticeRule(sampling_ratio=sampling_ratio, border=border, min_extent=0.0)
+    a = rule.axis(torch.tensor([0.5, 0.25, 7.0]), torch.tensor([0.5, 0.25, 7.0]), 1.0, 3, 1)
+    assert a.count.min() >= 0
+    on_the_map = [2, 2 if border else 0, 0] if sampling_ratio else [0, 0, 0]
+    assert a.count[:, 0].tolist() == on_the_map

@@ -255,7 +255,7 @@ class TestWhichRunGoesOn:
             run_folder("new", _root_=configuration(tmp_path, "data", f"resume={tmp_path / 'nowhere'}"))
 
 
-def default_training(folder, *overrides):
+def default_training(*overrides):
     return [
         sys.executable,
         str(ROOT / "train.py"),

@@ -268,20 +268,22 @@ def default_training(*overrides):
 
 @pytest.mark.slow
 def test_the_default_training_survives_kills_at_random_moments(tmp_path):
-    """20 of them, or as many as ROI_KILLS says."""
+    """20 of them, or as many as ROI_KILLS says: each some moments after the checkpoint of a step drawn at random."""
     kills = int(os.environ.get("ROI_KILLS", 20))
     options = {"cwd": tmp_path, "stdout": subprocess.DEVNULL}
-    started = time.monotonic()
     subprocess.run(default_training("hydra.run.dir=whole"), check=True, **options)
-    length = time.monotonic() - started
-    for _ in range(kills):
+    steps = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)["global_step"]
+    for step in sorted(random.choices(range(20, steps - 40, 20), k=kills)):
         with subprocess.Popen(default_training("resume=auto"), **options) as process:
-            time.sleep(random.uniform(0, 1.5 * length / kills))
+            while not any(path.name >= f"step_{step:07d}.ckpt" for path in tmp_path.glob("runs/*/step_*.ckpt")) and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 2))
             process.kill()
+        assert process.returncode == -signal.SIGKILL, "it was killed, it did not end"
     subprocess.run(default_training("resume=auto"), check=True, **options)
-    finished = [path.parent for path in (tmp_path / "runs").glob("*/metrics.json")]
-    assert finished
-    assert all(remains(run) == remains(tmp_path / "whole") for run in finished)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "train.log").read_text().count("Goes on from") <= kills, "some are killed before they say so"
+    assert remains(run) == remains(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from ops.cuda_lattice import lattice_slopes
 from ops.cuda_tiles import max_backward, mean_backward, touching
 from ops.geometry import Axis, Bounds
 
-# Sizes of programs: no register spills on sm_80, sm_90, sm_100 (tests/ops/test_cuda_compilation.py)
+# Sizes of programs: no register spills on sm_80, sm_90, sm_100 (tests/ops/compile_kernels.py)
 BINS = 64  # 7 x 7 in one
 TILE = {"TILE_Y": 4, "TILE_X": 8}  # cells of a program of the backward
 OPTIONS = {"enable_fp_fusion": True}

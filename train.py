@@ -48,9 +48,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
     trainer.fit(module, data, ckpt_path=resumed)
     trainer.save_checkpoint(run_dir / "last.ckpt")
     recent.clear()
-    if not best.best_model_path:
-        log.warning("Training ended before the first validation, so there is no best.ckpt: the last weights are evaluated.")
-    chosen = best.best_model_path or run_dir / "last.ckpt"
+    chosen = best.best_model_path
+    if not chosen:
+        chosen = run_dir / "best.ckpt"
+        trainer.save_checkpoint(chosen, weights_only=True)
+        if data.val is not None:
+            log.warning("Training ended before the first validation: best.ckpt holds the last weights.")
 
     split = "test" if data.test is not None else "val"
     evaluate = trainer.test if split == "test" else trainer.validate

@@ -12,19 +12,28 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float, bias_lr_factor: float = 1.0, decay_biases_and_norms: bool = True
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    bias_lr_factor: float = 1.0,
+    backbone_lr_factor: float = 1.0,
+    decay_biases_and_norms: bool = True,
 ) -> list[dict]:
-    """Three groups of what is trained: weights, biases, and the parameters of norm layers. What is frozen is in none.
+    """Groups of what is trained, the head's before the backbone's: weights, biases, parameters of norm layers. What is frozen is in none.
 
     Args:
+        model: a detector whose backbone is `model.backbone`.
         lr: learning rate of weights and norms; biases get `bias_lr_factor` times as much (2 in Fast R-CNN).
         weight_decay: of weights, and of biases and norms where `decay_biases_and_norms` (Fast R-CNN: not).
+        backbone_lr_factor: the rates of the backbone over those of the head; 1 puts both into the same groups.
     """
-    weights, biases, norms = [], [], []
+    in_backbone = {id(parameter) for parameter in model.backbone.parameters()} if backbone_lr_factor != 1 else set()
+    parts = {False: ([], [], []), True: ([], [], [])}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
+            weights, biases, norms = parts[id(parameter) in in_backbone]
             if isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm):
                 norms.append(parameter)
             elif name == "bias":
@@ -32,11 +41,14 @@ def parameter_groups(
             else:
                 weights.append(parameter)
     other_decay = weight_decay if decay_biases_and_norms else 0.0
-    groups = [
-        {"params": weights, "lr": lr, "weight_decay": weight_decay},
-        {"params": biases, "lr": lr * bias_lr_factor, "weight_decay": other_decay},
-        {"params": norms, "lr": lr, "weight_decay": other_decay},
-    ]
+    groups = []
+    for of_backbone, (weights, biases, norms) in parts.items():
+        rate = lr * backbone_lr_factor if of_backbone else lr
+        groups += [
+            {"params": weights, "lr": rate, "weight_decay": weight_decay},
+            {"params": biases, "lr": rate * bias_lr_factor, "weight_decay": other_decay},
+            {"params": norms, "lr": rate, "weight_decay": other_decay},
+        ]
     return [group for group in groups if group["params"]]
 
 

@@ -75,6 +75,18 @@ def as_coco(instances: dict) -> COCO:
     return coco
 
 
+def choose_part(ids: Sequence[int], low: float, high: float, seed: int = 0) -> list[int]:
+    """Those of `ids` whose place in an order shuffled with `seed` lies in `[low, high)` of it, ascending.
+
+    Parts that do not overlap have no image in common, and those that meet leave none out: [0, 0.8] and [0.8, 1] are a training set and
+    what is held out of it. The order depends on the ids and on `seed` alone.
+    """
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"part=[{low}, {high}]: expected 0 <= low < high <= 1, two shares of the images.")
+    shuffled = np.random.RandomState(seed).permutation(sorted(ids))
+    return sorted(shuffled[round(low * len(shuffled)) : round(high * len(shuffled))].tolist())
+
+
 def choose_ids(
     available: Sequence[int], subset: int | None = None, ids: Sequence[int] | Path | str | None = None, seed: int = 0
 ) -> list[int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from detection.data.annotations import LAYOUT, as_coco, choose_ids, read_instances, restrict
+from detection.data.annotations import LAYOUT, as_coco, choose_ids, choose_part, read_instances, restrict
 from detection.data.images import ImageRecord, read_image
 from detection.data.proposals import Proposals
 from detection.data.transforms import drawn_from
@@ -27,8 +27,9 @@ class CocoDetection(Dataset):
         original_size  (height, width) of the file
     All boxes are `(x1, y1, x2, y2)` in pixels of the image as returned, that is after `transform`.
 
-    `subset` (how many images, drawn with `subset_seed`) or `ids` (which; a list or a text file) restrict the set; `keep_empty=False` leaves
-    out images without objects. `seed` and the epoch (`set_epoch`) decide what random transforms draw.
+    `part`, two shares such as (0.8, 1), takes that part of the images, in an order shuffled with `subset_seed`: what one set holds out another
+    can be. `subset` (how many images, drawn with `subset_seed`) or `ids` (which; a list or a text file) restrict the set further;
+    `keep_empty=False` leaves out images without objects. `seed` and the epoch (`set_epoch`) decide what random transforms draw.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class CocoDetection(Dataset):
         images: Path | str,
         annotations: Path | str,
         proposals: Proposals,
+        part: tuple[float, float] | None = None,
         transform: Callable | None = None,
         subset: int | None = None,
         ids: Sequence[int] | Path | str | None = None,
@@ -48,6 +50,8 @@ class CocoDetection(Dataset):
             raise FileNotFoundError(f"There is no folder of images at {folder}.\n{LAYOUT}")
         instances = read_instances(annotations)
         available = [image["id"] for image in instances["images"]]
+        if part is not None:
+            available = choose_part(available, *part, seed=subset_seed)
         if not keep_empty:
             filled = {annotation["image_id"] for annotation in instances["annotations"] if not annotation["iscrowd"]}
             available = [image_id for image_id in available if image_id in filled]

@@ -50,7 +50,8 @@ class DetectionData(pl.LightningDataModule):
 
     Args:
         root: the folder that the splits' paths are relative to.
-        train, val, test: each `{"images": folder, "annotations": json}`, or None where there is no such split.
+        train, val, test: each `{"images": folder, "annotations": json}`, or None where there is no such split. With `"part": [low, high]`
+            it is that part of their images (see `CocoDetection`): a validation set can be held out of the training images.
         proposals: one provider for all splits, or one for each: `{"train": ..., "val": ..., "test": ...}`.
         train_transform, eval_transform: see `detection.data.transforms`.
         batch_size, eval_batch_size: images in a batch.
@@ -68,9 +69,9 @@ class DetectionData(pl.LightningDataModule):
     def __init__(
         self,
         root: Path | str | None,
-        train: Mapping[str, str] | None,
-        val: Mapping[str, str] | None,
-        test: Mapping[str, str] | None,
+        train: Mapping[str, Any] | None,
+        val: Mapping[str, Any] | None,
+        test: Mapping[str, Any] | None,
         proposals: Proposals | Mapping[str, Proposals],
         train_transform: Callable | None = None,
         eval_transform: Callable | None = None,
@@ -118,8 +119,8 @@ class DetectionData(pl.LightningDataModule):
                 setattr(self, split, self._read(split))
 
     def _read(self, split: str) -> CocoDetection:
-        paths = {name: self.root / path for name, path in self.paths[split].items()}
-        dataset = CocoDetection(**paths, proposals=self.proposals[split], subset_seed=self.subset_seed, **self.options[split])
+        paths = {name: self.root / self.paths[split][name] for name in ("images", "annotations")}
+        dataset = CocoDetection(**paths, part=self.paths[split].get("part"), proposals=self.proposals[split], subset_seed=self.subset_seed, **self.options[split])
         for other in (self.train, self.val, self.test):
             if other is not None and other.categories != dataset.categories:
                 raise ValueError(f"{paths['annotations']} has other categories than the other splits of {self.root}.")
@@ -152,8 +153,9 @@ class DetectionData(pl.LightningDataModule):
         """Before `train_dataloader`, which Lightning may call, for the number of steps, before it knows the epoch itself."""
         self.place = dict(state)
 
-    def val_dataloader(self) -> DataLoader:
-        return self._loader(self.val, batch_size=self.eval_batch_size)
+    def val_dataloader(self) -> DataLoader | list:
+        """Nothing, for Lightning to pass over, where there is no val split."""
+        return [] if self.val is None else self._loader(self.val, batch_size=self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader:
         return self._loader(self.test, batch_size=self.eval_batch_size)

@@ -27,8 +27,8 @@ class CocoDetection(Dataset):
         original_size  (height, width) of the file
     All boxes are `(x1, y1, x2, y2)` in pixels of the image as returned, that is after `transform`.
 
-    `part`, two shares such as (0.8, 1), takes that part of the images, in an order shuffled with `subset_seed`: what one set holds out another
-    can be. `subset` (how many images, drawn with `subset_seed`) or `ids` (which; a list or a text file) restrict the set further;
+    `part`, two shares such as (0.8, 1), takes that part of the images, in an order shuffled with `subset_seed`: what one set holds out
+    another can be. `subset` (how many images, drawn with `subset_seed`) or `ids` (which; a list or a text file) restrict the set further;
     `keep_empty=False` leaves out images without objects. `seed` and the epoch (`set_epoch`) decide what random transforms draw.
     """
 

@@ -120,7 +120,8 @@ class DetectionData(pl.LightningDataModule):
 
     def _read(self, split: str) -> CocoDetection:
         paths = {name: self.root / self.paths[split][name] for name in ("images", "annotations")}
-        dataset = CocoDetection(**paths, part=self.paths[split].get("part"), proposals=self.proposals[split], subset_seed=self.subset_seed, **self.options[split])
+        options = self.options[split] | {"part": self.paths[split].get("part"), "subset_seed": self.subset_seed}
+        dataset = CocoDetection(**paths, proposals=self.proposals[split], **options)
         for other in (self.train, self.val, self.test):
             if other is not None and other.categories != dataset.categories:
                 raise ValueError(f"{paths['annotations']} has other categories than the other splits of {self.root}.")

@@ -42,7 +42,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         run_dir, filename="best", monitor=cfg.optimized_metric, mode="max", save_weights_only=True, enable_version_counter=False
     )
     recent = RecentCheckpoints(run_dir, **cfg.checkpoint)
-    callbacks = [best, recent, CleanStop(), FiniteLoss(run_dir, cfg.seed), *progress_bar(cfg.trainer)]
+    callbacks = [recent, CleanStop(), FiniteLoss(run_dir, cfg.seed), *progress_bar(cfg.trainer)]
+    if data.val is not None:
+        callbacks.append(best)
     loggers = list(instantiate(cfg.logger).values())
     trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=[WholeCheckpointIO()])
     trainer.fit(module, data, ckpt_path=resumed)

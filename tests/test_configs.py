@@ -1,11 +1,13 @@
 """Every shipped configuration is composed, and what it draws is built."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 
 from detection.build import build_detector, instantiate
 from detection.run import check_accelerator
@@ -20,7 +22,9 @@ def choices(group):
 
 def composed(*overrides):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", overrides=["run_dir=unused", *overrides])
+        cfg = compose("train", overrides=["run_dir=unused", *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)  # for ${hydra:...}
+    return cfg
 
 
 @pytest.mark.parametrize("roi", choices("roi"))
@@ -64,7 +68,8 @@ def test_an_error_in_what_is_built_comes_as_it_is():
 @pytest.mark.parametrize("optim", choices("optim"))
 def test_optim(optim):
     parts = instantiate(composed(f"optim={optim}").optim)
-    optimizer = parts["optimizer"](parts["groups"](torch.nn.Linear(2, 2)))
+    model = torch.nn.Sequential(OrderedDict(backbone=torch.nn.Linear(2, 2)))
+    optimizer = parts["optimizer"](parts["groups"](model))
     parts["schedule"](optimizer, total_steps=100)
     assert len(optimizer.param_groups) == 2
 
@@ -94,6 +99,14 @@ def test_experiment(experiment, tmp_path):
     build_detector(cfg, num_classes=81)
     instantiate(cfg.data)
     instantiate(cfg.optim)
+
+
+def test_a_sweep_over_photographs_is_two_experiments_together():
+    cfg = composed("experiment=[quantization_core,voc_animals_small]", "roi=pool", "rates.pool=7e-5", "data.root=unused", *SMALL)
+    assert cfg.hydra.sweeper.params.roi == "align,pool,warp" and cfg.arm == "pool"
+    assert (cfg.trainer.max_steps, cfg.trainer.max_epochs, cfg.data.val) == (1000, -1, None)
+    assert cfg.optim.groups.lr == 7e-5, "the operator's own"
+    assert composed("experiment=voc_animals_small", "roi=prroi", *SMALL).optim.groups.lr == 2e-4, "for operators that have none"
 
 
 def test_the_papers_recipe_is_the_papers():

@@ -256,6 +256,15 @@ def test_a_training_shorter_than_its_first_validation_is_evaluated_all_the_same(
     assert (tmp_path / "run" / "last.ckpt").is_file()
 
 
+def test_without_a_validation_set_the_last_weights_are_the_result(trained, tmp_path, caplog):
+    folder, _ = trained
+    (tmp_path / "data").symlink_to(folder / "data")
+    metrics = run_train(tmp_path, "trainer.max_steps=1", "data.val=null", "optimized_metric=test/AP")
+    assert metrics["test/AP"] >= 0 and "validation" not in caplog.text
+    best, last = (torch.load(tmp_path / "run" / name, weights_only=True)["state_dict"] for name in ("best.ckpt", "last.ckpt"))
+    assert all(torch.equal(best[key], value) for key, value in last.items())
+
+
 def test_an_unknown_operator_lists_the_choices():
     with pytest.raises(MissingConfigException, match=r"(?s)Could not find 'roi/polo'.*align.*pool"):
         composed("train", "roi=polo")

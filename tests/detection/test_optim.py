@@ -1,3 +1,5 @@
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -5,8 +7,13 @@ from torch import nn
 from detection.optim import one_cycle, parameter_groups, step_decay
 
 
+def detector(*head):
+    """As far as the groups are concerned."""
+    return nn.Sequential(OrderedDict(backbone=nn.Linear(2, 3), **{f"head{i}": layer for i, layer in enumerate(head)}))
+
+
 def test_groups_of_weights_biases_and_norms():
-    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    model = detector(nn.BatchNorm1d(3), nn.Linear(3, 1))
     model[2].requires_grad_(False)
     weights, biases, norms = parameter_groups(model, lr=0.1, weight_decay=0.01, bias_lr_factor=2.0, decay_biases_and_norms=False)
     assert weights["params"] == [model[0].weight]
@@ -17,7 +24,16 @@ def test_groups_of_weights_biases_and_norms():
 
 
 def test_nothing_to_train_in_a_group_leaves_it_out():
-    assert len(parameter_groups(nn.Linear(2, 3, bias=False), lr=0.1, weight_decay=0.0)) == 1
+    model = nn.Sequential(OrderedDict(backbone=nn.Linear(2, 3, bias=False)))
+    assert [group["params"] for group in parameter_groups(model, lr=0.1, weight_decay=0.0)] == [[model.backbone.weight]]
+
+
+def test_the_backbone_may_have_a_rate_of_its_own():
+    model = detector(nn.Linear(3, 1))
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.0, bias_lr_factor=2.0, backbone_lr_factor=0.5)
+    head, backbone = model.head0, model.backbone
+    assert [group["params"] for group in groups] == [[head.weight], [head.bias], [backbone.weight], [backbone.bias]]
+    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.2, 0.05, 0.1])
 
 
 def rates(schedule, steps, groups=1):

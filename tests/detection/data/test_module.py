@@ -56,6 +56,20 @@ def test_subset_is_for_evaluation_and_train_subset_for_training(root):
     assert data(root, subset=2, seed=9).test.image_ids == made.test.image_ids  # whatever the seed of the run
 
 
+def test_a_validation_set_can_be_held_out_of_the_training_images(root):
+    held_out = data(root, train=SPLITS["train"] | {"part": [0.0, 0.7]}, val=SPLITS["train"] | {"part": [0.7, 1.0]})
+    assert (len(held_out.train), len(held_out.val)) == (7, 3)
+    assert sorted(held_out.train.image_ids + held_out.val.image_ids) == data(root).train.image_ids
+    again = data(root, train=SPLITS["train"] | {"part": (0.0, 0.7)}, seed=9)
+    assert again.train.image_ids == held_out.train.image_ids, "whatever the seed of the run"
+    with pytest.raises(ValueError, match=r"part=\[0.7, 0.1\]: expected 0 <= low < high <= 1"):
+        data(root, train=SPLITS["train"] | {"part": [0.7, 0.1]})
+
+
+def test_there_need_be_no_validation_set(root):
+    assert data(root, val=None).val_dataloader() == []
+
+
 def test_each_split_may_have_its_own_proposals(root):
     made = data(root, proposals={"train": Grid([0.5]), "val": Grid([1.0]), "test": Grid([1.0])})
     assert len(made.val[0][1]["proposals"]) == 1 < len(made.train[0][1]["proposals"])
@@ -162,11 +176,11 @@ class TestConfigs:
         with pytest.raises(Exception, match=r"data\.root=<folder>"):
             instantiate(self.config("+data=coco", "+proposals=grid").data)
 
-    @pytest.mark.parametrize(("name", "train", "val"), [("coco", 128, 50), ("voc_animals", 1200, 300)])
-    def test_real_data(self, real_data, name, train, val):
+    @pytest.mark.parametrize(("name", "train", "val", "test"), [("coco", 125, 3, 50), ("voc_animals", 1020, 180, 300)])
+    def test_real_data(self, real_data, name, train, val, test):
         made = instantiate(self.config(f"+data={name}", "+proposals=grid_photos", f"data.root={real_data / name}").data)
         made.setup()
-        assert (len(made.train), len(made.val), len(made.test)) == (train, val, val)
+        assert (len(made.train), len(made.val), len(made.test)) == (train, val, test)
         image, target = made.train[0]
         assert max(image.shape) <= 1000 and target["proposals"].shape[1] == 4
 

@@ -33,6 +33,7 @@ from detection.detector import FastRCNN
 from detection.evaluation.files import write_whole
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+DETECTOR = ["backbone=vgg16", "backbone.frozen_blocks=2", "head=two_fc", "optim=sgd"]
 THEIRS = {
     "align": lambda size, scale: torchvision.ops.RoIAlign(size, scale, sampling_ratio=2, aligned=True),
     "pool": torchvision.ops.RoIPool,
@@ -142,7 +143,7 @@ def seconds(call: Call, device: str) -> float:
 def measure(roi: str, size: tuple[int, int], device: str, precision: Callable[[], AbstractContextManager], rounds: int) -> dict:
     """Medians in milliseconds: both steps, and the parts of ours."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", ["backbone=vgg16", "head=two_fc", "optim=sgd", "backbone.frozen_blocks=2", f"roi={roi}"])
+        cfg = compose("train", [*DETECTOR, f"roi={roi}"])
     ours = build_detector(cfg, num_classes=21).to(device).train()
     theirs = Peer(copy.deepcopy(ours), THEIRS[roi](7, 1 / 16)).train()
     inputs = batch(*size, device)

@@ -1,4 +1,4 @@
-"""benchmarks/roi_operators.py: what it prints and writes. How fast anything is, is not for here."""
+"""What the benchmarks print and write. How fast anything is, is not for here."""
 
 import json
 import math
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from PIL import Image
+
+from detection.build import build_detector
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,3 +104,38 @@ def test_on_cuda_everything_of_torchvisions_is_measured(run):
     assert [failure for failure in found["failures"] if failure["operator"].startswith("torchvision")] == []
     for row in found["rows"]:
         assert all(math.isfinite(row[what][d]["theirs"]) for what in ("called", "gpu", "memory") for d in ("forward", "backward"))
+
+
+def test_a_training_step_and_its_parts(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import training_step
+
+    monkeypatch.setattr(training_step, "DETECTOR", [*training_step.DETECTOR, "backbone.width=0.0625", "head.box_head.hidden=16"])
+    training_step.main(["--size", "64", "96", "--rounds", "2", "--json", str(tmp_path / "step.json")])
+    text, found = capsys.readouterr().out, json.loads((tmp_path / "step.json").read_text())
+    assert list(found["operators"]) == ["align", "pool"]
+    for row in found["operators"].values():
+        assert set(row) == {"ours", "theirs", "backbone", "RoI operator", "head", "optimizer", "rounds"}
+        assert all(len(taken) == 2 and min(taken) > 0 for taken in row["rounds"].values())
+    assert "theirs / ours" in text and max(map(len, text.splitlines())) <= 110
+
+
+def test_both_training_steps_have_the_same_loss_on_the_same_rois(monkeypatch):
+    """Where every proposal is sampled, ours is torchvision's; but for the loss of the boxes, whose beta is 1/9 there and 1 in the paper."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import training_step
+
+    small = [
+        "backbone.width=0.0625",
+        "head.box_head.hidden=16",
+        "head.box_head.dropout=0",
+        "head.background_iou=[0,0.5]",
+        "head.rois_per_image=3000",
+    ]
+    with initialize_config_dir(str(training_step.CONFIGS), version_base="1.3"):
+        ours = build_detector(compose("train", [*training_step.DETECTOR, *small, "head.foreground_fraction=1"]), num_classes=21).train()
+    theirs = training_step.Peer(ours, training_step.THEIRS["align"](7, 1 / 16)).train()
+    theirs.roi_heads.fg_bg_sampler.batch_size_per_image, theirs.roi_heads.fg_bg_sampler.positive_fraction = 3000, 1
+    inputs = training_step.batch(64, 96, "cpu")
+    loss, other = ours(*inputs)[1], theirs(*inputs)[1]
+    assert loss["loss_classifier"].item() == pytest.approx(other["loss_classifier"].item(), rel=1e-5)

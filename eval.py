@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from detection.build import build_detector, instantiate
 from detection.checkpoint import check_categories, load_checkpoint, load_weights, offer_checkpoint
 from detection.module import DetectionModule
+from detection.processes import before_launch, cluster_plugins
 from detection.run import begin, progress_bar, report
 
 
@@ -28,7 +29,9 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     load_weights(detector, checkpoint)
 
     module = DetectionModule(detector, categories=data.categories)
-    trainer = instantiate(cfg.trainer, logger=False, callbacks=progress_bar(cfg.trainer), enable_checkpointing=False)
+    options = {"callbacks": progress_bar(cfg.trainer), "plugins": cluster_plugins()}
+    trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, **options)
+    before_launch(trainer, run_dir)
     run = {"test": trainer.test, "val": trainer.validate}[cfg.split]
     run(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:

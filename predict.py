@@ -44,6 +44,8 @@ def predict(cfg: DictConfig) -> list[dict]:
     loader = DataLoader(pictures, collate_fn=collate, num_workers=cfg.data.num_workers if len(records) > 1 else 0)
     callbacks = progress_bar(cfg.trainer) if bar else []
     trainer = instantiate(cfg.trainer, logger=False, callbacks=callbacks, enable_progress_bar=bool(bar), enable_checkpointing=False)
+    if trainer.world_size > 1:
+        raise ValueError(f"predict.py works in one process, and trainer wants {trainer.world_size}: trainer=default, or trainer.devices=1")
     found = {image_id: one for batch in trainer.predict(DetectionModule(detector), loader) for image_id, one in batch.items()}
 
     categories = dict(enumerate(checkpoint["categories"], 1))

@@ -10,10 +10,11 @@ from detection.build import build_detector, instantiate
 from detection.cross import cross_evaluate
 from detection.lock import only_process
 from detection.module import DetectionModule
+from detection.processes import before_launch, cluster_plugins
 from detection.recent import RecentCheckpoints, WholeCheckpointIO
 from detection.resume import checkpoint_to_resume
 from detection.run import begin, draw_curves, progress_bar, report, report_cross
-from detection.stop import CleanStop, FiniteLoss
+from detection.stop import CleanStop, FiniteLoss, handed_on
 from detection.sweep import run_in_sweep
 
 log = logging.getLogger(__name__)
@@ -46,10 +47,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if data.val is not None:
         callbacks.append(best)
     loggers = list(instantiate(cfg.logger).values())
-    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=[WholeCheckpointIO()])
+    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=[WholeCheckpointIO(), *cluster_plugins()])
+    before_launch(trainer, run_dir)
     trainer.fit(module, data, ckpt_path=resumed)
     trainer.save_checkpoint(run_dir / "last.ckpt")
-    recent.clear()
+    recent.clear(trainer)
     chosen = best.best_model_path
     if not chosen:
         chosen = run_dir / "best.ckpt"
@@ -72,8 +74,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float:
-    with only_process(cfg.run_dir):
-        metrics = train(cfg) if cfg.arm is None else run_in_sweep(train, cfg)
+    with handed_on():
+        if cfg.arm is not None:
+            metrics = run_in_sweep(train, cfg)
+        else:
+            with only_process(cfg.run_dir):
+                metrics = train(cfg)
     return metrics[cfg.optimized_metric]
 
 

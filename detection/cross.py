@@ -19,6 +19,7 @@ from detection.evaluation.coco import Metrics
 from detection.evaluation.report import write_report
 from detection.evaluation.sweep import Run, read_sweep
 from detection.module import DetectionModule
+from detection.processes import cluster_plugins
 from detection.run import hush_lightning, write_cross
 
 OPERATORS = Path(__file__).resolve().parents[1] / "configs" / "roi"
@@ -56,7 +57,8 @@ def cross_evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningD
 
 
 def _evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataModule, split: str) -> Any:
-    trainer = instantiate(cfg.trainer, logger=False, callbacks=[], enable_checkpointing=False, enable_progress_bar=False)
+    options = {"callbacks": [], "plugins": cluster_plugins(), "enable_progress_bar": False}
+    trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, **options)
     {"test": trainer.test, "val": trainer.validate}[split](module, datamodule=data, verbose=False)
     return module.metrics
 

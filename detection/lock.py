@@ -1,14 +1,21 @@
 """One process at a time writes into a run folder."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from detection.processes import is_first
 
 try:
     import fcntl
 except ImportError:  # Windows: runs are not told apart there
     fcntl = None
+
+_held: set[Path] = set()  # by this process; to open and close such a file once more would give the lock back
+
+
+class AtWork(ValueError):
+    """Another process has the run folder."""
 
 
 @contextmanager
@@ -16,28 +23,32 @@ def only_process(run_dir: str | Path) -> Iterator[None]:
     """Inside, this process has the run folder to itself; the system gives it back however the process ends.
 
     Raises:
-        ValueError: another process is at work there.
+        AtWork: another process is at work there.
     """
-    if fcntl is None or int(os.environ.get("LOCAL_RANK", 0)) > 0:  # the processes of one training share a folder: the first holds it
+    if fcntl is None or not is_first():  # the processes of one training share a folder: the first holds it
         yield
         return
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     with open(_path(run_dir), "a") as file:
         if not _taken(file):
-            raise ValueError(f"another process is at work in {run_dir}. Wait, or choose another folder with hydra.run.dir=runs/<name>")
-        yield
+            raise AtWork(f"another process is at work in {run_dir}. Wait, or choose another folder with hydra.run.dir=runs/<name>")
+        _held.add(_path(run_dir))
+        try:
+            yield
+        finally:
+            _held.remove(_path(run_dir))
 
 
 def is_running(run_dir: str | Path) -> bool:
-    """Whether another process is at work in a run folder."""
-    if fcntl is None or not _path(run_dir).is_file():
+    """Whether another process is at work in a run folder; the first one of the same training is none."""
+    if fcntl is None or not is_first() or _path(run_dir) in _held or not _path(run_dir).is_file():
         return False
     with open(_path(run_dir), "r+") as file:
         return not _taken(file)
 
 
 def _path(run_dir: str | Path) -> Path:
-    return Path(run_dir) / ".lock"
+    return Path(run_dir).resolve() / ".lock"
 
 
 def _taken(file) -> bool:

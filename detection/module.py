@@ -49,6 +49,7 @@ class DetectionModule(pl.LightningModule):
         self.config = config or {}
         self.seed = seed
         self.detections: dict[int, dict[str, Tensor]] = {}
+        self.losses: dict[int, tuple[int, dict[str, float]]] = {}
         self.results: list[dict] = []
         self.metrics: Metrics | None = None
 
@@ -72,10 +73,10 @@ class DetectionModule(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self.detections = {}
+        self.detections, self.losses = {}, {}
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        self._step(batch, "val")
+        self._step(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._evaluate("val", self.trainer.val_dataloaders.dataset)
@@ -83,7 +84,7 @@ class DetectionModule(pl.LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def test_step(self, batch: Batch, _: int) -> None:
-        self._step(batch, "test")
+        self._step(batch)
 
     def on_test_epoch_end(self) -> None:
         self._evaluate("test", self.trainer.test_dataloaders.dataset)
@@ -97,24 +98,34 @@ class DetectionModule(pl.LightningModule):
             for target, detection in zip(targets, detections, strict=True)
         }
 
-    def _step(self, batch: Batch, split: str) -> None:
+    def _step(self, batch: Batch) -> None:
         images, targets = batch
         detections, losses = self.detector(images, targets)
         for target, detection in zip(targets, detections, strict=True):
             self.detections[int(target["image_id"])] = {name: value.float().cpu() for name, value in detection.items()}
-        losses = {f"{split}/{name}": value for name, value in losses.items()} | {f"{split}/loss": sum(losses.values())}
-        self.log_dict(losses, batch_size=len(images), on_epoch=True, sync_dist=True)
+        losses = {name: float(value) for name, value in losses.items()}
+        self.losses[int(targets[0]["image_id"])] = len(images), losses | {"loss": sum(losses.values())}
 
     def _evaluate(self, split: str, dataset: Any) -> None:
-        """Keyed by image id, so that an image which a distributed sampler gave out twice counts once; every process computes the same."""
+        """Keyed by image id, and losses by the first of a batch, so that what was evaluated twice counts once (see `WholeBatchSampler`).
+
+        Every process computes the same, and the same as one process alone: sums go in the order of the ids.
+        """
         if self.trainer.world_size > 1:
             parts = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, self.detections)
-            self.detections = {image_id: detection for part in parts for image_id, detection in part.items()}
+            torch.distributed.all_gather_object(parts, (self.detections, self.losses))
+            for detections, losses in parts:
+                self.detections |= detections
+                self.losses |= losses
+        batches = [self.losses[first] for first in sorted(self.losses)]
+        images = sum(count for count, _ in batches)
+        losses = {f"{split}/{name}": sum(count * loss[name] for count, loss in batches) / images for name in batches[0][1]}
         self.results = to_coco_results(self.detections, dataset.label_to_category_id)
         self.metrics = evaluate(dataset.coco, self.results, sorted(self.detections))
         shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in ("AP", "AP50", "AP75")}
-        self.log_dict(shown, prog_bar=True, sync_dist=True)  # equal everywhere; Lightning warns without
+        together = {"sync_dist": True, "reduce_fx": "max"}  # equal everywhere, and a maximum leaves each as it is; Lightning warns without
+        self.log_dict(losses, **together)
+        self.log_dict(shown, prog_bar=True, **together)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"], checkpoint["categories"] = self.config, self.categories

@@ -76,9 +76,9 @@ class RecentCheckpoints(Checkpoint):
             self.save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """SIGTERM takes effect between two steps. Any other exception comes in the middle of one, and what it leaves behind is no state."""
-        loop = trainer.fit_loop
-        if isinstance(exception, SIGTERMException) and trainer.training and not loop._should_accumulate():
+        """A stop takes effect between two batches. Any other exception comes in the middle of one, and what it leaves is no state."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if isinstance(exception, SIGTERMException) and trainer.training and batches % trainer.accumulate_grad_batches == 0:
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
@@ -93,10 +93,11 @@ class RecentCheckpoints(Checkpoint):
             for old in recent_checkpoints(self.folder)[self.keep :]:
                 old.unlink()
 
-    def clear(self) -> None:
+    def clear(self, trainer: pl.Trainer) -> None:
         """Removes all: training is over."""
-        for path in recent_checkpoints(self.folder):
-            path.unlink(missing_ok=True)
+        if trainer.is_global_zero:
+            for path in recent_checkpoints(self.folder):
+                path.unlink()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Tells the place in the epoch as it is between two steps: Lightning has counted the next batch when it is fetched."""

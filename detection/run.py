@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from detection.evaluation.coco import Metrics, format_table, write_metrics, writ
 from detection.evaluation.figures import curves, detections_sheet
 from detection.evaluation.files import write_whole
 from detection.module import DetectionModule
+from detection.processes import is_first
 from detection.progress import TimeLeft
 
 log = logging.getLogger(__name__)
@@ -27,9 +29,14 @@ def begin(cfg: DictConfig) -> Path:
     hush_lightning()
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
+    if is_first():
+        write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
+    else:
+        logging.getLogger().setLevel(logging.WARNING)  # what the first process tells
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+        if cfg.trainer.get("strategy", "auto") != "auto":
+            os.environ["OMP_NUM_THREADS"] = str(cfg.threads)  # without it Lightning shares the cores among its processes
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     return run_dir
 

@@ -1,10 +1,12 @@
-"""How a training ends before its time: Ctrl-C and SIGTERM between two steps, a loss that is no number before it reaches the weights."""
+"""How a training ends before its time: at a signal between two steps, at a loss that is no number before it reaches the weights."""
 
 import json
 import logging
 import math
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +20,62 @@ from detection.evaluation.files import write_whole
 log = logging.getLogger(__name__)
 
 
-class CleanStop(pl.Callback):
-    """Ctrl-C takes Lightning's way of SIGTERM: the step ends, `RecentCheckpoints` saves, the process leaves. A second one leaves at once.
+REQUEUE = (signal.SIGUSR1, signal.SIGUSR2) if hasattr(signal, "SIGUSR1") else ()  # of clusters, some time before a job has to go
 
-    The exit status is the shell's for the signal (143, 130), not Lightning's 0, which would read as success.
+
+class CleanStop(pl.Callback):
+    """SIGTERM, Ctrl-C and a cluster's SIGUSR1 and SIGUSR2: the step ends, `RecentCheckpoints` saves, the process leaves. A second Ctrl-C
+    leaves at once.
+
+    Several processes agree on it before each step, whichever of them was told: one that stopped alone would leave the others waiting.
+    Lightning's own way has each of them speak to the others from inside its signal handler, at different moments.
+    The exit status is the shell's for the signal (143, 130, ...), not Lightning's 0, which would read as success; it is that of the
+    first process, the others leave with 0.
     """
 
     def __init__(self) -> None:
-        self.signal = signal.SIGTERM
+        self.signal: signal.Signals | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._interrupted)  # Lightning puts the handlers before it back at the end
+            for number in (signal.SIGTERM, signal.SIGINT, *REQUEUE):
+                signal.signal(number, self._told)  # Lightning puts the handlers before it back at the end
 
-    def _interrupted(self, number: int, _: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.signal = signal.SIGINT
-        log.warning("Ctrl-C: stops after this step; once more: stops at once, to go on from the last checkpoint")
-        signal.raise_signal(signal.SIGTERM)
+    def _told(self, number: int, _: Any) -> None:
+        self.signal = signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            log.warning("Ctrl-C: stops after this step; once more: stops at once, to go on from the last checkpoint")
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop(trainer)
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        told = self.signal is not None
+        if trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told:
+            raise SIGTERMException
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException):
-            exception.code = 128 + self.signal
-            log.warning("Stopped by %s after step %d; resume=auto goes on", self.signal.name, trainer.global_step)
+            number = self.signal or signal.SIGTERM
+            exception.code = 128 + number if trainer.is_global_zero else 0
+            if trainer.is_global_zero:
+                log.warning("Stopped by %s after step %d; resume=auto goes on", number.name, trainer.global_step)
+
+
+@contextmanager
+def handed_on() -> Iterator[None]:
+    """A SIGUSR1 or SIGUSR2 that has stopped the training inside goes on to who waited for it before: submitit, to queue the job again."""
+    try:
+        yield
+    except SIGTERMException as stop:
+        if stop.code - 128 in REQUEUE and callable(signal.getsignal(stop.code - 128)):
+            signal.raise_signal(stop.code - 128)
+        raise
 
 
 class FiniteLoss(pl.Callback):

@@ -30,6 +30,8 @@ from detection.data.module import describe
 from detection.evaluation.files import write_whole
 from detection.evaluation.report import write_report
 from detection.evaluation.report.origin import add_origin
+from detection.lock import AtWork, is_running, only_process
+from detection.processes import is_first, several
 from detection.run import FINISHED
 
 log = logging.getLogger(__name__)
@@ -38,12 +40,15 @@ FAILED = "failed.txt"
 
 
 def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfig) -> dict[str, float]:
-    """`train(cfg)`, unless this very run is finished; what it prints goes to train.log, and if it fails failed.txt says why.
+    """`train(cfg)`, unless this very run is finished, or on its way in a job that outlived the command that had queued it.
+
+    What it prints goes to train.log, and if it fails failed.txt says why.
 
     Returns:
         What `train` returns; `cfg.optimized_metric` is NaN where nothing was trained.
     Raises:
         ValueError: the folder holds a finished run of another configuration.
+        Exception: where several processes train together, for the others wait and are ended when one ends with an error.
     """
     _end_with_parent()
     run_dir = Path(cfg.run_dir)
@@ -52,17 +57,31 @@ def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfi
         check_same(run_dir, OmegaConf.to_container(cfg, resolve=True))
         return nothing
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / FAILED).unlink(missing_ok=True)
-    with open(run_dir / "train.log", "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(only_process(run_dir))
+        except AtWork as error:
+            if several():
+                raise
+            log.warning("%s", error)
+            return nothing
+        if is_first():
+            (run_dir / FAILED).unlink(missing_ok=True)
+        file = stack.enter_context(open(run_dir / "train.log", "a", buffering=1))
+        stack.enter_context(contextlib.redirect_stdout(file))
+        stack.enter_context(contextlib.redirect_stderr(file))
         try:
             metrics = train(cfg)
         except Exception as error:
             log.exception("This run failed")
             write_whole(run_dir / FAILED, traceback.format_exc().encode())
+            if several():
+                raise
             traceback.clear_frames(error.__traceback__)  # which would hold on to the weights of this run during the next
             return nothing
-    (run_dir / "last.ckpt").unlink(missing_ok=True)  # to go on from; there is nothing left to do, and there may be many runs
-    return metrics
+        if is_first():
+            (run_dir / "last.ckpt").unlink(missing_ok=True)  # to go on from; there is nothing left to do, and there may be many runs
+        return metrics
 
 
 @cache
@@ -148,9 +167,13 @@ class SweepCallback(Callback):
         except Exception:
             traceback.print_exc()
             sys.exit(f"The runs are there, their report is not; `python -m detection.evaluation.report {folder}` tries again")
-        failed = [str(path) for run_dir in self.progress.runs if (path := run_dir / FAILED).is_file()]
+        runs = self.progress.runs
+        elsewhere = [str(run_dir) for run_dir in runs if not (run_dir / FINISHED).is_file() and is_running(run_dir)]
+        if elsewhere:
+            print(f"{len(elsewhere)} of {len(runs)} runs, such as {elsewhere[0]}, are at work in other processes and not in it yet")
+        failed = [str(path) for run_dir in runs if (path := run_dir / FAILED).is_file()]
         if failed:
-            sys.exit(f"{len(failed)} of {len(self.progress.runs)} runs failed; {failed[0]} says why. The same command tries them again")
+            sys.exit(f"{len(failed)} of {len(runs)} runs failed; {failed[0]} says why. The same command tries them again")
 
 
 class Progress:

@@ -190,6 +190,7 @@ def test_predict_reads_any_picture_and_names_those_it_cannot(trained, tmp_path, 
         ("nowhere", [], "image=nowhere: there is no such picture or folder"),
         (".", [], r"image=\.: there are no pictures in this folder"),
         ("broken.png", [], r"image=broken.png: none of 1 pictures can be read; broken.png: cannot identify"),
+        ("whole.png", ["trainer.devices=2", "+trainer.strategy=ddp"], r"works in one process, and trainer wants 2: trainer=default"),
         ("whole.png", ["proposals=file", "proposals.test.path=some.npz"], "a proposal file has no windows for these pictures"),
     ],
 )
@@ -276,21 +277,3 @@ def test_help_tells_what_can_be_chosen(script, tmp_path):
     assert ended.returncode == 0
     assert all(word in ended.stdout for word in ("roi: ", "align", "pool", "data: ", "Examples"))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_two_processes_evaluate_each_image_once(tmp_path):
-    """Five test images over two processes: the sampler pads to six, and the sixth must not count."""
-    overrides = [
-        *TINY,
-        "data.source.test=5",
-        "head.score_threshold=0",
-        "trainer.devices=2",
-        "+trainer.strategy=ddp",
-        "trainer.max_epochs=1",
-    ]
-    overrides += [f"data.root={tmp_path / 'data'}", f"hydra.run.dir={tmp_path / 'run'}"]
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, check=True)
-    found = [result["image_id"] for result in json.loads((tmp_path / "run" / "results.json").read_text())]
-    assert {found.count(image_id) for image_id in found} == {100}, "detections_per_image of each"
-    assert len(set(found)) == 5

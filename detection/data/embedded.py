@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -92,15 +93,19 @@ class EmbeddedSet:
             if self._is_at(root):
                 return
             log.warning("The set in %s was made with other settings: making it anew.", root)
-        # Written beside and then renamed: a set that was interrupted is never found under the name of a whole one.
         root.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(root.parent / f".{root.name}.lock"):
+            if not self._is_at(root):  # who held the lock may have made it
+                self._make(root)
+
+    def _make(self, root: Path) -> None:
+        """Written beside and then renamed: a set that was interrupted is never found under the name of a whole one."""
         beside = Path(tempfile.mkdtemp(prefix=f"{root.name}.partial.", dir=root.parent))
         try:
             self._write(beside / "new")
-            if not self._is_at(root):  # another process may have been faster
-                if root.exists():
-                    os.replace(root, beside / "old")
-                os.replace(beside / "new", root)
+            if root.exists():
+                os.replace(root, beside / "old")
+            os.replace(beside / "new", root)
         finally:
             shutil.rmtree(beside)
 

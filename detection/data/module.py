@@ -1,6 +1,7 @@
 """Everything that training and evaluation read, as one Lightning data module."""
 
 import logging
+import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from detection.data.annotations import LAYOUT
@@ -25,6 +26,7 @@ RECALL_IMAGES = 1000  # proposals are judged on the first so many images of a sp
 class EpochSampler(DistributedSampler):
     """The order of training images depends on (seed, epoch) alone, and the data set is told the epoch in time.
 
+    With several processes each step takes the images that one process would take with a batch so many times as large.
     Lightning calls `set_epoch` before each epoch, and leaves a DistributedSampler in its place.
     """
 
@@ -45,6 +47,27 @@ class EpochSampler(DistributedSampler):
         return islice(super().__iter__(), self.seen, None)
 
 
+class WholeBatchSampler(DistributedSampler):
+    """Deals out whole batches in the order of the data set: batch k goes to process k modulo their number.
+
+    What is found in an image depends, in its last digits, on the images beside it: so batches are those of a process alone. Where they do
+    not come out even some are evaluated twice, since Lightning wants the same number from each process; `DetectionModule` counts them once.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, num_replicas: int, rank: int):
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
+        whole = range(len(dataset))
+        self.batches = [whole[start : start + batch_size] for start in range(0, len(dataset), batch_size)]
+
+    def __iter__(self) -> Iterator[int]:
+        rounds = math.ceil(len(self.batches) / self.num_replicas)
+        for batch in range(self.rank, rounds * self.num_replicas, self.num_replicas):
+            yield from self.batches[batch % len(self.batches)]
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 class DetectionData(pl.LightningDataModule):
     """Train, val and test splits of a data set in COCO's layout.
 
@@ -54,7 +77,7 @@ class DetectionData(pl.LightningDataModule):
             it is that part of their images (see `CocoDetection`): a validation set can be held out of the training images.
         proposals: one provider for all splits, or one for each: `{"train": ..., "val": ..., "test": ...}`.
         train_transform, eval_transform: see `detection.data.transforms`.
-        batch_size, eval_batch_size: images in a batch.
+        batch_size, eval_batch_size: images in a batch of each process.
         num_workers: processes that load; 0 loads in the training process.
         seed: of the order of images and of random transforms.
         subset, ids: restrict val and test to so many images, or to these (a list, or a text file of ids).
@@ -137,10 +160,11 @@ class DetectionData(pl.LightningDataModule):
         return dataset.categories
 
     def train_dataloader(self) -> DataLoader:
-        if len(self.train) < self.batch_size:
-            raise ValueError(f"{len(self.train)} training images do not fill a batch of {self.batch_size}; lower data.batch_size.")
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
-        sampler = EpochSampler(self.train, num_replicas=world_size, rank=rank, shuffle=True, seed=self.seed)
+        world_size, rank = self._processes()
+        if len(self.train) < self.batch_size * world_size:
+            wanted = f"a batch of {self.batch_size}" + (f" in each of {world_size} processes" if world_size > 1 else "")
+            raise ValueError(f"{len(self.train)} training images do not fill {wanted}; lower data.batch_size.")
+        sampler = EpochSampler(self.train, num_replicas=world_size, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
         sampler.go_on(self.place["epoch"], seen=self.place["batches"] * self.batch_size)
         return self._loader(self.train, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
@@ -156,10 +180,19 @@ class DetectionData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """Nothing, for Lightning to pass over, where there is no val split."""
-        return [] if self.val is None else self._loader(self.val, batch_size=self.eval_batch_size)
+        return [] if self.val is None else self._eval_loader(self.val)
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test, batch_size=self.eval_batch_size)
+        return self._eval_loader(self.test)
+
+    def _processes(self) -> tuple[int, int]:
+        """How many there are, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _eval_loader(self, dataset: CocoDetection) -> DataLoader:
+        return self._loader(
+            dataset, batch_size=self.eval_batch_size, sampler=WholeBatchSampler(dataset, self.eval_batch_size, *self._processes())
+        )
 
     def _loader(self, dataset: CocoDetection, **options) -> DataLoader:
         return DataLoader(

@@ -1,6 +1,7 @@
 """A sweep of two tiny runs, through the command line: one fails, the sweep goes on without it and is completed by the same command."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from detection.sweep import check_same, run_in_sweep, share_done
+from tests.fake_slurm import install
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -70,6 +72,51 @@ def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_wi
     third = sweep(tmp_path, "optim.groups.lr=0.5")
     assert third.returncode == 1
     assert "optim.groups.lr was 0.003 and is 0.5" in third.stderr and "hydra.sweep.dir=runs/<name>" in third.stderr
+
+
+@pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
+def test_other_launchers_run_the_same_sweep(tmp_path, launcher):
+    if launcher != "basic":
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher: the extra `slurm`")
+    folder = tmp_path / "runs" / "quantization_embedded_stride16"
+    (folder / "pool_seed5" / "results.json").mkdir(parents=True)  # so that this run cannot write its results
+    ended = sweep(tmp_path, f"hydra/launcher={launcher}", "trainer.max_epochs=1", "cross=[]")
+    assert ended.returncode == 1 and "1 of 2 runs failed" in ended.stderr, ended.stderr
+    assert (folder / "align_seed5" / "metrics.json").is_file()
+    assert "IsADirectoryError" in (folder / "pool_seed5" / "failed.txt").read_text()
+    assert (folder / "report" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_on_slurm_a_run_that_has_to_leave_saves_is_queued_again_and_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher: the extra `slurm`")
+    bin = install(tmp_path / "bin")
+    folder = tmp_path / "runs" / "quantization_embedded_stride16"
+    monkeypatch.setenv("PATH", f"{bin}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM_PREEMPT", str(folder / "align_seed5" / "step_*.ckpt"))
+    slurm = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=null", "trainer.max_epochs=4"]
+    ended = sweep(tmp_path, *slurm, "checkpoint.every_n_steps=3")
+    assert ended.returncode == 0, ended.stderr + "".join(path.read_text() for path in folder.glob(".submitit/*/*.err"))
+    script = (bin / "script.sh").read_text()
+    assert all(f"#SBATCH --{flag}\n" in script for flag in ("partition=gpu", "requeue", "signal=USR2@120", "time=240", "mem=32GB"))
+
+    said = (folder / "align_seed5" / "train.log").read_text()
+    assert (bin / "0.told").exists() and "Stopped by SIGUSR2 after step" in said
+    assert f"Goes on from {folder / 'align_seed5' / 'step_'}" in said
+    assert all((folder / run / "metrics.json").is_file() for run in ("align_seed5", "pool_seed5"))
+    assert (folder / "report" / "report.html").is_file()
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(tmp_path, caplog):
+    hold = "import sys; from detection.lock import only_process\nwith only_process(sys.argv[1]): print('holds', flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "holds\n"
+        result = run_in_sweep(lambda cfg: {"val/AP": 1.0}, config_of(tmp_path))
+        process.communicate("\n")
+    assert result["val/AP"] != result["val/AP"], "not a number"
+    assert f"another process is at work in {tmp_path}" in caplog.text
+    assert not (tmp_path / "failed.txt").exists() and not (tmp_path / "train.log").exists()
 
 
 def config_of(folder, **more):

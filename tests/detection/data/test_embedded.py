@@ -88,14 +88,14 @@ def test_a_set_is_made_once_and_anew_for_other_settings(tmp_path):
     replace(SMALL, seed=1)(root)
     assert not (root / "witness").exists()
     assert json.loads((root / "complete.json").read_text())["seed"] == 1
-    assert [entry.name for entry in root.parent.iterdir()] == ["set"]
+    assert sorted(entry.name for entry in root.parent.iterdir()) == [".set.lock", "set"]
 
 
 def test_nothing_is_left_of_a_set_that_was_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "_clouds", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         SMALL(tmp_path / "set")
-    assert not list(tmp_path.iterdir())
+    assert [entry.name for entry in tmp_path.iterdir()] == [".set.lock"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

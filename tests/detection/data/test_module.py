@@ -1,16 +1,19 @@
 """The data module: splits, batches, and an order that depends on (seed, epoch) alone."""
 
 import logging
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from torch.utils.data import BatchSampler
 
 from detection.data.embedded import EmbeddedSet
-from detection.data.module import DetectionData, describe
+from detection.data.module import DetectionData, EpochSampler, WholeBatchSampler, describe
 from detection.data.proposals import Grid
 from detection.data.transforms import resize_and_flip
 
@@ -150,6 +153,53 @@ class TestOrder:
         trained(root, tmp_path, num_workers, epochs=2)
         rest = trained(root, tmp_path, num_workers, resume=tmp_path / "last.ckpt")
         assert rest == [entry for entry in whole if entry[0] == 2]
+
+
+class TestProcesses:
+    """What each of several processes gets, without starting any."""
+
+    @pytest.mark.parametrize(("images", "processes", "batch_size"), [(12, 2, 3), (11, 2, 2), (13, 4, 1), (9, 3, 2)])
+    def test_they_train_on_the_images_of_one_process_with_a_larger_batch_at_each_step(self, images, processes, batch_size):
+        def steps(processes, batch_size, epoch, done=0):
+            batches = []
+            for rank in range(processes):
+                sampler = EpochSampler(Numbers(images), num_replicas=processes, rank=rank, shuffle=True, seed=3, drop_last=True)
+                sampler.go_on(epoch, seen=done * batch_size)
+                batches.append(list(BatchSampler(sampler, batch_size, drop_last=True)))
+            return [sorted(chain(*step)) for step in zip(*batches, strict=True)]
+
+        for epoch in range(3):
+            whole = steps(1, processes * batch_size, epoch)
+            assert steps(processes, batch_size, epoch) == whole and len(whole) > 1
+            assert steps(processes, batch_size, epoch, done=1) == whole[1:], "and a run may go on with another number of them"
+
+    @pytest.mark.parametrize(("images", "processes", "batch_size"), [(12, 2, 3), (10, 2, 4), (3, 2, 4), (5, 4, 4), (7, 3, 1), (9, 4, 2)])
+    def test_they_evaluate_the_very_batches_of_one_process(self, images, processes, batch_size):
+        dealt = []
+        for rank in range(processes):
+            sampler = WholeBatchSampler(Numbers(images), batch_size, processes, rank)
+            assert len(list(sampler)) == len(sampler)
+            dealt.append([tuple(batch) for batch in BatchSampler(sampler, batch_size, drop_last=False)])
+        whole = [tuple(range(start, min(start + batch_size, images))) for start in range(0, images, batch_size)]
+        assert set(chain(*dealt)) == set(whole)
+        assert len({len(batches) for batches in dealt}) == 1, "Lightning wants the same number from each"
+        assert sum(map(len, dealt)) - len(whole) < processes, "no more is done twice than that takes"
+
+    def test_too_few_images_for_all_of_them_are_an_error(self, root):
+        made = data(root, batch_size=4)
+        made.trainer = SimpleNamespace(world_size=3, global_rank=0)
+        with pytest.raises(ValueError, match="10 training images do not fill a batch of 4 in each of 3 processes"):
+            made.train_dataloader()
+
+
+class Numbers(list):
+    """So many items, which pay no heed to the epoch."""
+
+    def __init__(self, count):
+        super().__init__(range(count))
+
+    def set_epoch(self, epoch):
+        pass
 
 
 class TestConfigs:

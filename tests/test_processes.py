@@ -1,0 +1,203 @@
+"""Several processes are one run: each image counts once, one process writes, all stop and go on together. On the CPU, for real."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from detection.lock import is_running, only_process
+from detection.processes import is_first, new_folder
+from detection.recent import recent_checkpoints
+from tests.test_resume import remains
+from tests.test_train_and_eval import ROOT, TINY, run_eval, run_train
+
+# Two steps an epoch in two processes. Three images of val and five of test are one batch and two: what two processes get does not come out
+# even, neither in images nor, with val, in batches.
+SHORT = [*TINY, "threads=1", "data.source.test=5", "trainer.max_epochs=3", "optimized_metric=val/loss", "head.score_threshold=0"]
+SHORT += ["data.batch_size=2", "checkpoint.every_n_steps=1"]
+TWO = ["trainer=ddp_cpu", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1", "trainer.check_val_every_n_epoch=1"]
+PLACE = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "SLURM_NTASKS", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def started(folder, script, *overrides, before=(), **environment):
+    """One process, on its way."""
+    outside = {name: value for name, value in os.environ.items() if name not in PLACE}
+    with open(folder / "said.txt", "a") as said:
+        return subprocess.Popen(
+            [sys.executable, *before, str(ROOT / script), *overrides],
+            cwd=folder,
+            env=outside | {"PYTHONPATH": str(ROOT)} | environment,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def started_by_slurm(folder, script, *overrides, processes=2, before=()):
+    """Those that `srun` starts: the same command, each with its place in the environment."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "test", "SLURM_NTASKS": str(processes), "SLURM_NODEID": "0"}
+    job |= {"MASTER_ADDR": "127.0.0.1"}
+    places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(processes)]
+    return [started(folder, script, *overrides, before=before, **job, **place) for place in places]
+
+
+def ended(*processes):
+    """Their exit statuses."""
+    return [process.wait(timeout=1800) for process in processes]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data") / "set"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    """A run of two processes, the second of which Lightning starts."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = ["train.py", *SHORT, *TWO, "cross=[pool]", f"data.root={data}", "hydra.run.dir=run"]
+    assert ended(started(folder, *command)) == [0], (folder / "said.txt").read_text()
+    return folder / "run"
+
+
+def evaluation(run):
+    return {name: (run / name).read_bytes() for name in ("results.json", "metrics.json")}
+
+
+def test_one_process_evaluates_what_two_have_trained_to_the_same_results(trained, tmp_path):
+    assert len(json.loads((trained / "results.json").read_text())) == 5 * 100, "detections_per_image of each of five images"
+    run_eval(trained / "best.ckpt", tmp_path / "one")
+    assert evaluation(tmp_path / "one") == evaluation(trained)
+    run_eval(trained / "best.ckpt", tmp_path / "pool", "roi=pool")
+    assert json.loads((tmp_path / "pool/metrics.json").read_text()) == json.loads((trained / "cross.json").read_text())["pool"]
+
+
+def test_two_processes_that_slurm_starts_evaluate_to_the_same_results(trained, tmp_path):
+    command = ["eval.py", f"ckpt={trained / 'best.ckpt'}", *TWO, "threads=1", "hydra.run.dir=run"]
+    assert ended(*started_by_slurm(tmp_path, *command)) == [0, 0], (tmp_path / "said.txt").read_text()
+    assert evaluation(tmp_path / "run") == evaluation(trained)
+    assert (tmp_path / "said.txt").read_text().count("The run folder:") == 1, "the first one tells"
+
+
+@pytest.mark.slow
+def test_four_processes_evaluate_to_the_same_results(trained, tmp_path):
+    """More than there are batches."""
+    command = ["eval.py", f"ckpt={trained / 'best.ckpt'}", *TWO, "trainer.devices=4", "threads=1", "hydra.run.dir=run"]
+    assert ended(started(tmp_path, *command)) == [0], (tmp_path / "said.txt").read_text()
+    assert evaluation(tmp_path / "run") == evaluation(trained)
+
+
+STOPPED = """
+import os, runpy, signal, sys
+from detection.detector import FastRCNN
+
+forward, steps = FastRCNN.forward, 0
+
+def told_in_the_third_step(self, *args):
+    global steps
+    steps += self.training
+    if self.training and steps == 3 and os.environ["SLURM_PROCID"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return forward(self, *args)
+
+FastRCNN.forward = told_in_the_third_step
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_processes_stop_together_and_go_on_to_the_same_end(trained, data, tmp_path):
+    """The second one alone is told, in the middle of a step; and the run that goes on is one that Lightning starts."""
+    command = ["train.py", *SHORT, *TWO, "cross=[pool]", f"data.root={data}", "checkpoint.every_n_steps=100"]
+    stopped = started_by_slurm(tmp_path, *command, "hydra.run.dir=run", before=["-c", STOPPED])
+    assert ended(*stopped) == [128 + signal.SIGTERM, 0], (tmp_path / "said.txt").read_text()
+    run = tmp_path / "run"
+    assert [path.name for path in recent_checkpoints(run)] == ["step_0000003.ckpt"]
+
+    shutil.copytree(run, tmp_path / "runs" / "run")
+    assert ended(started(tmp_path, *command, "resume=auto")) == [0], (tmp_path / "said.txt").read_text()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"], "no process makes a folder of its own"
+    assert remains(tmp_path / "runs" / "run") == remains(trained)
+    assert ended(*started_by_slurm(tmp_path, *command, "hydra.run.dir=run", "resume=run")) == [0, 0], "and by name"
+    assert remains(run) == remains(trained)
+
+
+@pytest.mark.slow
+def test_a_step_of_two_processes_is_the_step_of_one_with_twice_the_batch(data, tmp_path):
+    """Where nothing looks at a whole batch: no batch norm, and as many RoIs sampled of each image."""
+    alike = ["backbone.norm=none", "optim=sgd", "head.rois_per_image=16"]
+    command = ["train.py", *SHORT, *TWO, *alike, f"data.root={data}", "hydra.run.dir=two"]
+    assert ended(started(tmp_path, *command)) == [0], (tmp_path / "said.txt").read_text()
+    (tmp_path / "data").symlink_to(data)
+    run_train(tmp_path, *SHORT[len(TINY) :], *alike, "data.batch_size=4")
+    one, two = (torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("run", "two"))
+    assert one["global_step"] == two["global_step"] == 6
+    for name, weights in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], weights, rtol=1e-4, atol=1e-6, msg=name)
+
+
+PLACES = {
+    "alone": ({}, True),
+    "first of torchrun": ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, True),
+    "second of torchrun": ({"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, False),
+    "second of SLURM": ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, False),
+    "second of Lightning": ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, False),
+    "first on the second machine": ({"NODE_RANK": "1"}, False),
+}
+
+
+@pytest.fixture
+def place(monkeypatch):
+    def put(environment):
+        for name in PLACE:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+@pytest.mark.parametrize(("environment", "first"), PLACES.values(), ids=PLACES)
+def test_one_process_is_the_first_whoever_starts_them(place, environment, first):
+    place(environment)
+    assert is_first() == first
+
+
+def test_processes_that_are_not_told_a_common_folder_want_one(place):
+    for alone in ({}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_NTASKS": "1"}):
+        place(alone)
+        assert new_folder("runs/now") == "runs/now"
+    for name in ("first of torchrun", "second of torchrun", "second of SLURM", "first on the second machine"):
+        place(PLACES[name][0])
+        with pytest.raises(SystemExit, match=r"name one with hydra\.run\.dir=runs/<name>"):
+            new_folder("runs/now")
+
+
+def test_to_ask_for_a_lock_does_not_give_ones_own_back(tmp_path):
+    ask = "import sys; from detection.lock import is_running; sys.exit(is_running(sys.argv[1]))"
+    with only_process(tmp_path):
+        assert not is_running(tmp_path), "this is no other process"
+        assert subprocess.run([sys.executable, "-c", ask, str(tmp_path)], cwd=ROOT).returncode == 1
+    assert subprocess.run([sys.executable, "-c", ask, str(tmp_path)], cwd=ROOT).returncode == 0
+
+
+def test_a_sweep_starts_no_processes_within_a_run(tmp_path):
+    """Lightning would start the whole sweep once more."""
+    command = ["train.py", "-m", *SHORT, *TWO, "roi=align,pool", f"data.root={tmp_path / 'data'}", "hydra.sweep.dir=sweep"]
+    assert ended(started(tmp_path, *command)) == [1]
+    assert "each run of this sweep wants 2 processes" in (tmp_path / "said.txt").read_text()
+    assert not list(tmp_path.glob("sweep/*/*.ckpt"))
+    assert OmegaConf.load(tmp_path / "sweep" / "multirun.yaml").hydra.mode == "MULTIRUN"

@@ -18,6 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from detection.evaluation.files import NotWrittenError
+
 log = logging.getLogger(__name__)
 
 STAMP = "complete.json"
@@ -87,26 +89,28 @@ class EmbeddedSet:
         """Writes the set to `root` unless it is there. A set with other settings is replaced; a folder of anything else is an error."""
         root = Path(root)
         if root.exists() and any(root.iterdir()):
-            if not (root / STAMP).is_file():
-                raise FileExistsError(f"{root} holds something else than an embedded set (no {STAMP}); choose another data.root.")
+            if "drawing" not in _read_stamp(root):
+                raise FileExistsError(f"{root} holds something else than an embedded set (no {STAMP} of one); choose another data.root.")
             if self._is_at(root):
                 return
             log.warning("The set in %s was made with other settings: making it anew.", root)
         # Written beside and then renamed: a set that was interrupted is never found under the name of a whole one.
-        root.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f"{root.name}.partial.", dir=root.parent))
         try:
-            self._write(beside / "new")
-            if not self._is_at(root):  # another process may have been faster
-                if root.exists():
-                    os.replace(root, beside / "old")
-                os.replace(beside / "new", root)
-        finally:
-            shutil.rmtree(beside)
+            root.parent.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(prefix=f"{root.name}.partial.", dir=root.parent))
+            try:
+                self._write(beside / "new")
+                if not self._is_at(root):  # another process may have been faster
+                    if root.exists():
+                        os.replace(root, beside / "old")
+                    os.replace(beside / "new", root)
+            finally:
+                shutil.rmtree(beside)
+        except OSError as error:
+            raise NotWrittenError(root, error) from error
 
     def _is_at(self, root: Path) -> bool:
-        stamp = root / STAMP
-        return stamp.is_file() and json.loads(stamp.read_text()) == self._stamp()
+        return _read_stamp(root) == self._stamp()
 
     def _stamp(self) -> dict:
         return json.loads(json.dumps({"drawing": DRAWING, **asdict(self)}, default=list))  # as it reads back: tuples become lists
@@ -196,6 +200,15 @@ class EmbeddedSet:
         while np.abs(colour - ground).max() < self.contrast:
             colour = rng.uniform(0, 255, 3)
         _blend(canvas, polygons, colour)
+
+
+def _read_stamp(root: Path) -> dict:
+    """What a folder says of itself; nothing where that is no embedded set."""
+    try:
+        stamp = json.loads((root / STAMP).read_text())
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
 
 
 def _clouds(cells: int, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -9,6 +9,7 @@ from detection.build import build_detector, instantiate
 from detection.checkpoint import check_categories, load_checkpoint, load_weights, offer_checkpoint
 from detection.module import DetectionModule
 from detection.run import begin, progress_bar, report
+from detection.stop import told_plainly
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
@@ -30,7 +31,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     module = DetectionModule(detector, categories=data.categories)
     trainer = instantiate(cfg.trainer, logger=False, callbacks=progress_bar(cfg.trainer), enable_checkpointing=False)
     run = {"test": trainer.test, "val": trainer.validate}[cfg.split]
-    run(module, datamodule=data, verbose=False)
+    with told_plainly(run_dir):
+        run(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         report(module, dataset, run_dir, title=f"{cfg.ckpt} on {cfg.split}")
     return {f"{cfg.split}/{name}": value for name, value in module.metrics.stats.items()}

@@ -10,6 +10,7 @@ from detection.checkpoint import check_categories, load_checkpoint, load_weights
 from detection.module import DetectionModule
 from detection.processes import before_launch, cluster_plugins
 from detection.run import begin, progress_bar, report
+from detection.stop import told_plainly
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
@@ -33,7 +34,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, **options)
     before_launch(trainer, run_dir)
     run = {"test": trainer.test, "val": trainer.validate}[cfg.split]
-    run(module, datamodule=data, verbose=False)
+    with told_plainly(run_dir):
+        run(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         report(module, dataset, run_dir, title=f"{cfg.ckpt} on {cfg.split}")
     return {f"{cfg.split}/{name}": value for name, value in module.metrics.stats.items()}

@@ -8,13 +8,14 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from detection.build import build_detector, instantiate
 from detection.cross import cross_evaluate
+from detection.data.same_data import SameData
 from detection.lock import only_process
 from detection.module import DetectionModule
 from detection.processes import before_launch, cluster_plugins
 from detection.recent import RecentCheckpoints, WholeCheckpointIO
 from detection.resume import checkpoint_to_resume
 from detection.run import begin, draw_curves, progress_bar, report, report_cross
-from detection.stop import CleanStop, FiniteLoss, handed_on
+from detection.stop import CleanStop, FiniteLoss, handed_on, told_plainly
 from detection.sweep import run_in_sweep
 
 log = logging.getLogger(__name__)
@@ -42,15 +43,17 @@ def train(cfg: DictConfig) -> dict[str, float]:
     best = ModelCheckpoint(
         run_dir, filename="best", monitor=cfg.optimized_metric, mode="max", save_weights_only=True, enable_version_counter=False
     )
-    recent = RecentCheckpoints(run_dir, **cfg.checkpoint)
-    callbacks = [recent, CleanStop(), FiniteLoss(run_dir, cfg.seed), *progress_bar(cfg.trainer)]
+    recent = RecentCheckpoints(run_dir, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep)
+    same = SameData(data, required=cfg.checkpoint.same_data)
+    callbacks = [same, recent, CleanStop(), FiniteLoss(run_dir, cfg.seed), *progress_bar(cfg.trainer)]
     if data.val is not None:
         callbacks.append(best)
     loggers = list(instantiate(cfg.logger).values())
     trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=[WholeCheckpointIO(), *cluster_plugins()])
     before_launch(trainer, run_dir)
-    trainer.fit(module, data, ckpt_path=resumed)
-    trainer.save_checkpoint(run_dir / "last.ckpt")
+    with told_plainly(run_dir):
+        trainer.fit(module, data, ckpt_path=resumed)
+        trainer.save_checkpoint(run_dir / "last.ckpt")
     recent.clear(trainer)
     chosen = best.best_model_path
     if not chosen:
@@ -61,7 +64,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     split = "test" if data.test is not None else "val"
     evaluate = trainer.test if split == "test" else trainer.validate
-    evaluate(module, datamodule=data, ckpt_path=chosen, verbose=False)
+    with told_plainly(run_dir):
+        evaluate(module, datamodule=data, ckpt_path=chosen, verbose=False)
 
     cross = cross_evaluate(cfg, module, data, split)
     if trainer.is_global_zero:

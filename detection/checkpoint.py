@@ -1,11 +1,16 @@
 """Checkpoints of train.py: what is inside, and whether it fits."""
 
+import pickle
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
-from torch import nn
+from torch import Tensor, nn
+
+from detection.trusted import check_trusted
 
 PARTS = ("roi", "backbone", "head", "data", "proposals")
 
@@ -21,12 +26,28 @@ def load_checkpoint(path: str | Path) -> dict:
         raise FileNotFoundError(f"there is no checkpoint {path}; train.py leaves best.ckpt and last.ckpt in its run folder")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is no whole checkpoint, or holds more than tensors and plain containers: none of that was run") from error
     except Exception as error:  # what torch.load raises depends on where a file ends
         raise ValueError(f"{path} is no whole checkpoint: it is truncated, damaged or something else ({type(error).__name__})") from error
     missing = [key for key in ("state_dict", "config", "categories") if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise ValueError(f"{path} was not written by train.py: it has no {', '.join(missing)}")
+    for key, fits in (("state_dict", _is_state), ("config", lambda value: isinstance(value, dict)), ("categories", _are_categories)):
+        if not fits(checkpoint[key]):
+            raise ValueError(f"{path} was not written by train.py: its {key} is something else")
     return checkpoint
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
+
+
+def _are_categories(value: Any) -> bool:
+    def is_category(entry: Any) -> bool:
+        return isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("name"), str)
+
+    return isinstance(value, list) and all(map(is_category, value))
 
 
 def offer_checkpoint(arguments: list[str], script: str) -> None:
@@ -34,15 +55,23 @@ def offer_checkpoint(arguments: list[str], script: str) -> None:
     path = next((argument.removeprefix("ckpt=") for argument in arguments if argument.startswith("ckpt=")), None)
     if path is not None:
         try:
-            offer_parts(load_checkpoint(path)["config"])
+            offer_parts(load_checkpoint(path)["config"], path)
         except (FileNotFoundError, ValueError) as error:
             sys.exit(f"{script}: {error}")
     elif not {"-h", "--help", "--hydra-help", "--version"} & set(arguments):
         sys.exit(f"{script}: which checkpoint? Say it with ckpt=<run>/best.ckpt; `python {script} --help` shows what else can be said")
 
 
-def offer_parts(config: dict) -> None:
-    """Lets Hydra choose the parts of a checkpoint's configuration: the option `checkpoint` of each group in `PARTS`."""
+def offer_parts(config: dict, source: str | Path) -> None:
+    """Lets Hydra choose the parts of a checkpoint's configuration: the option `checkpoint` of each group in `PARTS`.
+
+    Raises:
+        ValueError: a part is missing, or what it would call is not this project's (`check_trusted`).
+    """
+    for part in PARTS:
+        if not isinstance(config.get(part), dict):
+            raise ValueError(f"{source} was not written by train.py: its configuration has no {part}")
+    check_trusted({part: config[part] for part in PARTS}, source)
     for part in PARTS:
         ConfigStore.instance().store(group=part, name="checkpoint", node=config[part])
 

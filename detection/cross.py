@@ -21,6 +21,7 @@ from detection.evaluation.sweep import Run, read_sweep
 from detection.module import DetectionModule
 from detection.processes import cluster_plugins
 from detection.run import hush_lightning, write_cross
+from detection.trusted import check_trusted
 
 OPERATORS = Path(__file__).resolve().parents[1] / "configs" / "roi"
 
@@ -67,6 +68,7 @@ def complete(run: Run, operators: list[str]) -> None:
     """Evaluates a finished run's best checkpoint with each of `operators` that its cross.json lacks, and adds them there."""
     known = run.cross()
     cfg = OmegaConf.load(run.folder / "config.yaml")
+    check_trusted(OmegaConf.to_container(cfg), run.folder / "config.yaml")
     cfg.cross = [name for name in operators if name not in known]
     if not cfg.cross:
         return

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from detection.evaluation.files import NotWrittenError
 from detection.processes import is_first
 
 try:
@@ -24,12 +25,17 @@ def only_process(run_dir: str | Path) -> Iterator[None]:
 
     Raises:
         AtWork: another process is at work there.
+        NotWrittenError: the folder cannot be made or written to.
     """
     if fcntl is None or not is_first():  # the processes of one training share a folder: the first holds it
         yield
         return
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    with open(_path(run_dir), "a") as file:
+    try:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        file = open(_path(run_dir), "a")  # noqa: SIM115
+    except OSError as error:
+        raise NotWrittenError(_path(run_dir), error) from error
+    with file:
         if not _taken(file):
             raise AtWork(f"another process is at work in {run_dir}. Wait, or choose another folder with hydra.run.dir=runs/<name>")
         _held.add(_path(run_dir))
@@ -43,8 +49,11 @@ def is_running(run_dir: str | Path) -> bool:
     """Whether another process is at work in a run folder; the first one of the same training is none."""
     if fcntl is None or not is_first() or _path(run_dir) in _held or not _path(run_dir).is_file():
         return False
-    with open(_path(run_dir), "r+") as file:
-        return not _taken(file)
+    try:
+        with open(_path(run_dir), "r+") as file:
+            return not _taken(file)
+    except OSError:  # read-only: nobody writes there
+        return False
 
 
 def _path(run_dir: str | Path) -> Path:

@@ -1,7 +1,9 @@
 """Checkpoints of the whole training, written while it goes on, so that a run that is killed can go on from there."""
 
 import csv
+import errno
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, syncs and renames it; Lightning's own goes through /tmp, from where a move may be a copy."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if not Path(path).parent.is_dir():  # to make it anew would tear the run in two
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(Path(path).parent))
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_whole(path, buffer.getbuffer())
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        """On the CPU, and whatever Lightning would do with a file from elsewhere, never with code in it."""
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def recent_checkpoints(folder: str | Path) -> list[Path]:
@@ -108,6 +116,18 @@ class RecentCheckpoints(Checkpoint):
         if epochs["current"]["completed"] == epochs["current"]["ready"]:  # between two epochs
             batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A run folder may have been moved since: `ModelCheckpoint` would forget which one was the best, and write over it."""
+        here = self.folder.resolve()
+        if Path(trainer.ckpt_path).resolve().parent != here:
+            return  # another run's
+        for state in checkpoint["callbacks"].values():
+            if "best_k_models" in state:
+                state["dirpath"] = str(here)
+                for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                    state[key] = state[key] and str(here / Path(state[key]).name)
+                state["best_k_models"] = {str(here / Path(path).name): score for path, score in state["best_k_models"].items()}
 
     def state_dict(self) -> dict[str, Any]:
         """With the rows of metrics.csv, so that the curves of a run that went on are whole."""

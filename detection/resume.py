@@ -122,7 +122,7 @@ def _checkpoints(run: Path) -> list[Path]:
 def _read_config(run: Path) -> dict[str, Any] | None:
     try:
         config = yaml.safe_load((run / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return config if isinstance(config, dict) else None
 

@@ -1,4 +1,5 @@
-"""How a training ends before its time: at a signal between two steps, at a loss that is no number before it reaches the weights."""
+"""How a training ends before its time: at a signal between two steps, at a loss that is no number before it reaches the weights, and by what
+its machine does to it."""
 
 import json
 import logging
@@ -15,7 +16,8 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from detection.evaluation.files import write_whole
+from detection.evaluation.files import FULL, NotWrittenError, write_whole
+from detection.recent import recent_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -109,10 +111,36 @@ class FiniteLoss(pl.Callback):
             "largest_weight": f"{largest:.3g}",
         }
         path = self.folder / "nan_loss.json"
+        again = "the same command comes to this batch again"
+        if recent_checkpoints(self.folder):
+            again = f"the same command with resume={self.folder} comes to this batch again from the last checkpoint"
         write_whole(path, (json.dumps(found, indent=2) + "\n").encode())
         raise FloatingPointError(
             f"the loss is {found['loss']} in step {found['step']} (epoch {found['epoch']}, batch {found['batch']}, images "
-            f"{found['image_ids']}), the largest weight {found['largest_weight']}. {path} has the whole of it, and the same command with "
-            f"resume={self.folder} comes to this batch again from the last checkpoint. If weights are large, a lower optim.groups.lr or "
-            "trainer.gradient_clip_val=10 helps; if not, look at these images"
+            f"{found['image_ids']}), the largest weight {found['largest_weight']}. {path} has the whole of it, and {again}. If weights are "
+            "large, a lower optim.groups.lr or trainer.gradient_clip_val=10 helps; if not, look at these images"
         )
+
+
+@contextmanager
+def told_plainly(run_dir: str | Path) -> Iterator[None]:
+    """Around training and evaluation: what to do about a loading process that died, a full disk, and a run folder that is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise RuntimeError(
+            f"a process that loads images died: {error}. Nearly always memory has run out, of the machine (`dmesg` tells of a process that "
+            "was killed) or of /dev/shm (in Docker: --shm-size). A smaller data.num_workers, 0 in the end, and a smaller data.batch_size "
+            "need less. The same command with resume=auto goes on from the last checkpoint, and data.num_workers may differ"
+        ) from error
+    except OSError as error:
+        if not Path(run_dir).is_dir():
+            raise FileNotFoundError(
+                f"the run folder {run_dir} is gone since this began: moved, removed, or its disk is. Where it is now are its checkpoints "
+                "too: resume=<that folder> goes on from there"
+            ) from error
+        if error.errno in FULL and not isinstance(error, NotWrittenError):
+            raise NotWrittenError(error.filename or f"a file in {run_dir}", error) from error
+        raise

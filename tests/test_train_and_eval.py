@@ -48,7 +48,7 @@ def run_train(folder, *overrides):
 
 
 def run_eval(ckpt, folder, *overrides):
-    offer_parts(load_checkpoint(ckpt)["config"])
+    offer_parts(load_checkpoint(ckpt)["config"], ckpt)
     return evaluate(composed("eval", "trainer=cpu", "trainer.enable_progress_bar=false", f"ckpt={ckpt}", f"run_dir={folder}", *overrides))
 
 
@@ -139,7 +139,7 @@ def test_eval_names_shapes_that_differ(trained, tmp_path):
 
 
 def run_predict(ckpt, folder, image, *overrides):
-    offer_parts(load_checkpoint(ckpt)["config"])
+    offer_parts(load_checkpoint(ckpt)["config"], ckpt)
     overrides = ["trainer=cpu", "trainer.enable_progress_bar=false", f"ckpt={ckpt}", f"run_dir={folder}", f"image={image}", *overrides]
     return predict(composed("predict", *overrides))
 

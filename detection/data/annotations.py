@@ -4,12 +4,15 @@ import contextlib
 import io
 import json
 import logging
-import math
+import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
+
+from detection.data.images import check_size
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +43,15 @@ def read_instances(path: Path | str) -> dict:
         raise FileNotFoundError(f"There are no annotations at {path}.\n{LAYOUT}")
     try:
         instances = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a json file, or was cut short: {error}") from error
 
     instances = _check_keys(path, instances)
     _check_ids(path, instances)
     for image in instances["images"]:
-        if not all(isinstance(image[side], int) and image[side] > 0 for side in ("width", "height")):
-            raise ValueError(f"{path}: image {image['id']} has size {image['width']} x {image['height']}; expected whole pixels.")
+        _check_image(path, image)
     for number, annotation in enumerate(instances["annotations"]):
-        _check_box(path, number, annotation)
+        _check_annotation(path, number, annotation)
     _drop_boxes_without_area(path, instances)
     _fill_in(path, instances["annotations"])
     return instances
@@ -135,27 +137,65 @@ def _check_keys(path: Path, instances: object) -> dict:
 
 
 def _check_ids(path: Path, instances: dict) -> None:
+    annotations = instances["annotations"]
+    for section, key in (("images", "id"), ("categories", "id"), ("annotations", "image_id"), ("annotations", "category_id")):
+        for entry in instances[section]:
+            if type(entry[key]) is not int or abs(entry[key]) >= 2**63:
+                kind = "ids" if key == "id" else f"{key}s"
+                raise ValueError(f"{path}: the {kind} of {section} must be integers, but one is {_short(entry[key])}.")
     images, categories = ({entry["id"] for entry in instances[section]} for section in ("images", "categories"))
     for section, ids in (("images", images), ("categories", categories)):
-        strange = next((i for i in ids if not isinstance(i, int)), None)
-        if strange is not None:
-            raise ValueError(f"{path}: the ids of {section} must be integers, but one is {strange!r}.")
         if len(ids) != len(instances[section]):
             raise ValueError(f"{path}: two of the {section} have the same id ({len(instances[section])} {section}, {len(ids)} ids).")
-    annotations = instances["annotations"]
+    for category in instances["categories"]:
+        if not isinstance(category["name"], str):
+            raise ValueError(f"{path}: category {category['id']} has the name {_short(category['name'])}; expected a string.")
     for key, known in (("image_id", images), ("category_id", categories)):
         lost = [annotation[key] for annotation in annotations if annotation[key] not in known]
         if lost:
             raise ValueError(f"{path}: {len(lost)} of {len(annotations)} annotations have an unknown {key}; the first is {lost[0]}.")
 
 
-def _check_box(path: Path, number: int, annotation: dict) -> None:
-    box = annotation["bbox"]
-    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) and math.isfinite(v) for v in box)):
-        name = f"annotation {annotation['id']}" if "id" in annotation else f"annotations[{number}]"
+def _check_image(path: Path, image: dict) -> None:
+    """Links in the folder of images are followed, since they are its owner's; a name that leads out of it is the file's doing."""
+    name, width, height = image["file_name"], image["width"], image["height"]
+    parts = PurePath(name).parts if isinstance(name, str) and "\0" not in name else ()
+    if not parts or ".." in parts or PurePath(name).is_absolute():
         raise ValueError(
-            f"{path}: {name} of image {annotation['image_id']} has bbox {box}; expected four finite numbers [x, y, width, height]."
+            f"{path}: image {image['id']} has file_name {_short(name)}; expected a name in the folder of images. Images that lie elsewhere "
+            "can be linked there."
         )
+    if not all(type(side) is int and side > 0 for side in (width, height)):
+        raise ValueError(f"{path}: image {image['id']} has size {_short(width)} x {_short(height)}; expected whole pixels.")
+    try:
+        check_size(width, height)
+    except ValueError as error:
+        raise ValueError(f"{path}: image {image['id']} ({name}): {error}.") from error
+
+
+def _check_annotation(path: Path, number: int, annotation: dict) -> None:
+    box, area = annotation["bbox"], annotation.get("area", 0)
+    wrong = None
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
+        wrong = f"bbox {_short(box)}; expected four finite numbers [x, y, width, height]"
+    elif not _is_finite(area) or area < 0:
+        wrong = f"area {_short(area)}; expected a number of pixels"
+    elif annotation.get("iscrowd", 0) not in (0, 1):
+        wrong = f"iscrowd {_short(annotation['iscrowd'])}; expected 0 or 1"
+    elif "id" in annotation and type(annotation["id"]) is not int:
+        wrong = f"id {_short(annotation['id'])}; expected an integer"
+    if wrong:
+        name = f"annotation {annotation['id']}" if type(annotation.get("id")) is int else f"annotations[{number}]"
+        raise ValueError(f"{path}: {name} of image {annotation['image_id']} has {wrong}.")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _drop_boxes_without_area(path: Path, instances: dict) -> None:

@@ -19,6 +19,8 @@ from filelock import FileLock
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from detection.evaluation.files import NotWrittenError
+
 log = logging.getLogger(__name__)
 
 STAMP = "complete.json"
@@ -88,15 +90,18 @@ class EmbeddedSet:
         """Writes the set to `root` unless it is there. A set with other settings is replaced; a folder of anything else is an error."""
         root = Path(root)
         if root.exists() and any(root.iterdir()):
-            if not (root / STAMP).is_file():
-                raise FileExistsError(f"{root} holds something else than an embedded set (no {STAMP}); choose another data.root.")
+            if "drawing" not in _read_stamp(root):
+                raise FileExistsError(f"{root} holds something else than an embedded set (no {STAMP} of one); choose another data.root.")
             if self._is_at(root):
                 return
             log.warning("The set in %s was made with other settings: making it anew.", root)
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(root.parent / f".{root.name}.lock"):
-            if not self._is_at(root):  # who held the lock may have made it
-                self._make(root)
+        try:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(root.parent / f".{root.name}.lock"):
+                if not self._is_at(root):  # who held the lock may have made it
+                    self._make(root)
+        except OSError as error:
+            raise NotWrittenError(root, error) from error
 
     def _make(self, root: Path) -> None:
         """Written beside and then renamed: a set that was interrupted is never found under the name of a whole one."""
@@ -110,8 +115,7 @@ class EmbeddedSet:
             shutil.rmtree(beside)
 
     def _is_at(self, root: Path) -> bool:
-        stamp = root / STAMP
-        return stamp.is_file() and json.loads(stamp.read_text()) == self._stamp()
+        return _read_stamp(root) == self._stamp()
 
     def _stamp(self) -> dict:
         return json.loads(json.dumps({"drawing": DRAWING, **asdict(self)}, default=list))  # as it reads back: tuples become lists
@@ -201,6 +205,15 @@ class EmbeddedSet:
         while np.abs(colour - ground).max() < self.contrast:
             colour = rng.uniform(0, 255, 3)
         _blend(canvas, polygons, colour)
+
+
+def _read_stamp(root: Path) -> dict:
+    """What a folder says of itself; nothing where that is no embedded set."""
+    try:
+        stamp = json.loads((root / STAMP).read_text())
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
 
 
 def _clouds(cells: int, size: int, rng: np.random.Generator) -> np.ndarray:

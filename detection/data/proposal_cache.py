@@ -57,7 +57,7 @@ class ProposalCache:
         return None
 
     def _complete(self, images: Sequence[ImageRecord], keys: list[int], compute: Callable) -> Boxes:
-        for leftover in self.folder.glob(f"{self.name}_*.partial"):  # of a write that was killed; the lock says that nobody is at it
+        for leftover in self.folder.glob(f".{self.name}_*.tmp"):  # of a write that was killed; the lock says that nobody is at it
             leftover.unlink()
         kept = {}
         for path in self._files():

@@ -1,8 +1,6 @@
 """Proposals from a file, whoever made them. The format is described in docs/proposals.md."""
 
 import logging
-import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +10,12 @@ from torch import Tensor
 
 from detection.data.images import ImageRecord
 from detection.data.proposal_formats import read_detectron, read_mat
+from detection.evaluation.files import whole_file
 
 log = logging.getLogger(__name__)
 
 SHAPES = {"image_id": "[n]", "size": "[n, 2]", "count": "[n]", "boxes": "[sum(count), 4]"}
+KINDS = {"boxes": "iuf", "scores": "iuf", "image_id": "iuU"}  # numpy's kinds; names of images, in public formats, are strings
 OPTIONAL = ("scores", "fingerprint")  # the latter is the cache's own, see `ProposalCache`
 
 
@@ -133,16 +133,9 @@ def write_proposals(
         arrays["scores"] = np.concatenate([np.zeros(0), *scores]).astype(np.float32)
     if fingerprint is not None:
         arrays["fingerprint"] = np.array(fingerprint, dtype=np.int64)
-    path = Path(path)
-    _check(path, arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with beside.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    _check(Path(path), arrays)
+    with whole_file(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
@@ -153,7 +146,7 @@ def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*SHAPES, *OPTIONAL) if name in file}
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:  # TypeError: a bare .npy is no context manager
+    except Exception as error:  # what numpy raises depends on where a file is damaged
         raise ValueError(f"{path} is not a proposal file (.npz, see docs/proposals.md), or was cut short: {error}") from error
     missing = [name for name in SHAPES if name not in arrays]
     if missing:
@@ -163,13 +156,16 @@ def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
 
 
 def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    images, windows = len(arrays["image_id"]), len(arrays["boxes"])
+    for name, array in arrays.items():
+        if array.dtype.kind not in KINDS.get(name, "iu"):
+            raise ValueError(f"{path}: {name} is of dtype {array.dtype}, expected {'whole ' if name not in KINDS else ''}numbers.")
+    images, windows = arrays["image_id"].size, len(np.atleast_1d(arrays["boxes"]))
     expected = {"image_id": (images,), "size": (images, 2), "count": (images,), "boxes": (windows, 4), "scores": (windows,)}
     expected["fingerprint"] = (images,)
     for name, array in arrays.items():
         if array.shape != expected[name]:
             raise ValueError(f"{path}: {name} has shape {array.shape}, expected {expected[name]} ({images} images, {windows} boxes).")
-    if (arrays["count"] < 0).any() or arrays["count"].sum() != windows:
+    if (arrays["count"] < 0).any() or (arrays["count"] > windows).any() or arrays["count"].sum() != windows:
         raise ValueError(f"{path}: the counts sum up to {arrays['count'].sum()}, but there are {windows} boxes.")
     ids, times = np.unique(arrays["image_id"], return_counts=True)
     if (times > 1).any():

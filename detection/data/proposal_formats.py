@@ -29,8 +29,8 @@ def read_detectron(path: Path | str) -> Arrays:
     ids, scores = (next((content[key] for key in keys if key in content), None) for keys in (IDS, SCORES))
     if ids is None or "boxes" not in content:
         raise ValueError(f"{path} has {', '.join(map(str, content))}; expected ids (or indexes) and boxes, and scores where there are any.")
-    if content.get("bbox_mode", 0) != 0:
-        raise ValueError(f"{path} has bbox_mode {content['bbox_mode']}; expected 0, absolute (x1, y1, x2, y2): convert its boxes.")
+    if not isinstance(mode := content.get("bbox_mode", 0), int) or mode != 0:
+        raise ValueError(f"{path} has bbox_mode {mode}; expected 0, absolute (x1, y1, x2, y2): convert its boxes.")
     detectron2 = "objectness_logits" in content or "bbox_mode" in content
     return _arrays(path, ids, content["boxes"], scores, ends=0 if detectron2 else 1)
 
@@ -59,23 +59,28 @@ def read_mat(path: Path | str, columns: str) -> Arrays:
             raise ValueError(f"{path} has no cell array {name!r} ({what}): without both nobody can tell which windows are whose.")
     names = [str(np.squeeze(entry)) for entry in content["images"].ravel()]
     order = [1, 0, 3, 2] if columns == "yxyx" else [0, 1, 2, 3]
-    boxes = [np.asarray(of_image, np.float32).reshape(-1, 4)[:, order] - (1, 1, 0, 0) for of_image in content["boxes"].ravel()]
-    return _arrays(path, names, boxes, scores=None, ends=0)
+    arrays = _arrays(path, names, content["boxes"].ravel(), scores=None, ends=0)
+    return arrays | {"boxes": arrays["boxes"][:, order] - np.float32([1, 1, 0, 0])}
 
 
 def _arrays(path: Path | str, ids: Sequence, boxes: Sequence, scores: Sequence | None, ends: int) -> Arrays:
     """One entry an image -> flat arrays. `ends` is added to x2 and y2."""
-    lengths = {"ids": len(ids), "boxes": len(boxes)} | ({} if scores is None else {"scores": len(scores)})
+    lists = {"ids": ids, "boxes": boxes} | ({} if scores is None else {"scores": scores})
+    for name, entries in lists.items():
+        if not isinstance(entries, list | np.ndarray):
+            raise ValueError(f"{path}: {name} is of type {type(entries).__name__}; expected a list with an entry for each image.")
+    lengths = {name: len(entries) for name, entries in lists.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{length} {name}" for name, length in lengths.items())
         raise ValueError(f"{path} has {told}; expected an entry of each for every image.")
     try:
+        names = [entry if isinstance(entry, str) else int(entry) for entry in ids]
         boxes = [np.asarray(of_image, np.float32).reshape(-1, 4) for of_image in boxes]
         scores = None if scores is None else [np.asarray(of_image, np.float32).reshape(-1) for of_image in scores]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected boxes of four numbers, [L, 4] for each image, and scores [L]: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: expected boxes of four numbers, [L, 4] for each image, scores [L], and ids: {error}") from error
     arrays = {
-        "image_id": np.array([entry if isinstance(entry, str) else int(entry) for entry in ids]),
+        "image_id": np.array(names),
         "count": np.array([len(of_image) for of_image in boxes], dtype=np.int64),
         "boxes": np.concatenate([np.zeros((0, 4), np.float32), *boxes]) + np.float32([0, 0, ends, ends]),
     }

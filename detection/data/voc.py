@@ -8,14 +8,17 @@ them for background. Source: the VOC devkit's documentation, "Annotation data" a
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
+
+from detection.data.images import decode
+from detection.evaluation.files import write_whole
 
 SPLITS = ("train", "val", "trainval", "test")  # of ImageSets/Main; its other lists are of single classes
 
@@ -56,8 +59,7 @@ def convert(root: Path | str, out: Path | str, copy: bool = False) -> dict[str, 
             "categories": [{"id": number, "name": name} for name, number in category_ids.items()],
         }
         path = out / "annotations" / f"instances_{split}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(instances))
+        write_whole(path, json.dumps(instances).encode())
         sizes[split] = len(stems)
     return sizes
 
@@ -86,10 +88,15 @@ def read_xml(path: Path, folder: Path, files: dict[str, str]) -> tuple[dict, lis
     if path.stem not in files:
         raise FileNotFoundError(f"{path} is of an image that is not there: expected {folder / path.stem}.jpg")
     name = files[path.stem]
-    width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+    try:
+        width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: expected width and height of the image in whole pixels: {error}") from error
     if not (width > 0 and height > 0):  # some tools leave it out
-        with Image.open(folder / name) as image:
-            width, height = image.size
+        try:
+            height, width = decode(folder / name).shape[1:]
+        except ValueError as error:
+            raise ValueError(f"{folder / name} does not decode: {error}") from error
     return {"file_name": name, "width": width, "height": height}, [read_object(path, entry) for entry in tree.iter("object")]
 
 
@@ -99,7 +106,7 @@ def read_object(path: Path, entry: ElementTree.Element) -> dict:
         x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax"))
     except (TypeError, ValueError):
         raise ValueError(f"{path}: an object ({name or 'unnamed'}) has no bndbox with four numbers xmin, ymin, xmax, ymax") from None
-    if not name or x2 < x1 or y2 < y1:
+    if not name or not (-math.inf < x1 <= x2 < math.inf and -math.inf < y1 <= y2 < math.inf):
         raise ValueError(
             f"{path}: an object has name {name!r} and box {x1:g}, {y1:g}, {x2:g}, {y2:g}; expected a name, xmin <= xmax and ymin <= ymax"
         )

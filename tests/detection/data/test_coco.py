@@ -74,6 +74,12 @@ def test_a_missing_folder_shows_the_layout(small_set, tmp_path):
         CocoDetection(**small_set.paths | {"images": tmp_path / "val2017"})
 
 
+def test_an_image_may_be_a_link_to_another_folder(small_set, tmp_path):
+    (small_set.images / "b.png").rename(tmp_path / "b.png")
+    (small_set.images / "b.png").symlink_to(tmp_path / "b.png")
+    assert CocoDetection(**small_set.paths)[0][0].shape == (3, 40, 60)
+
+
 def test_missing_images_are_counted_before_training_starts(small_set):
     (small_set.images / "b.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of the 3 images .* the first is b\.png \(image 3\)"):

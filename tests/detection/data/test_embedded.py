@@ -11,6 +11,8 @@ from PIL import Image
 from detection.data import embedded
 from detection.data.annotations import read_instances
 from detection.data.embedded import SHAPES, EmbeddedSet
+from detection.evaluation.files import NotWrittenError
+from tests.faults import full_disk
 
 SMALL = EmbeddedSet(train=6, val=3, test=2)
 PLAIN = EmbeddedSet(texture=0, noise=0, lines=0, blobs=0, objects=(1, 1), contrast=120)
@@ -103,3 +105,19 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match=r"something else than an embedded set .*data\.root"):
         SMALL(tmp_path)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_full_disk_leaves_the_set_that_was_there(tmp_path):
+    SMALL(tmp_path / "set")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    with full_disk(10_000), pytest.raises(NotWrittenError, match=r"set could not be written: .* Make room there"):
+        replace(SMALL, seed=1)(tmp_path / "set")
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    assert SMALL._is_at(tmp_path / "set")
+
+
+def test_a_folder_of_something_else_with_a_file_of_the_same_name_is_left_alone(tmp_path):
+    (tmp_path / "complete.json").write_text('{"download": "done"}')
+    with pytest.raises(FileExistsError, match="holds something else than an embedded set"):
+        SMALL(tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "complete.json"]

@@ -1,9 +1,13 @@
 """Files of every kind become upright RGB, and a file that cannot be used is named."""
 
+import os
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from detection.data.images import ImageRecord, read_image
 
@@ -76,6 +80,36 @@ def test_an_image_too_large_to_be_true_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3)
     with pytest.raises(ValueError, match=r"a\.png \(image 1\) does not decode: Image size \(8 pixels\) exceeds limit"):
         read_image(save(tmp_path / "a.png", RED))
+
+
+@pytest.mark.parametrize(("width", "height"), [(12_000, 10_000), (50_000, 50_000), (70_000, 2)])
+def test_a_small_file_that_claims_to_be_a_huge_image_is_named(tmp_path, width, height):
+    """Pillow itself warns of the first, refuses the second and reads the third."""
+    path = tmp_path / "bomb.png"
+    RED.save(path)
+    header = b"IHDR" + struct.pack(">II", width, height) + path.read_bytes()[24:29]
+    path.write_bytes(path.read_bytes()[:12] + header + struct.pack(">I", zlib.crc32(header)) + path.read_bytes()[33:])
+    with pytest.raises(ValueError, match=r"bomb\.png \(image 1\) does not decode: .*(too large to be a photograph|decompression bomb)"):
+        read_image(ImageRecord(1, path, width, height))
+
+
+def test_a_file_that_is_a_program_is_not_run(tmp_path, monkeypatch):
+    """Pillow gives PostScript to Ghostscript, whatever the file is called; this gs leaves a trace."""
+    trace = tmp_path / "trace"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {trace}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(tmp_path / "gs"))
+    RED.save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match=r"a\.jpg \(image 1\) does not decode: cannot identify image file"):
+        read_image(ImageRecord(1, tmp_path / "a.jpg", 4, 2))
+    assert not trace.exists()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png \(image 1\) does not decode: it is no regular file"):
+        read_image(ImageRecord(1, tmp_path / "a.png", 4, 2))
 
 
 def test_a_file_that_is_gone_is_named(tmp_path):

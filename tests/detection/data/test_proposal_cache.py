@@ -91,7 +91,7 @@ def test_a_killed_process_leaves_parts_and_nothing_half_written(cache, images, m
 
     def killed(missing):
         yield from Computed()(missing[:3])
-        (cache.folder / "method_val_0.npz.1.partial").write_bytes(b"PK, and half of the rest")
+        (cache.folder / ".method_val_0.npz.1.tmp").write_bytes(b"PK, and half of the rest")
         os.kill(os.getpid(), signal.SIGKILL)
 
     process = get_context("fork").Process(target=cache.get, args=(images, killed))
@@ -101,7 +101,7 @@ def test_a_killed_process_leaves_parts_and_nothing_half_written(cache, images, m
     computed = Computed()
     assert lengths(cache.get(images, computed)) == [1, 2, 3, 4, 5, 6]
     assert computed == [3, 4, 5, 6]
-    assert len(files(cache)) == 1 and not list(cache.folder.glob("*.partial"))
+    assert len(files(cache)) == 1 and not list(cache.folder.glob(".*.tmp"))
 
 
 def test_a_damaged_file_is_named_and_computed_again(cache, images, caplog):

@@ -1,6 +1,8 @@
 """The file format of docs/proposals.md: what is read, what is refused."""
 
+import io
 import logging
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 
 from detection.data.images import ImageRecord
 from detection.data.proposal_file import ProposalFile, read_proposals, write_proposals
+from detection.evaluation.files import NotWrittenError
+from tests.faults import full_disk
 
 ONE, TWO, NONE = (ImageRecord(i, Path(f"{name}.png"), 60, 40) for i, name in ((1, "one"), (2, "two"), (9, "none")))
 BOXES = {1: [[0, 0, 60, 40], [1.5, 2.5, 3.5, 4.5]], 2: [[5, 5, 10, 10]]}
@@ -72,6 +76,14 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
+    path = save(tmp_path / "p.npz")
+    before = path.read_bytes()
+    with full_disk(2000), pytest.raises(NotWrittenError, match=r"p\.npz could not be written"):
+        write_proposals(path, [TWO], [np.random.default_rng(0).random((1000, 4))])
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -83,6 +95,11 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path):
         ({"boxes": np.zeros((3, 5))}, r"boxes has shape \(3, 5\), expected \(3, 4\)"),
         ({"image_id": [2, 2, 1]}, "has image 2 more than once"),
         ({"boxes": np.array([{}], object)}, "is not a proposal file"),  # a pickle, which may run code
+        ({"count": [2**62, 2**62, 2**62 + 3]}, "the counts sum up to"),  # around the end of int64, to 3
+        ({"count": ["1", "0", "2"]}, "count is of dtype <U1, expected whole numbers"),
+        ({"count": 3}, r"count has shape \(\), expected \(3,\)"),
+        ({"boxes": np.zeros((3, 4), complex)}, "boxes is of dtype complex128, expected numbers"),
+        ({"boxes": 0.0}, r"boxes has shape \(\)"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(tmp_path, changes, message):
@@ -102,6 +119,18 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path, kept):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"p\.npz is not a proposal file"):
         read_proposals(path)
+
+
+def test_an_array_that_claims_to_be_larger_than_memory_is_refused(tmp_path):
+    """The header of 100 bytes says 2^50 windows."""
+    save(tmp_path / "good.npz")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**50, 4)})
+    with zipfile.ZipFile(tmp_path / "good.npz") as good, zipfile.ZipFile(tmp_path / "p.npz", "w") as bad:
+        for name in good.namelist():
+            bad.writestr(name, header.getvalue() if name == "boxes.npy" else good.read(name))
+    with pytest.raises(ValueError, match=r"p\.npz is not a proposal file"):
+        read_proposals(tmp_path / "p.npz")
 
 
 def test_a_bare_array_is_refused(tmp_path):

@@ -77,6 +77,21 @@ class TestDetectron:
         with pytest.raises(ValueError, match=rf"p\.pkl:? .*{message}"):
             provider(save(tmp_path / "p.pkl", content))
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"ids": 2}, "ids is of type int; expected a list"),
+            ({"ids": [[139], [285]]}, "expected boxes of four numbers"),
+            ({"ids": [float("inf"), 285]}, "expected boxes of four numbers"),
+            ({"ids": [10**30, 285]}, "image_id is of dtype object"),
+            ({"boxes": {139: BOXES[0], 285: BOXES[1]}}, "boxes is of type dict; expected a list"),
+            ({"bbox_mode": np.zeros(2)}, r"has bbox_mode \[0\. 0\.\]; expected 0"),
+        ],
+    )
+    def test_other_types_are_named(self, tmp_path, changes, message):
+        with pytest.raises(ValueError, match=rf"p\.pkl:? {message}"):
+            provider(save(tmp_path / "p.pkl", {"ids": [139, 285], "boxes": BOXES} | changes))
+
     def test_a_pickle_that_wants_to_run_code_is_refused(self, tmp_path):
         class Evil:
             def __reduce__(self):
@@ -123,6 +138,11 @@ class TestMat:
             provider(self.save(tmp_path / "p.mat", boxes=self.BOXES[0]))
         with pytest.raises(ValueError, match="has 1 ids, 2 boxes"):
             provider(self.save(tmp_path / "p.mat", images=cells(self.NAMES[:1])))
+
+    @pytest.mark.parametrize("of_image", [np.zeros((3, 5)), {"a": 1}, "text", cells(["a", "b", "c", "d"])])
+    def test_boxes_of_another_shape_or_type_are_named(self, tmp_path, of_image):
+        with pytest.raises(ValueError, match=r"p\.mat: expected boxes of four numbers"):
+            provider(self.save(tmp_path / "p.mat", boxes=cells([self.BOXES[0], of_image])))
 
     def test_a_damaged_file_is_named(self, tmp_path):
         path = self.save(tmp_path / "p.mat")

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import shutil
 from collections import OrderedDict
 
@@ -91,6 +92,30 @@ def test_a_dtype_with_fields_is_refused(tmp_path):
     path = save(tmp_path / "a.pkl", np.zeros(2, [("x", "f4"), ("y", "O")]))
     with pytest.raises(UnsafePickleError, match=r"an array of dtype 'V12'"):
         read_pickle(path)
+
+
+def test_a_pickle_that_grows_when_it_is_read_is_refused(tmp_path):
+    """Forty lists, each with the one before it twice: a few hundred bytes, 10^12 entries."""
+    lists = []
+    for _ in range(40):
+        lists = [lists, lists]
+    with pytest.raises(ValueError, match=r"a\.pkl is not a whole pickle.*its lists hold each other over and over"):
+        read_pickle(save(tmp_path / "a.pkl", lists))
+
+
+def test_a_pickle_that_holds_itself_is_refused(tmp_path):
+    lists = []
+    lists.append(lists)
+    with pytest.raises(ValueError, match=r"a\.pkl is not a whole pickle"):
+        read_pickle(save(tmp_path / "a.pkl", lists))
+
+
+def test_a_large_index_into_the_memo_takes_no_memory(tmp_path):
+    """The unpickler in C makes room for 2^32 entries, 32 GB, when it reads these eight bytes."""
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert read_pickle(tmp_path / "a.pkl") == []
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes"
 
 
 @pytest.mark.parametrize("kept", [0, 1, 40, -1])

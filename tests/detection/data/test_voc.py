@@ -101,3 +101,23 @@ def test_other_images_are_not_overwritten(root, tmp_path):
     (tmp_path / "out/images").mkdir(parents=True)
     with pytest.raises(ValueError, match="images is there already and is not"):
         convert(root, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (xml(("dog", 0, ("1", 1, "1e999", 5))), r"an object has name 'dog' and box 1, 1, inf, 5"),
+        (xml(("dog", 0, ("nan", 1, 5, 5))), r"an object has name 'dog' and box nan"),
+        (xml(size="<size><width>1e999</width><height>40</height></size>"), "expected width and height of the image in whole pixels"),
+        (
+            "<!DOCTYPE a [<!ENTITY e0 'ha'>"
+            + "".join(f"<!ENTITY e{n} '{f'&e{n - 1};' * 10}'>" for n in range(1, 12))
+            + "]><annotation>&e11;</annotation>",
+            "is no whole XML file: .*amplification",
+        ),
+    ],
+)
+def test_hostile_xml_is_named(root, tmp_path, text, message):
+    (root / "Annotations/000007.xml").write_text(text)
+    with pytest.raises(ValueError, match=rf"000007\.xml:? {message}"):
+        convert(root, tmp_path / "out")

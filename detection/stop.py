@@ -1,5 +1,5 @@
-"""How a training ends before its time: at a signal between two steps, at a loss that is no number before it reaches the weights, by what its
-machine does to it."""
+"""How a training ends before its time: at a signal between two steps, at a loss that is no number before it reaches the weights, by what
+its machine does to it."""
 
 import json
 import logging

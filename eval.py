@@ -27,7 +27,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     detector = build_detector(cfg, num_classes=len(data.categories) + 1)
     load_weights(detector, checkpoint)
 
-    module = DetectionModule(detector, categories=data.categories)
+    module = DetectionModule(detector, categories=data.categories, coco_eval=instantiate(cfg.coco_eval))
     trainer = instantiate(cfg.trainer, logger=False, callbacks=progress_bar(cfg.trainer), enable_checkpointing=False)
     run = {"test": trainer.test, "val": trainer.validate}[cfg.split]
     run(module, datamodule=data, verbose=False)

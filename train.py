@@ -36,6 +36,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         categories=data.categories,
         config=OmegaConf.to_container(cfg),  # with its interpolations, so that eval.py can change one part and the others follow
         seed=cfg.seed,
+        coco_eval=instantiate(cfg.coco_eval),
     )
 
     best = ModelCheckpoint(

@@ -49,7 +49,8 @@ def cross_evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningD
             continue
         extractor.operator = instantiate(leaf)
         try:
-            metrics[name] = _evaluate(cfg, DetectionModule(module.detector, categories=module.categories), data, split)
+            crossed = DetectionModule(module.detector, categories=module.categories, coco_eval=module.coco_eval)
+            metrics[name] = _evaluate(cfg, crossed, data, split)
         finally:
             extractor.operator = own
     return metrics

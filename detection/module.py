@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from detection.evaluation.coco import Metrics, evaluate, to_coco_results
+from detection.evaluation.matching import Evaluator, SilentCOCOeval
 
 Batch = tuple[list[Tensor], list[dict]]
 
@@ -26,6 +27,7 @@ class DetectionModule(pl.LightningModule):
         categories: `{"id", "name"}` of the data, in the order of the labels 1..C. Kept in the checkpoint.
         config: plain containers from which the detector can be built again. Kept in the checkpoint.
         seed: of what a training step draws, with the epoch and the step.
+        coco_eval: what computes COCO's metrics, see `detection.evaluation.coco.evaluate`.
 
     Attributes:
         results: detections of the last evaluation in COCO's results format, in the images' own pixels.
@@ -41,6 +43,7 @@ class DetectionModule(pl.LightningModule):
         categories: list[dict] = (),
         config: dict[str, Any] | None = None,
         seed: int = 0,
+        coco_eval: Evaluator = SilentCOCOeval,
     ):
         super().__init__()
         self.detector = detector
@@ -48,6 +51,7 @@ class DetectionModule(pl.LightningModule):
         self.categories = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
         self.config = config or {}
         self.seed = seed
+        self.coco_eval = coco_eval
         self.detections: dict[int, dict[str, Tensor]] = {}
         self.results: list[dict] = []
         self.metrics: Metrics | None = None
@@ -112,7 +116,7 @@ class DetectionModule(pl.LightningModule):
             torch.distributed.all_gather_object(parts, self.detections)
             self.detections = {image_id: detection for part in parts for image_id, detection in part.items()}
         self.results = to_coco_results(self.detections, dataset.label_to_category_id)
-        self.metrics = evaluate(dataset.coco, self.results, sorted(self.detections))
+        self.metrics = evaluate(dataset.coco, self.results, sorted(self.detections), coco_eval=self.coco_eval)
         shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in ("AP", "AP50", "AP75")}
         self.log_dict(shown, prog_bar=True, sync_dist=True)  # equal everywhere; Lightning warns without
 

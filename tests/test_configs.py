@@ -88,6 +88,13 @@ def test_logger(logger, tmp_path):
     assert all(isinstance(one, pl.loggers.Logger) for one in instantiate(cfg.logger).values())
 
 
+@pytest.mark.parametrize("coco_eval", choices("coco_eval"))
+def test_coco_eval(coco_eval):
+    if coco_eval == "faster":
+        pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval, which is not required")
+    instantiate(composed(f"coco_eval={coco_eval}").coco_eval)(None, None, "bbox")
+
+
 @pytest.mark.parametrize("experiment", choices("experiment"))
 def test_experiment(experiment, tmp_path):
     cfg = composed(f"experiment={experiment}", f"data.root={tmp_path}", *SMALL)

@@ -15,6 +15,7 @@ from detection.resume import checkpoint_to_resume
 from detection.run import begin, draw_curves, progress_bar, report, report_cross
 from detection.stop import CleanStop, FiniteLoss
 from detection.sweep import run_in_sweep
+from detection.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +38,14 @@ def train(cfg: DictConfig) -> dict[str, float]:
         config=OmegaConf.to_container(cfg),  # with its interpolations, so that eval.py can change one part and the others follow
         seed=cfg.seed,
         coco_eval=instantiate(cfg.coco_eval),
+        average=instantiate(cfg.get("average")),
     )
 
     best = ModelCheckpoint(
         run_dir, filename="best", monitor=cfg.optimized_metric, mode="max", save_weights_only=True, enable_version_counter=False
     )
     recent = RecentCheckpoints(run_dir, **cfg.checkpoint)
-    callbacks = [best, recent, CleanStop(), FiniteLoss(run_dir, cfg.seed), *progress_bar(cfg.trainer)]
+    callbacks = [best, recent, CleanStop(), FiniteLoss(run_dir, cfg.seed), Waiting(), *progress_bar(cfg.trainer)]
     loggers = list(instantiate(cfg.logger).values())
     trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=[WholeCheckpointIO()])
     trainer.fit(module, data, ckpt_path=resumed)

@@ -16,6 +16,7 @@ from detection.data.annotations import LAYOUT
 from detection.data.coco import CocoDetection, collate
 from detection.data.proposals import Proposals
 from detection.data.recall import recall
+from detection.waiting import TimedLoader
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class DetectionData(pl.LightningDataModule):
         return self._loader(self.test, batch_size=self.eval_batch_size)
 
     def _loader(self, dataset: CocoDetection, **options) -> DataLoader:
-        return DataLoader(
+        return TimedLoader(
             dataset,
             collate_fn=collate,
             num_workers=self.num_workers,

@@ -29,7 +29,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     detector = build_detector(cfg, num_classes=len(data.categories) + 1)
     load_weights(detector, checkpoint)
 
-    module = DetectionModule(detector, categories=data.categories)
+    module = DetectionModule(detector, categories=data.categories, coco_eval=instantiate(cfg.coco_eval))
     options = {"callbacks": progress_bar(cfg.trainer), "plugins": cluster_plugins()}
     trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, **options)
     before_launch(trainer, run_dir)

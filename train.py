@@ -17,6 +17,7 @@ from detection.resume import checkpoint_to_resume
 from detection.run import begin, draw_curves, progress_bar, report, report_cross
 from detection.stop import CleanStop, FiniteLoss, handed_on, told_plainly
 from detection.sweep import run_in_sweep
+from detection.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         categories=data.categories,
         config=OmegaConf.to_container(cfg),  # with its interpolations, so that eval.py can change one part and the others follow
         seed=cfg.seed,
+        coco_eval=instantiate(cfg.coco_eval),
+        average=instantiate(cfg.get("average")),
     )
 
     best = ModelCheckpoint(
@@ -45,7 +48,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     )
     recent = RecentCheckpoints(run_dir, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep)
     same = SameData(data, required=cfg.checkpoint.same_data)
-    callbacks = [same, recent, CleanStop(), FiniteLoss(run_dir, cfg.seed), *progress_bar(cfg.trainer)]
+    callbacks = [same, recent, CleanStop(), FiniteLoss(run_dir, cfg.seed), Waiting(), *progress_bar(cfg.trainer)]
     if data.val is not None:
         callbacks.append(best)
     loggers = list(instantiate(cfg.logger).values())

@@ -88,12 +88,14 @@ def check_categories(checkpoint: dict, categories: list[dict]) -> None:
 
 
 def load_weights(detector: nn.Module, checkpoint: dict) -> None:
-    """Puts a checkpoint's weights into a detector.
+    """Puts a checkpoint's weights into a detector; the averaged ones where there are any.
 
     Raises:
         ValueError: a weight is missing, left over or of another shape; the message names the first and says what usually differs.
     """
-    found = {key.removeprefix("detector."): value for key, value in checkpoint["state_dict"].items() if key.startswith("detector.")}
+    weights = checkpoint["state_dict"]
+    prefix = "averaged.module." if any(key.startswith("averaged.") for key in weights) else "detector."
+    found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     wanted = detector.state_dict()
     problems = [f"{key} is not in the checkpoint" for key in wanted.keys() - found.keys()]
     problems += [f"{key} of the checkpoint has no place in the detector" for key in found.keys() - wanted.keys()]

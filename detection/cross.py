@@ -42,7 +42,7 @@ def cross_evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningD
     The module and its last evaluation are left as they were.
     """
     metrics = {}
-    extractor = module.detector.roi_heads.box_roi_pool
+    extractor = module.evaluated.roi_heads.box_roi_pool
     own = extractor.operator
     for name in cfg.cross:
         leaf = read_operator(name)
@@ -51,7 +51,8 @@ def cross_evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningD
             continue
         extractor.operator = instantiate(leaf)
         try:
-            metrics[name] = _evaluate(cfg, DetectionModule(module.detector, categories=module.categories), data, split)
+            crossed = DetectionModule(module.evaluated, categories=module.categories, coco_eval=module.coco_eval)
+            metrics[name] = _evaluate(cfg, crossed, data, split)
         finally:
             extractor.operator = own
     return metrics

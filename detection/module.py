@@ -9,8 +9,10 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from detection.evaluation.coco import Metrics, evaluate, to_coco_results
+from detection.evaluation.matching import Evaluator, SilentCOCOeval
 
 Batch = tuple[list[Tensor], list[dict]]
 
@@ -26,8 +28,11 @@ class DetectionModule(pl.LightningModule):
         categories: `{"id", "name"}` of the data, in the order of the labels 1..C. Kept in the checkpoint.
         config: plain containers from which the detector can be built again. Kept in the checkpoint.
         seed: of what a training step draws, with the epoch and the step.
+        coco_eval: what computes COCO's metrics, see `detection.evaluation.coco.evaluate`.
+        average: `detector -> AveragedModel`, which is updated after each step of the optimizer; its weights are then what is evaluated.
 
     Attributes:
+        evaluated: the detector that validation and test use: `detector` itself, or the averaged one.
         results: detections of the last evaluation in COCO's results format, in the images' own pixels.
         metrics: of the same, see `detection.evaluation.coco`.
     """
@@ -41,17 +46,25 @@ class DetectionModule(pl.LightningModule):
         categories: list[dict] = (),
         config: dict[str, Any] | None = None,
         seed: int = 0,
+        coco_eval: Evaluator = SilentCOCOeval,
+        average: Callable[[nn.Module], AveragedModel] | None = None,
     ):
         super().__init__()
         self.detector = detector
+        self.averaged = None if average is None else average(detector).requires_grad_(False)
         self.groups, self.optimizer, self.schedule = groups, optimizer, schedule
         self.categories = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
         self.config = config or {}
         self.seed = seed
+        self.coco_eval = coco_eval
         self.detections: dict[int, dict[str, Tensor]] = {}
         self.losses: dict[int, tuple[int, dict[str, float]]] = {}
         self.results: list[dict] = []
         self.metrics: Metrics | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.detector if self.averaged is None else self.averaged.module
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.groups(self.detector))
@@ -71,6 +84,11 @@ class DetectionModule(pl.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(images))
         return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.detector)
 
     def on_validation_epoch_start(self) -> None:
         self.detections, self.losses = {}, {}
@@ -92,7 +110,7 @@ class DetectionModule(pl.LightningModule):
     def predict_step(self, batch: Batch, _: int) -> dict[int, dict[str, Tensor]]:
         """Image id -> what was found in it, of images without annotations."""
         images, targets = batch
-        detections, _ = self.detector(images, targets)
+        detections, _ = self.evaluated(images, targets)
         return {
             int(target["image_id"]): {name: value.float().cpu() for name, value in detection.items()}
             for target, detection in zip(targets, detections, strict=True)
@@ -100,7 +118,7 @@ class DetectionModule(pl.LightningModule):
 
     def _step(self, batch: Batch) -> None:
         images, targets = batch
-        detections, losses = self.detector(images, targets)
+        detections, losses = self.evaluated(images, targets)
         for target, detection in zip(targets, detections, strict=True):
             self.detections[int(target["image_id"])] = {name: value.float().cpu() for name, value in detection.items()}
         losses = {name: float(value) for name, value in losses.items()}
@@ -121,7 +139,7 @@ class DetectionModule(pl.LightningModule):
         images = sum(count for count, _ in batches)
         losses = {f"{split}/{name}": sum(count * loss[name] for count, loss in batches) / images for name in batches[0][1]}
         self.results = to_coco_results(self.detections, dataset.label_to_category_id)
-        self.metrics = evaluate(dataset.coco, self.results, sorted(self.detections))
+        self.metrics = evaluate(dataset.coco, self.results, sorted(self.detections), coco_eval=self.coco_eval)
         shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in ("AP", "AP50", "AP75")}
         together = {"sync_dist": True, "reduce_fx": "max"}  # equal everywhere, and a maximum leaves each as it is; Lightning warns without
         self.log_dict(losses, **together)

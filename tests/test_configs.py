@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 from detection.build import build_detector, instantiate
+from detection.data.transforms import drawn_from
 from detection.run import check_accelerator
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -58,6 +59,17 @@ def test_data_and_proposals(data, proposals, tmp_path):
     assert isinstance(instantiate(composed(*overrides).data), pl.LightningDataModule)
 
 
+def test_several_short_sides():
+    """short_side: [a, b, c] draws one for each image; the longer side follows, up to max_side."""
+    overrides = ["data.train_transform.short_side=[20,30,40]", "data.train_transform.max_side=50"]
+    transform = instantiate(composed(*overrides).data.train_transform)
+    image, sizes = torch.zeros(3, 40, 60, dtype=torch.uint8), set()
+    for epoch in range(30):
+        with drawn_from(0, epoch):
+            sizes.add(tuple(transform(image).shape[1:]))
+    assert sizes == {(20, 30), (30, 45), (33, 50)}
+
+
 def test_an_error_in_what_is_built_comes_as_it_is():
     with pytest.raises(ValueError, match=r"^weights=missing.pth: no such file"):
         build_detector(composed("backbone.weights=missing.pth"), num_classes=3)
@@ -91,6 +103,20 @@ def test_logger(logger, tmp_path):
     if logger == "tensorboard":
         pytest.importorskip("tensorboard", reason="needs tensorboard, which is not required")
     assert all(isinstance(one, pl.loggers.Logger) for one in instantiate(cfg.logger).values())
+
+
+@pytest.mark.parametrize("average", choices("average"))
+def test_average(average):
+    assert composed().get("average") is None, "off, unless it is asked for"
+    averaged = instantiate(composed(f"average={average}").average)(torch.nn.Linear(2, 2))
+    averaged.update_parameters(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("coco_eval", choices("coco_eval"))
+def test_coco_eval(coco_eval):
+    if coco_eval == "faster":
+        pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval, which is not required")
+    instantiate(composed(f"coco_eval={coco_eval}").coco_eval)(None, None, "bbox")
 
 
 @pytest.mark.parametrize("experiment", choices("experiment"))

@@ -17,6 +17,7 @@ from detection.data.annotations import LAYOUT
 from detection.data.coco import CocoDetection, collate
 from detection.data.proposals import Proposals
 from detection.data.recall import recall
+from detection.waiting import TimedLoader
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ class DetectionData(pl.LightningDataModule):
         )
 
     def _loader(self, dataset: CocoDetection, **options) -> DataLoader:
-        return DataLoader(
+        return TimedLoader(
             dataset,
             collate_fn=collate,
             num_workers=self.num_workers,

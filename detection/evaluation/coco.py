@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from detection.evaluation.files import write_whole
-from detection.evaluation.matching import IOU50, IOU75, match, percent
+from detection.evaluation.matching import IOU50, IOU75, Evaluator, SilentCOCOeval, match, percent
 
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # and of its size ranges: small is below 32^2 pixels, large above 96^2
 _NAME = 15  # columns for a class name in the table, so that two classes side by side fit 80 columns
@@ -47,7 +47,13 @@ class Metrics:
         return cls(numbers(content["stats"]), {name: numbers(values) for name, values in content["per_class"].items()})
 
 
-def evaluate(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int = 100) -> Metrics:
+def evaluate(
+    coco_gt: COCO,
+    results: Sequence[Mapping],
+    image_ids: Sequence[int],
+    max_detections: int = 100,
+    coco_eval: Evaluator = SilentCOCOeval,
+) -> Metrics:
     """COCO's box metrics of `results` over the images `image_ids`.
 
     coco_gt: the annotations, unchanged by the call. Crowd regions (`iscrowd`) absorb detections and are never missed. Annotations without
@@ -56,12 +62,13 @@ def evaluate(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int]
         images that `coco_gt` knows but `image_ids` leaves out are ignored, so that one list of results serves every subset.
     image_ids: the images to evaluate; an image that is found twice counts once, one without results counts as one without detections.
     max_detections: per image *and category*, as COCO has it; those of lower score are not looked at. AR_k is the recall with k at most.
+    coco_eval: pycocotools' COCOeval, or one that takes its place: `detection.evaluation.matching.faster_coco_eval()`.
 
     No results at all give AP 0. Raises ValueError where a result or an image does not belong to `coco_gt`, or a number is not finite.
     """
-    coco_eval = match(coco_gt, results, image_ids, max_detections)
-    coco_eval.accumulate()
-    return _summarize(coco_eval)
+    matched = match(coco_gt, results, image_ids, max_detections, coco_eval=coco_eval)
+    matched.accumulate()
+    return _summarize(matched)
 
 
 def to_coco_results(detections: Mapping[int, Mapping[str, Tensor]], label_to_category_id: Mapping[int, int]) -> list[dict]:

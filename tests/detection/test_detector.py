@@ -10,9 +10,9 @@ from detection.detector import FastRCNN, to_original
 from roi_heads import BoxPredictor, FastRCNNHeads, RoIExtractor, TwoFCHead
 
 
-def make(channels_last=False, **knobs):
+def make(channels_last=False, backbone=None, **knobs):
     torch.manual_seed(0)
-    backbone = VGG16(width=0.0625)
+    backbone = backbone or VGG16(width=0.0625)
     extractor = RoIExtractor(partial(roi_align, sampling_ratio=2, aligned=True), 3, spatial_scale=1 / 16)
     heads = FastRCNNHeads(extractor, TwoFCHead(32, 3, hidden=8, dropout=0.0), BoxPredictor(8, num_classes=3), **knobs)
     return FastRCNN(backbone, heads, channels_last)

@@ -23,6 +23,16 @@ def test_groups_of_weights_biases_and_norms():
     assert [group["weight_decay"] for group in (weights, biases, norms)] == [0.01, 0.0, 0.0]
 
 
+def test_a_step_by_hand():
+    """Weight and bias are 2 and their gradients 1: 2 - 0.1 (1 + 0.5 x 2) = 1.8, and the bias, twice as fast and without decay, 2 - 0.2."""
+    layer = nn.Linear(1, 1)
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 2.0)
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(parameter_groups(layer, lr=0.1, weight_decay=0.5, bias_lr_factor=2.0, decay_biases_and_norms=False)).step()
+    assert (layer.weight.item(), layer.bias.item()) == pytest.approx((1.8, 1.8))
+
+
 def test_nothing_to_train_in_a_group_leaves_it_out():
     model = nn.Sequential(OrderedDict(backbone=nn.Linear(2, 3, bias=False)))
     assert [group["params"] for group in parameter_groups(model, lr=0.1, weight_decay=0.0)] == [[model.backbone.weight]]

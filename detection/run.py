@@ -44,6 +44,7 @@ def hush_lightning() -> None:
     for module in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{module}").setLevel(logging.WARNING)
     known = ("exists and is not empty", "LeafSpec", "does not have many workers", "smaller than the logging interval", "DistributedSampler")
+    known += ("in eval mode at the start of training",)  # frozen blocks
     known += ("You're resuming from a checkpoint that ended before the epoch ended",)  # DetectionData knows the place in the epoch
     for message in known:
         warnings.filterwarnings("ignore", f".*{message}")

@@ -55,7 +55,7 @@ class VGG16(nn.Module):
         else:
             self._take_over(load_vgg16(weights, batch_norm=norm == "batch"), weights)
         for block in self._frozen():
-            block.requires_grad_(False)
+            block.requires_grad_(False).eval()  # here as well: Lightning takes modules in the mode in which they are
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features(images)

@@ -52,6 +52,7 @@ def hush_lightning() -> None:
         logging.getLogger(f"pytorch_lightning.{module}").setLevel(logging.WARNING)
     known = ("exists and is not empty", "LeafSpec", "does not have many workers", "smaller than the logging interval", "DistributedSampler")
     known += ("Total length of `list` across ranks is zero",)  # of validation batches where there is no val split
+    known += ("in eval mode at the start of training",)  # frozen blocks
     known += ("You're resuming from a checkpoint that ended before the epoch ended",)  # DetectionData knows the place in the epoch
     for message in known:
         warnings.filterwarnings("ignore", f".*{message}")

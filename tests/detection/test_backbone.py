@@ -60,9 +60,10 @@ def test_files_that_are_no_weights(tmp_path):
             VGG16(weights=path)
 
 
-def test_frozen_blocks_neither_learn_nor_count():
+@pytest.mark.parametrize("prepare", [lambda made: made, lambda made: made.eval().train()], ids=["as made", "in training mode again"])
+def test_frozen_blocks_neither_learn_nor_count(prepare):
     """VGG16 has convolutions 2 + 2 + 3 + 3 + 3; freezing two blocks leaves nine. Their batch norm keeps its statistics."""
-    backbone = VGG16(width=0.0625, norm="batch", frozen_blocks=2).train()
+    backbone = prepare(VGG16(width=0.0625, norm="batch", frozen_blocks=2))
     convolutions = [layer for layer in backbone.features if isinstance(layer, nn.Conv2d)]
     assert [layer.weight.requires_grad for layer in convolutions] == [False] * 4 + [True] * 9
     norms = [layer for layer in backbone.features if isinstance(layer, nn.BatchNorm2d)]

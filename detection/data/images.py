@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
     """What is known of an image before it is read; `width` and `height` are those of the annotations, in pixels."""
 

@@ -1,15 +1,26 @@
-"""Fixtures shared by all tests. The project ships no photographs and no weights: tests that want them skip where there are none."""
+"""Fixtures shared by all tests. The project ships no photographs and no weights: tests that want them skip where there are none.
+
+The properties (`test_properties.py`) are tried on the same few examples in every run; on many, other ones each time, with
+`pytest -k test_properties --hypothesis-profile=long`.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
 if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+no_clock = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # a busy machine is no failure
+settings.register_profile("few", derandomize=True, max_examples=40, **no_clock)
+settings.register_profile("long", max_examples=2000, print_blob=True, **no_clock)
+settings.load_profile("few")
 
 
 @pytest.fixture(scope="session", autouse=True)

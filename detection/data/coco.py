@@ -1,10 +1,13 @@
 """A data set in COCO's layout: a folder of images and an instances json."""
 
+import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -59,32 +62,42 @@ class CocoDetection(Dataset):
         if not self.image_ids:
             raise ValueError(f"{annotations} has no images to use.")
 
-        self.coco = as_coco(restrict(instances, self.image_ids))  # exactly the images of this set, for COCOeval
+        instances = restrict(instances, self.image_ids)
+        self._annotations = annotations
         self.categories = sorted(({"id": c["id"], "name": c["name"]} for c in instances["categories"]), key=lambda c: c["id"])
         self.label_to_category_id = {label: category["id"] for label, category in enumerate(self.categories, start=1)}
         self.records = [
-            ImageRecord(image["id"], folder / image["file_name"], image["width"], image["height"]) for image in self.coco.dataset["images"]
+            ImageRecord(image["id"], folder / image["file_name"], image["width"], image["height"]) for image in instances["images"]
         ]
         _check_files(self.records, folder)
-        self._index_boxes()
+        self._index_boxes(instances["annotations"])
         self.proposals = proposals
         proposals.prepare(self.records)
         self.transform = transform
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: workers that live on see the epoch change
 
-    def _index_boxes(self) -> None:
+    def _index_boxes(self, annotations: list[dict]) -> None:
         """Puts all boxes into flat arrays: workers can share these, which they cannot do with millions of small Python objects."""
         label_of = {category_id: label for label, category_id in self.label_to_category_id.items()}
-        annotations = [self.coco.imgToAnns.get(image_id, []) for image_id in self.image_ids]
-        flat = [annotation for of_image in annotations for annotation in of_image]
-        sizes = np.repeat([(r.width, r.height, r.width, r.height) for r in self.records], [len(a) for a in annotations], axis=0)
-        boxes = np.array([annotation["bbox"] for annotation in flat], dtype=np.float64).reshape(-1, 4)
+        place = {image_id: index for index, image_id in enumerate(self.image_ids)}
+        places = np.array([place[annotation["image_id"]] for annotation in annotations], dtype=np.int64)
+        order = np.argsort(places, kind="stable")
+        sizes = np.array([(r.width, r.height, r.width, r.height) for r in self.records])
+        boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        self._boxes = np.clip(boxes, 0, sizes).astype(np.float32)
-        self._labels = np.array([label_of[annotation["category_id"]] for annotation in flat], dtype=np.int64)
-        self._is_crowd = np.array([annotation["iscrowd"] for annotation in flat], dtype=bool)
-        self._starts = np.cumsum([0] + [len(a) for a in annotations])
+        self._boxes = np.clip(boxes, 0, sizes[places]).astype(np.float32)[order]
+        self._labels = np.array([label_of[annotation["category_id"]] for annotation in annotations], dtype=np.int64)[order]
+        self._is_crowd = np.array([annotation["iscrowd"] for annotation in annotations], dtype=bool)[order]
+        self._starts = np.searchsorted(places[order], np.arange(len(self.image_ids) + 1))
+
+    @cached_property
+    def coco(self) -> COCO:
+        """The annotations of exactly these images as the file has them, for COCOeval.
+
+        Read when first asked for, which training never does: of COCO's training set they take 600 MB.
+        """
+        return as_coco(restrict(read_instances(self._annotations), self.image_ids))
 
     def set_epoch(self, epoch: int) -> None:
         """Random transforms draw anew in each epoch, and alike in the same epoch of the same seed."""
@@ -121,8 +134,9 @@ def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
 
 
 def _check_files(records: list[ImageRecord], folder: Path) -> None:
-    present = {path for parent in {record.path.parent for record in records} if parent.is_dir() for path in parent.iterdir()}
-    missing = [record for record in records if record.path not in present]
+    folders = {record.path.parent for record in records}
+    present = {parent: set(os.listdir(parent)) for parent in folders if parent.is_dir()}
+    missing = [record for record in records if record.path.name not in present.get(record.path.parent, ())]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of the {len(records)} images of the annotations are not in {folder}; the first is {missing[0].path.name} "

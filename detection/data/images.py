@@ -13,7 +13,7 @@ FORMATS = [name for name in Image.ID if name != "EPS"]  # which is a program: Pi
 LONGEST_SIDE = 65_535  # pixels, as in JPEG
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
     """What is known of an image before it is read; `width` and `height` are those of the annotations, in pixels."""
 

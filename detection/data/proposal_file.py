@@ -171,7 +171,8 @@ def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
     if (times > 1).any():
         raise ValueError(f"{path} has image {ids[times > 1][0]} more than once.")
     for name in ("boxes", "scores"):
-        finite = np.isfinite(arrays.get(name, np.zeros((windows, 1)))).reshape(windows, -1).all(axis=1)
+        finite = np.isfinite(arrays.get(name, np.zeros((windows, 1))))
+        finite = finite.all(axis=tuple(range(1, finite.ndim)))
         if not finite.all():
             row = np.searchsorted(np.cumsum(arrays["count"]), np.argmin(finite), side="right")
             raise ValueError(f"{path}: {(~finite).sum()} {name} are not finite; the first is of image {arrays['image_id'][row]}.")

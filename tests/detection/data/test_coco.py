@@ -51,6 +51,15 @@ def test_coco_holds_exactly_the_images_of_the_set_as_annotated(small_set):
     assert dataset.coco.anns[3]["iscrowd"] == 1
 
 
+def test_objects_of_pycocotools_are_made_for_evaluation_alone(small_set):
+    """Training reads flat arrays, which the loading processes share."""
+    dataset = CocoDetection(**small_set.paths)
+    for index in range(3):
+        dataset[index]
+    assert "coco" not in vars(dataset)
+    assert dataset.coco is dataset.coco
+
+
 def test_the_flip_of_an_image_depends_on_seed_epoch_and_id_not_on_order(small_set):
     def flips(seed, epoch, order=(0, 1, 2)):
         dataset = CocoDetection(**small_set.paths, transform=resize_and_flip(flip=0.5), seed=seed)

@@ -65,6 +65,13 @@ def test_what_is_written_is_read(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["p.npz"]
 
 
+def test_a_file_without_any_window(tmp_path):
+    write_proposals(tmp_path / "p.npz", [ONE, TWO], [np.zeros((0, 4)), np.zeros((0, 4))], [[], []])
+    proposals = ProposalFile(tmp_path / "p.npz")
+    proposals.prepare([ONE, TWO])
+    assert len(proposals(ONE)) == 0
+
+
 def test_int16_stays_small(tmp_path):
     write_proposals(tmp_path / "p.npz", [TWO], [np.array(BOXES[2], np.int16)])
     assert read_proposals(tmp_path / "p.npz")["boxes"].dtype == np.int16

@@ -1,12 +1,11 @@
 """The instances json of a data set in COCO's layout: read, checked, cut to a subset."""
 
 import contextlib
-import gc
 import io
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from detection.data.images import check_size
+from detection.garbage import without_garbage_collection
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def read_instances(path: Path | str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"There are no annotations at {path}.\n{LAYOUT}")
     try:
-        with _no_garbage_collection():
+        with without_garbage_collection():
             instances = json.loads(path.read_text("utf-8-sig"), object_hook=_without_segmentation)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a json file, or was cut short: {error}") from error
@@ -57,18 +57,6 @@ def read_instances(path: Path | str) -> dict:
     _drop_boxes_without_area(path, instances)
     _fill_in(path, instances["annotations"])
     return instances
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """COCO's json makes a million objects, none of them garbage: looking for it again and again takes longer than reading them."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _without_segmentation(entry: dict) -> dict:

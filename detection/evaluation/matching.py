@@ -5,16 +5,17 @@ NaN box matches everything, an empty list of images means all images, and result
 """
 
 import contextlib
-import gc
 import io
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from detection.garbage import without_garbage_collection
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def match(
         raise ValueError(f"max_detections must be at least 1, got {max_detections}")
     if len(image_ids) == 0:
         raise ValueError("no images to evaluate: image_ids is empty")
-    with _without_garbage_collection():
+    with without_garbage_collection():
         _check_results(coco_gt, results)
         ground_truth = _ground_truth(coco_gt, image_ids)
         matched = coco_eval(ground_truth, _detections(ground_truth, results), "bbox")
@@ -85,18 +86,6 @@ def percent(values: np.ndarray) -> float:
     """Mean of COCOeval's numbers in percent, without the -1 of what has no ground truth; NaN where nothing is left."""
     measured = values[values > -1]
     return 100.0 * float(measured.mean()) if measured.size else math.nan
-
-
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Matching makes millions of objects, none in a cycle; the collector would look through all of them again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _check_results(coco_gt: COCO, results: Sequence[Mapping]) -> None:

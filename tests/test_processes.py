@@ -47,8 +47,8 @@ def started(folder, script, *overrides, before=(), **environment):
 
 def started_by_slurm(folder, script, *overrides, processes=2, before=()):
     """Those that `srun` starts: the same command, each with its place in the environment."""
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "test", "SLURM_NTASKS": str(processes), "SLURM_NODEID": "0"}
-    job |= {"MASTER_ADDR": "127.0.0.1"}
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "test", "SLURM_NTASKS": str(processes)}
+    job |= {"SLURM_NTASKS_PER_NODE": str(processes), "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1"}
     places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(processes)]
     return [started(folder, script, *overrides, before=before, **job, **place) for place in places]
 
@@ -122,16 +122,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_processes_stop_together_and_go_on_to_the_same_end(trained, data, tmp_path):
     """The second one alone is told, in the middle of a step; and the run that goes on is one that Lightning starts."""
     command = ["train.py", *SHORT, *TWO, "cross=[pool]", f"data.root={data}", "checkpoint.every_n_steps=100"]
-    stopped = started_by_slurm(tmp_path, *command, "hydra.run.dir=run", before=["-c", STOPPED])
+    run, aside = tmp_path / "runs" / "run", tmp_path / "aside"
+    stopped = started_by_slurm(tmp_path, *command, "hydra.run.dir=runs/run", before=["-c", STOPPED])
     assert ended(*stopped) == [128 + signal.SIGTERM, 0], (tmp_path / "said.txt").read_text()
-    run = tmp_path / "run"
     assert [path.name for path in recent_checkpoints(run)] == ["step_0000003.ckpt"]
+    shutil.copytree(run, aside)
 
-    shutil.copytree(run, tmp_path / "runs" / "run")
     assert ended(started(tmp_path, *command, "resume=auto")) == [0], (tmp_path / "said.txt").read_text()
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"], "no process makes a folder of its own"
-    assert remains(tmp_path / "runs" / "run") == remains(trained)
-    assert ended(*started_by_slurm(tmp_path, *command, "hydra.run.dir=run", "resume=run")) == [0, 0], "and by name"
+    assert list((tmp_path / "runs").iterdir()) == [run], "no process makes a folder of its own"
+    assert remains(run) == remains(trained)
+
+    shutil.rmtree(run)
+    aside.rename(run)
+    by_name = started_by_slurm(tmp_path, *command, "hydra.run.dir=runs/run", "resume=runs/run")
+    assert ended(*by_name) == [0, 0], (tmp_path / "said.txt").read_text()
     assert remains(run) == remains(trained)
 
 

@@ -182,9 +182,9 @@ def test_what_a_step_leaves_behind_goes_on_in_the_middle_of_an_epoch(data, tmp_p
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("step", [2, 3, 5])
 def test_sigterm_and_ctrl_c_leave_a_checkpoint(whole, data, tmp_path, accident, number, status, step):
-    """Step 2 is the first of its epoch; step 3 the last, so that its validation is run before the run ends."""
+    """Step 2 is the first of its epoch; step 3 the last, so that its validation is run before the run ends; step 5 the last of all."""
     accident(step, lambda: signal.raise_signal(number))
     handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended:

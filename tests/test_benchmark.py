@@ -1,4 +1,4 @@
-"""benchmarks/roi_operators.py: what it prints and writes. How fast anything is, is not for here."""
+"""The scripts in benchmarks/: what they print and write. How fast anything is, is not for here."""
 
 import json
 import math
@@ -101,3 +101,17 @@ def test_on_cuda_everything_of_torchvisions_is_measured(run):
     assert [failure for failure in found["failures"] if failure["operator"].startswith("torchvision")] == []
     for row in found["rows"]:
         assert all(math.isfinite(row[what][d]["theirs"]) for what in ("called", "gpu", "memory") for d in ("forward", "backward"))
+
+
+def test_coco_evaluation(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("faster_coco_eval", reason='needs faster-coco-eval: pip install -e ".[faster-evaluation]"')
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import coco_evaluation
+
+    coco_evaluation.main(["--images", "4", "--repeat", "2", "--json", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["images"], found["detections"]) == (4, 400) and found["objects"] > 4
+    assert list(found["rows"]) == ["plain pycocotools", "ours", "ours, coco_eval=faster"]
+    assert all(row["largest_difference"] < 1e-10 for row in found["rows"].values())
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in ("400 detections", "over plain", *found["rows"]))

@@ -31,8 +31,8 @@ class TimedLoader(DataLoader):
 class Waiting(pl.Callback):
     """Logs `train/waiting`, the part (0 to 1) of the last steps' time in which training waited for data; tells that of all at the end.
 
-    The time is that of training steps and of the waits for their batches; validations and checkpoints are in neither. Steps count as long
-    as they take Python, which on a GPU runs ahead of the device by less than a step. Without loading processes, loading *is* waiting.
+    The time is that of training steps and of the waits for their batches; validations are in neither. Steps count as long as they take
+    Python, which on a GPU runs ahead of the device by less than a step. Without loading processes, loading *is* waiting.
     The loader must be a `TimedLoader`. Each process logs its own.
     """
 

@@ -1,4 +1,4 @@
-"""What the benchmarks print and write. How fast anything is, is not for here."""
+"""The scripts in benchmarks/: what they print and write. How fast anything is, is not for here."""
 
 import json
 import math
@@ -139,3 +139,17 @@ def test_both_training_steps_have_the_same_loss_on_the_same_rois(monkeypatch):
     inputs = training_step.batch(64, 96, "cpu")
     loss, other = ours(*inputs)[1], theirs(*inputs)[1]
     assert loss["loss_classifier"].item() == pytest.approx(other["loss_classifier"].item(), rel=1e-5)
+
+
+def test_coco_evaluation(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("faster_coco_eval", reason='needs faster-coco-eval: pip install -e ".[faster-evaluation]"')
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import coco_evaluation
+
+    coco_evaluation.main(["--images", "4", "--repeat", "2", "--json", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["images"], found["detections"]) == (4, 400) and found["objects"] > 4
+    assert list(found["rows"]) == ["plain pycocotools", "ours", "ours, coco_eval=faster"]
+    assert all(row["largest_difference"] < 1e-10 for row in found["rows"].values())
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in ("400 detections", "over plain", *found["rows"]))

@@ -6,8 +6,8 @@
 Both steps have the same backbone, fully connected layers, images, proposals and optimizer (SGD with momentum); theirs has torchvision's
 `RoIHeads` with torchvision's `roi_align` or `roi_pool`. They take turns, and the ratio is that of the medians. Loading is in neither.
 
-The parts are measured alone, forward and backward each, on what they get inside the step; "the rest" is what the step takes beyond them:
-matching, sampling, losses, normalising the images, clearing gradients.
+The parts are measured alone, forward and backward each, on what they get inside the step, so that they need not add up to it; matching,
+sampling, losses and normalising the images are in none.
 """
 
 import argparse
@@ -178,9 +178,6 @@ def table(found: dict) -> str:
             share = f"{row[name] / row['ours']:.1%}" if name not in ("ours", "theirs") else ""
             cells.append(f"{row[name]:10.1f}{share:>8}")
         lines.append(f"{'  ' * (name not in ('ours', 'theirs')) + name:14}" + "".join(cells))
-    rest = [row["ours"] - sum(row[name] for name in names if name not in ("ours", "theirs")) for row in found["operators"].values()]
-    shares = [r / row["ours"] for r, row in zip(rest, found["operators"].values(), strict=True)]
-    lines.append(f"{'  the rest':14}" + "".join(f"{r:10.1f}{share:>8.1%}" for r, share in zip(rest, shares, strict=True)))
     lines.append(f"{'theirs / ours':14}" + "".join(f"{row['theirs'] / row['ours']:10.2f}{'':8}" for row in found["operators"].values()))
     return "\n".join(line.rstrip() for line in lines)
 

@@ -83,6 +83,8 @@ def handed_on() -> Iterator[None]:
 class FiniteLoss(pl.Callback):
     """Ends training at the first loss that is no number, before it reaches the weights, and writes nan_loss.json: which batch it was.
 
+    Several processes end together, whichever of them met it: one that ended alone would leave the others waiting for its gradients.
+
     Args:
         folder: the run folder.
         seed: of the run; with epoch and image ids it says which flips and RoIs were drawn.
@@ -95,8 +97,12 @@ class FiniteLoss(pl.Callback):
         self.batch, self.batch_idx = batch, batch_idx
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if math.isfinite(loss.item()):
+        finite, path = math.isfinite(loss.item()), self.folder / "nan_loss.json"
+        if trainer.strategy.reduce_boolean_decision(finite, all=True) if trainer.world_size > 1 else finite:
             return
+        if finite:
+            step = trainer.global_step
+            raise FloatingPointError(f"the loss of another process is no number in step {step}; {path} says which batch it was")
         _, targets = self.batch
         largest = torch.stack([weight.detach().abs().max() for weight in pl_module.parameters()]).max().item()
         found = {
@@ -110,7 +116,6 @@ class FiniteLoss(pl.Callback):
             "loss": f"{loss.item()}",  # json has no nan
             "largest_weight": f"{largest:.3g}",
         }
-        path = self.folder / "nan_loss.json"
         again = "the same command comes to this batch again"
         if recent_checkpoints(self.folder):
             again = f"the same command with resume={self.folder} comes to this batch again from the last checkpoint"

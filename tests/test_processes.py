@@ -99,6 +99,16 @@ def test_four_processes_evaluate_to_the_same_results(trained, tmp_path):
     assert evaluation(tmp_path / "run") == evaluation(trained)
 
 
+@pytest.mark.slow
+def test_two_processes_that_torchrun_starts_train_and_evaluate_to_the_same_results(trained, data, tmp_path):
+    command = ["train.py", *SHORT, *TWO, "cross=[pool]", f"data.root={data}", "hydra.run.dir=run"]
+    assert ended(started(tmp_path, *command, before=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])) == [0], (
+        tmp_path / "said.txt"
+    ).read_text()
+    assert remains(tmp_path / "run") == remains(trained)
+    assert (tmp_path / "run" / "cross.json").read_text() == (trained / "cross.json").read_text()
+
+
 STOPPED = """
 import os, runpy, signal, sys
 from detection.detector import FastRCNN
@@ -137,6 +147,40 @@ def test_processes_stop_together_and_go_on_to_the_same_end(trained, data, tmp_pa
     by_name = started_by_slurm(tmp_path, *command, "hydra.run.dir=runs/run", "resume=runs/run")
     assert ended(*by_name) == [0, 0], (tmp_path / "said.txt").read_text()
     assert remains(run) == remains(trained)
+
+
+NAN = """
+import os, runpy, sys
+from detection.detector import FastRCNN
+
+forward, steps = FastRCNN.forward, 0
+
+def no_number_in_the_third_step(self, *args):
+    global steps
+    steps += self.training
+    detections, losses = forward(self, *args)
+    if self.training and steps == 3 and os.environ["SLURM_PROCID"] == "1":
+        losses = {name: loss * float("nan") for name, loss in losses.items()}
+    return detections, losses
+
+FastRCNN.forward = no_number_in_the_third_step
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_in_one_process_ends_both_and_loses_no_checkpoint(trained, data, tmp_path):
+    command = ["train.py", *SHORT, *TWO, "cross=[pool]", f"data.root={data}", "hydra.run.dir=run"]
+    assert ended(*started_by_slurm(tmp_path, *command, before=["-c", NAN])) == [1, 1]
+    said = (tmp_path / "said.txt").read_text()
+    assert "the loss is nan in step 2 (epoch 1, batch 0" in said
+    assert "the loss of another process is no number in step 2;" in said
+    found = json.loads((tmp_path / "run" / "nan_loss.json").read_text())
+    assert (found["rank"], found["step"]) == (1, 2)
+    assert [path.name for path in recent_checkpoints(tmp_path / "run")] == ["step_0000002.ckpt", "step_0000001.ckpt"]
+    assert ended(started(tmp_path, *command, "resume=run")) == [0], (tmp_path / "said.txt").read_text()
+    assert remains(tmp_path / "run") == remains(trained)
 
 
 @pytest.mark.slow

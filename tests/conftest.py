@@ -46,3 +46,48 @@ def real_data() -> Path:
 def real_weights() -> Path:
     """Folder with `vgg16_features.pth`."""
     return _folder("ROI_WEIGHTS", "weights")
+
+
+@pytest.fixture
+def threads_as_before():
+    """For tests of trainings, which set the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """The folder of the images of `tests.trainings.configuration`; the first training draws them."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def whole(data, tmp_path_factory) -> dict:
+    """What is left of a short training that nothing happened to."""
+    from tests import trainings  # what trains is imported where something is trained
+
+    run, before = tmp_path_factory.mktemp("whole") / "run", torch.get_num_threads()
+    trainings.train(trainings.configuration(run, data))
+    torch.set_num_threads(before)
+    assert torch.are_deterministic_algorithms_enabled()
+    return trainings.remains(run)
+
+
+@pytest.fixture
+def accident(monkeypatch):
+    """A function that lets something happen in the middle of a step: `accident(step, what)`, steps counted from 0."""
+    from detection.module import DetectionModule
+
+    training_step = DetectionModule.training_step
+
+    def arrange(step, what):
+        def watched(self, batch, batch_idx):
+            if self.global_step == step:
+                monkeypatch.setattr(DetectionModule, "training_step", training_step)
+                what()
+            return training_step(self, batch, batch_idx)
+
+        monkeypatch.setattr(DetectionModule, "training_step", watched)
+
+    return arrange

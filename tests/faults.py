@@ -1,4 +1,4 @@
-"""Faults of a machine, as its system reports them."""
+"""Faults of a machine, for tests that let them happen."""
 
 import resource
 from collections.abc import Iterator
@@ -14,3 +14,7 @@ def full_disk(bytes_left: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def power_cut() -> None:
+    raise RuntimeError("as good as a power cut: nothing is saved after it")

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from detection.build import build_detector
 from detection.checkpoint import load_checkpoint, load_weights
 from detection.module import DetectionModule
-from tests.test_train_and_eval import TINY, composed, run_eval
+from tests.trainings import TINY, composed, run_eval
 from train import train
 
 DECAY = 0.75

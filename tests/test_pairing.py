@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 
 from detection.detector import FastRCNN
 from roi_heads import FastRCNNHeads
-from tests.test_train_and_eval import ROOT, TINY
+from tests.trainings import ROOT, TINY
 from train import train
 
 

@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 from detection.lock import is_running, only_process
 from detection.processes import is_first, new_folder
 from detection.recent import recent_checkpoints
-from tests.test_resume import remains
-from tests.test_train_and_eval import ROOT, TINY, run_eval, run_train
+from tests.trainings import ROOT, TINY, remains, run_eval, run_train
 
 # Two steps an epoch in two processes. Three images of val and five of test are one batch and two: what two processes get does not come out
 # even, neither in images nor, with val, in batches.
@@ -25,11 +24,7 @@ TWO = ["trainer=ddp_cpu", "trainer.enable_progress_bar=false", "trainer.log_ever
 PLACE = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "SLURM_NTASKS", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 
 def started(folder, script, *overrides, before=(), **environment):

@@ -1,99 +1,25 @@
 """The same command is the same run, bit for bit; and a run that was killed goes on and ends as if it had not been."""
 
-import csv
-import hashlib
-import json
 import logging
-import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.loggers import CSVLogger
 
-from detection.checkpoint import load_checkpoint
-from detection.evaluation import files
-from detection.evaluation.files import NotWrittenError
 from detection.lock import only_process
-from detection.module import DetectionModule
 from detection.recent import recent_checkpoints
 from detection.resume import checkpoint_to_resume, run_folder
-from detection.stop import FiniteLoss
-from tests.faults import full_disk
-from tests.test_train_and_eval import ROOT, TINY, composed
+from tests.faults import power_cut
+from tests.trainings import ROOT, SHORT, configuration, remains
 from train import train
 
-# six steps in three epochs with a validation each; the loss decides which is the best, since the AP of so short a training is always 0
-SHORT = [*TINY, "threads=1", "trainer.max_epochs=3", "optimized_metric=val/loss", "head.box_head.dropout=0.5", "checkpoint.every_n_steps=1"]
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """What is left of a run that nothing happened to."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    train(configuration(run, data))
-    assert torch.are_deterministic_algorithms_enabled()
-    return remains(run)
-
-
-def configuration(run, data, *overrides):
-    return composed("train", *SHORT, f"run_dir={run}", f"data.root={data}", *overrides)
-
-
-def remains(run):
-    """Hashes of the weights, the best ones too, and what is written of the results and the way there, times aside."""
-    files = {name: (run / name).read_text() for name in ("results.json", "metrics.json")}
-    with open(run / "metrics.csv", newline="") as file:
-        files["metrics.csv"] = [{name: cell for name, cell in row.items() if name != "train/waiting"} for row in csv.DictReader(file)]
-    assert json.loads(files["results.json"]), "something was found"
-    return {name: weights_hash(run / name) for name in ("last.ckpt", "best.ckpt")} | files
-
-
-def weights_hash(path):
-    weights = torch.load(path, weights_only=True)["state_dict"]
-    return hashlib.sha256(b"".join(value.contiguous().numpy().tobytes() for value in weights.values())).hexdigest()
-
-
-@pytest.fixture
-def accident(monkeypatch):
-    """A function that lets something happen in the middle of a step: `accident(step, what)`, steps counted from 0."""
-    training_step = DetectionModule.training_step
-
-    def arrange(step, what):
-        def watched(self, batch, batch_idx):
-            if self.global_step == step:
-                monkeypatch.setattr(DetectionModule, "training_step", training_step)
-                what()
-            return training_step(self, batch, batch_idx)
-
-        monkeypatch.setattr(DetectionModule, "training_step", watched)
-
-    return arrange
-
-
-def power_cut():
-    raise RuntimeError("as good as a power cut: nothing is saved after it")
+pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
@@ -194,100 +120,6 @@ def test_sigterm_and_ctrl_c_leave_a_checkpoint(whole, data, tmp_path, accident, 
     assert [path.name for path in recent_checkpoints(tmp_path)] == [f"step_{step + 1:07d}.ckpt"], "the step is done, then it ends"
     train(configuration(tmp_path, data, "checkpoint.every_n_steps=100", f"resume={tmp_path}"))
     assert remains(tmp_path) == whole
-
-
-def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(data, tmp_path):
-    message = r"the loss is nan in step \d \(epoch \d, batch \d, images \[.*the largest weight .*e\+\d\d.*resume="
-    with pytest.raises(FloatingPointError, match=message):
-        train(configuration(tmp_path, data, "optim.groups.lr=1e20"))
-    found = json.loads((tmp_path / "nan_loss.json").read_text())
-    assert len(found["image_ids"]) == 4 and found["seed"] == 0
-    assert recent_checkpoints(tmp_path), "no checkpoint is lost"
-
-    (tmp_path / "nan_loss.json").unlink()
-    with pytest.raises(FloatingPointError, match=f"step {found['step']} "):
-        train(configuration(tmp_path, data, "optim.groups.lr=1e20", f"resume={tmp_path}"))
-    assert json.loads((tmp_path / "nan_loss.json").read_text()) == found, "it comes to the same batch again"
-
-
-def test_where_nothing_is_saved_yet_the_command_itself_is_the_way_back(tmp_path):
-    model, trainer = torch.nn.Linear(1, 1), SimpleNamespace(global_step=0, current_epoch=0, global_rank=0, optimizers=[])
-    trainer.optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1))
-    watch = FiniteLoss(tmp_path, seed=0)
-    watch.on_train_batch_start(trainer, model, ([], [{"image_id": 7}]), 0)
-    with pytest.raises(FloatingPointError, match=r"images \[7\]\).* and the same command comes to this batch again\. If"):
-        watch.on_before_backward(trainer, model, torch.tensor(float("nan")))
-
-
-@pytest.mark.parametrize("file", ["step_0000003.ckpt", "best.ckpt", "metrics.csv", "last.ckpt", "results.json"])
-def test_a_full_disk_loses_nothing_and_the_run_goes_on(whole, data, tmp_path, monkeypatch, file):
-    """The disk is full while this file is written; metrics.csv is Lightning's, the others are written whole."""
-    folder = tmp_path / "run"
-    real, happened = files.whole_file, []
-
-    @contextmanager
-    def whole_file(path):
-        now = os.path.basename(path) == file and not happened and (file != "best.ckpt" or recent_checkpoints(folder))
-        with full_disk(1) if now else nullcontext():
-            happened.extend([path] * bool(now))
-            with real(path) as opened:
-                yield opened
-
-    def save(self):
-        now = file == "metrics.csv" and not happened and recent_checkpoints(folder)
-        with full_disk(1) if now else nullcontext():
-            happened.extend([file] * bool(now))
-            written(self)
-
-    written = CSVLogger.save
-    monkeypatch.setattr(CSVLogger, "save", save)
-    monkeypatch.setattr(files, "whole_file", whole_file)
-    with pytest.raises(NotWrittenError, match=rf"{tmp_path}.* could not be written: File too large.*Make room there.*resume=auto"):
-        train(configuration(folder, data))
-    assert happened and not (folder / "metrics.json").exists() and not list(folder.glob(".*.tmp"))
-    for path in folder.glob("*.ckpt"):
-        load_checkpoint(path)
-    train(configuration(folder, data, f"resume={folder}"))
-    assert remains(folder) == whole
-
-
-def test_a_run_folder_that_is_moved_away_is_not_begun_anew(whole, data, tmp_path, accident):
-    run, moved = tmp_path / "run", tmp_path / "moved"
-    accident(3, lambda: run.rename(moved))
-    with pytest.raises(FileNotFoundError, match=rf"the run folder {run} is gone since this began.*resume=<that folder>"):
-        train(configuration(run, data))
-    assert [path.name for path in recent_checkpoints(moved)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
-    assert not list(tmp_path.glob("run/*.ckpt")), "no second half of a run"
-    train(configuration(moved, data, f"resume={moved}"))
-    assert remains(moved) == whole
-
-
-def test_a_loading_process_that_is_killed_says_why_and_how_to_go_on(whole, data, tmp_path, accident):
-    """As the system kills one when memory runs out."""
-    accident(3, lambda: [os.kill(process.pid, signal.SIGKILL) for process in multiprocessing.active_children()])
-    message = r"a process that loads images died: .*pid.*memory has run out.*data\.num_workers.*resume=auto"
-    with pytest.raises(RuntimeError, match=message):
-        train(configuration(tmp_path, data, "data.num_workers=1"))
-    assert [path.name for path in recent_checkpoints(tmp_path)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
-    train(configuration(tmp_path, data, f"resume={tmp_path}"))
-    assert remains(tmp_path) == whole
-
-
-def test_data_that_changed_are_refused_unless_told_otherwise(data, tmp_path, accident):
-    root, run = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
-    accident(3, power_cut)
-    with pytest.raises(RuntimeError, match="power cut"):
-        train(configuration(run, root))
-    path = root / "annotations/instances_train.json"
-    instances = json.loads(path.read_text())
-    instances["annotations"][0]["bbox"][0] += 1
-    path.write_text(json.dumps(instances))
-    message = r"the data are not those that this run began with: 1 images of train have other annotations \(the first is \d+\)"
-    with pytest.raises(ValueError, match=message):
-        train(configuration(run, root, f"resume={run}"))
-    assert [path.name for path in recent_checkpoints(run)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
-    train(configuration(run, root, f"resume={run}", "checkpoint.same_data=false"))
-    assert (run / "metrics.json").is_file()
 
 
 def test_a_run_that_begins_anew_in_its_folder_removes_what_it_replaces(data, tmp_path, accident):

@@ -4,52 +4,16 @@ import csv
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from PIL import Image
 
 from detection.checkpoint import load_checkpoint, offer_checkpoint, offer_parts
-from eval import evaluate
 from predict import predict
-from train import train
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    "trainer=cpu",
-    "trainer.enable_progress_bar=false",
-    "trainer.log_every_n_steps=1",
-    "trainer.check_val_every_n_epoch=1",
-    "data.num_workers=0",
-    "data.source.train=8",
-    "data.source.val=3",
-    "data.source.test=4",
-    "data.source.image_size=96",
-    "data.source.sides=[24,48]",
-    "data.source.objects=[1,2]",
-    "backbone.width=0.0625",
-    "head.box_head.hidden=32",
-    "head.score_threshold=0.01",
-]
-
-
-def composed(name, *overrides):
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
-
-
-def run_train(folder, *overrides):
-    cfg = composed("train", *TINY, f"run_dir={folder / 'run'}", f"data.root={folder / 'data'}", *overrides)
-    return train(cfg)
-
-
-def run_eval(ckpt, folder, *overrides):
-    offer_parts(load_checkpoint(ckpt)["config"], ckpt)
-    return evaluate(composed("eval", "trainer=cpu", "trainer.enable_progress_bar=false", f"ckpt={ckpt}", f"run_dir={folder}", *overrides))
+from tests.trainings import ROOT, composed, run_eval, run_train
 
 
 @pytest.fixture(scope="module")

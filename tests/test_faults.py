@@ -1,0 +1,118 @@
+"""What a training does when its machine, its data or its loss fails it: an error that says what to do, and no checkpoint lost."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger
+
+from detection.checkpoint import load_checkpoint
+from detection.evaluation import files
+from detection.evaluation.files import NotWrittenError
+from detection.recent import recent_checkpoints
+from detection.stop import FiniteLoss
+from tests.faults import full_disk, power_cut
+from tests.trainings import configuration, remains
+from train import train
+
+pytestmark = pytest.mark.usefixtures("threads_as_before")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(data, tmp_path):
+    message = r"the loss is nan in step \d \(epoch \d, batch \d, images \[.*the largest weight .*e\+\d\d.*resume="
+    with pytest.raises(FloatingPointError, match=message):
+        train(configuration(tmp_path, data, "optim.groups.lr=1e20"))
+    found = json.loads((tmp_path / "nan_loss.json").read_text())
+    assert len(found["image_ids"]) == 4 and found["seed"] == 0
+    assert recent_checkpoints(tmp_path), "no checkpoint is lost"
+
+    (tmp_path / "nan_loss.json").unlink()
+    with pytest.raises(FloatingPointError, match=f"step {found['step']} "):
+        train(configuration(tmp_path, data, "optim.groups.lr=1e20", f"resume={tmp_path}"))
+    assert json.loads((tmp_path / "nan_loss.json").read_text()) == found, "it comes to the same batch again"
+
+
+def test_where_nothing_is_saved_yet_the_command_itself_is_the_way_back(tmp_path):
+    model, trainer = torch.nn.Linear(1, 1), SimpleNamespace(global_step=0, current_epoch=0, global_rank=0, world_size=1, optimizers=[])
+    trainer.optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1))
+    watch = FiniteLoss(tmp_path, seed=0)
+    watch.on_train_batch_start(trainer, model, ([], [{"image_id": 7}]), 0)
+    with pytest.raises(FloatingPointError, match=r"images \[7\]\).* and the same command comes to this batch again\. If"):
+        watch.on_before_backward(trainer, model, torch.tensor(float("nan")))
+
+
+@pytest.mark.parametrize("file", ["step_0000003.ckpt", "best.ckpt", "metrics.csv", "last.ckpt", "results.json"])
+def test_a_full_disk_loses_nothing_and_the_run_goes_on(whole, data, tmp_path, monkeypatch, file):
+    """The disk is full while this file is written; metrics.csv is Lightning's, the others are written whole."""
+    folder = tmp_path / "run"
+    real, happened = files.whole_file, []
+
+    @contextmanager
+    def whole_file(path):
+        now = os.path.basename(path) == file and not happened and (file != "best.ckpt" or recent_checkpoints(folder))
+        with full_disk(1) if now else nullcontext():
+            happened.extend([path] * bool(now))
+            with real(path) as opened:
+                yield opened
+
+    def save(self):
+        now = file == "metrics.csv" and not happened and recent_checkpoints(folder)
+        with full_disk(1) if now else nullcontext():
+            happened.extend([file] * bool(now))
+            written(self)
+
+    written = CSVLogger.save
+    monkeypatch.setattr(CSVLogger, "save", save)
+    monkeypatch.setattr(files, "whole_file", whole_file)
+    with pytest.raises(NotWrittenError, match=rf"{tmp_path}.* could not be written: File too large.*Make room there.*resume=auto"):
+        train(configuration(folder, data))
+    assert happened and not (folder / "metrics.json").exists() and not list(folder.glob(".*.tmp"))
+    for path in folder.glob("*.ckpt"):
+        load_checkpoint(path)
+    train(configuration(folder, data, f"resume={folder}"))
+    assert remains(folder) == whole
+
+
+def test_a_run_folder_that_is_moved_away_is_not_begun_anew(whole, data, tmp_path, accident):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    accident(3, lambda: run.rename(moved))
+    with pytest.raises(FileNotFoundError, match=rf"the run folder {run} is gone since this began.*resume=<that folder>"):
+        train(configuration(run, data))
+    assert [path.name for path in recent_checkpoints(moved)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
+    assert not list(tmp_path.glob("run/*.ckpt")), "no second half of a run"
+    train(configuration(moved, data, f"resume={moved}"))
+    assert remains(moved) == whole
+
+
+def test_a_loading_process_that_is_killed_says_why_and_how_to_go_on(whole, data, tmp_path, accident):
+    """As the system kills one when memory runs out."""
+    accident(3, lambda: [os.kill(process.pid, signal.SIGKILL) for process in multiprocessing.active_children()])
+    message = r"a process that loads images died: .*pid.*memory has run out.*data\.num_workers.*resume=auto"
+    with pytest.raises(RuntimeError, match=message):
+        train(configuration(tmp_path, data, "data.num_workers=1"))
+    assert [path.name for path in recent_checkpoints(tmp_path)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
+    train(configuration(tmp_path, data, f"resume={tmp_path}"))
+    assert remains(tmp_path) == whole
+
+
+def test_data_that_changed_are_refused_unless_told_otherwise(data, tmp_path, accident):
+    root, run = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
+    accident(3, power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(configuration(run, root))
+    path = root / "annotations/instances_train.json"
+    instances = json.loads(path.read_text())
+    instances["annotations"][0]["bbox"][0] += 1
+    path.write_text(json.dumps(instances))
+    message = r"the data are not those that this run began with: 1 images of train have other annotations \(the first is \d+\)"
+    with pytest.raises(ValueError, match=message):
+        train(configuration(run, root, f"resume={run}"))
+    assert [path.name for path in recent_checkpoints(run)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
+    train(configuration(run, root, f"resume={run}", "checkpoint.same_data=false"))
+    assert (run / "metrics.json").is_file()

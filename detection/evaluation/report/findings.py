@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import hydra.utils
 import numpy as np
@@ -67,9 +68,21 @@ class Findings:
     @cached_property
     def differences(self) -> dict[str, dict[str, Estimate]]:
         """metric -> arm -> estimate of the arm minus the reference; arms that share no seed with it are left out."""
-        at_reference = {run.seed for run in self.runs(self.reference)}
-        paired = [arm for arm in self.others if at_reference & {run.seed for run in self.runs(arm)}]
-        return self._estimates({arm: difference(arm, self.reference) for arm in paired})
+        return self._estimates({arm: difference(arm, self.reference) for arm in self.others if self._paired_seeds(arm)})
+
+    @cached_property
+    def differences_over_images(self) -> dict[str, dict[str, Estimate]]:
+        """As `differences`, of the same runs, but with intervals over images."""
+        found = {}
+        for arm in tqdm(self.differences["AP"], desc="resampling images", unit="operator", leave=False):
+            seeds = self._paired_seeds(arm)
+            pair = {name: [self._matched[run.folder] for run in self.runs(name) if run.seed in seeds] for name in (arm, self.reference)}
+            found |= over_images(pair, {arm: difference(arm, self.reference)})
+        return {metric: {arm: of_arm[metric] for arm, of_arm in found.items()} for metric in METRICS}
+
+    def _paired_seeds(self, arm: str) -> set[int]:
+        """Those that the arm has in common with the reference."""
+        return {run.seed for run in self.runs(arm)} & {run.seed for run in self.runs(self.reference)}
 
     @cached_property
     def costs(self) -> dict[str, dict[str, Estimate]]:
@@ -83,7 +96,7 @@ class Findings:
         if not combinations:
             return {metric: {} for metric in METRICS}
         if self.over == "images":
-            found = over_images(self._matched, combinations)
+            found = over_images({arm: [self._matched[run.folder] for run in self.runs(arm)] for arm in self.arms}, combinations)
             return {metric: {name: found[name][metric] for name in combinations} for metric in METRICS}
         values = {
             metric: {arm: {seed: v for seed, v in of_arm.items() if seeds is None or seed in seeds} for arm, of_arm in by_arm.items()}
@@ -92,8 +105,8 @@ class Findings:
         return {metric: {name: over_seeds(values[metric], sums) for name, sums in combinations.items()} for metric in METRICS}
 
     @cached_property
-    def _matched(self) -> dict[str, MatchedDetections]:
-        return {run.arm: MatchedDetections(self.sweep.annotations, run.results(), self.image_ids) for run in self.sweep.finished}
+    def _matched(self) -> dict[Path, MatchedDetections]:
+        return {run.folder: MatchedDetections(self.sweep.annotations, run.results(), self.image_ids) for run in self.sweep.finished}
 
     @cached_property
     def image_ids(self) -> list[int]:

@@ -63,6 +63,18 @@ def test_tables_hold_the_numbers_with_all_digits(sweep):
     assert float(misread["align"]["IoU of RoI"]) == pytest.approx(1, abs=1e-4) and float(misread["pool"]["IoU of RoI"]) < 0.9
 
 
+def test_differences_have_an_interval_over_images_as_well(sweep):
+    """Of the same runs: the value is the same, the interval another."""
+    main, images = table(sweep, "main"), table(sweep, "images")
+    assert list(images) == [arm for arm in SCATTER if arm != "align"]
+    for arm in ("pool", "prroi"):
+        change = {end: float(images[arm][f"AP75{end}"]) for end in ("", " low", " high")}
+        assert change[""] == pytest.approx(float(main[arm]["AP75 - align"]))
+        assert change[" low"] < change[""] < change[" high"], "also where one seed is shared"
+    assert images["pool"]["AP75 n"] == "30"
+    assert "had other images been drawn" in text(sweep, "report.md") and "had other images been drawn" in text(sweep, "report.html")
+
+
 def test_every_figure_is_there_as_png_and_svg(sweep):
     figures = sweep / "report" / "figures"
     names = {"differences", "two_by_two", "seeds", "thresholds", "localisation", "sizes", "misalignment", "cross"}
@@ -114,6 +126,7 @@ def test_one_seed_has_intervals_over_images_and_says_so(tmp_path):
     assert "one seed, 20 images resampled)" in report and "say nothing of how training varies" in report
     assert float(table(folder, "main")["pool"]["AP75 - align high"]) < 0
     assert "What each quantization costs" not in report, "two arms are no 2 x 2"
+    assert "had other images been drawn" not in report, "all intervals are over images"
 
 
 def test_without_the_reference_another_arm_takes_its_place(tmp_path):

@@ -85,6 +85,27 @@ def as_coco(instances: dict) -> COCO:
     return coco
 
 
+def choose_images(
+    instances: dict,
+    part: tuple[float, float] | None = None,
+    keep_empty: bool = True,
+    subset: int | None = None,
+    ids: Sequence[int] | Path | str | None = None,
+    seed: int = 0,
+) -> list[int]:
+    """The ids of the images to use, ascending: those in `part`, of these those with objects unless `keep_empty`, of these a choice.
+
+    See `choose_part` and `choose_ids`, which have the same `seed`.
+    """
+    available = [image["id"] for image in instances["images"]]
+    if part is not None:
+        available = choose_part(available, *part, seed=seed)
+    if not keep_empty:
+        filled = {annotation["image_id"] for annotation in instances["annotations"] if not annotation["iscrowd"]}
+        available = [image_id for image_id in available if image_id in filled]
+    return choose_ids(available, subset, ids, seed)
+
+
 def choose_part(ids: Sequence[int], low: float, high: float, seed: int = 0) -> list[int]:
     """Those of `ids` whose place in an order shuffled with `seed` lies in `[low, high)` of it, ascending.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from detection.data.annotations import LAYOUT, as_coco, choose_ids, choose_part, read_instances, restrict
+from detection.data.annotations import LAYOUT, as_coco, choose_images, read_instances, restrict
 from detection.data.images import ImageRecord, read_image
 from detection.data.proposals import Proposals
 from detection.data.transforms import drawn_from
@@ -52,13 +52,7 @@ class CocoDetection(Dataset):
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder of images at {folder}.\n{LAYOUT}")
         instances = read_instances(annotations)
-        available = [image["id"] for image in instances["images"]]
-        if part is not None:
-            available = choose_part(available, *part, seed=subset_seed)
-        if not keep_empty:
-            filled = {annotation["image_id"] for annotation in instances["annotations"] if not annotation["iscrowd"]}
-            available = [image_id for image_id in available if image_id in filled]
-        self.image_ids = choose_ids(available, subset, ids, subset_seed)
+        self.image_ids = choose_images(instances, part, keep_empty, subset, ids, subset_seed)
         if not self.image_ids:
             raise ValueError(f"{annotations} has no images to use.")
 

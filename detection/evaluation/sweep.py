@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from pycocotools.coco import COCO
 
-from detection.data.annotations import as_coco, choose_ids, read_instances, restrict
+from detection.data.annotations import as_coco, choose_images, read_instances, restrict
 from detection.evaluation.coco import Metrics
 from detection.evaluation.sizes import resize_scales
 
@@ -123,12 +123,13 @@ class Sweep:
         if not evaluated:
             raise ValueError(f"{self.folder} has no finished run")
         if len(evaluated) > 1:
-            which = "; ".join(f"{path} (subset={subset}, ids={ids})" for path, subset, ids, _ in sorted(evaluated, key=str))
+            which = "; ".join(
+                f"{path} (part={part}, subset={subset}, ids={ids})" for path, part, subset, ids, _ in sorted(evaluated, key=str)
+            )
             raise ValueError(f"{self.folder}: the runs were evaluated on different data: {which}")
-        path, subset, ids, subset_seed = evaluated.pop()
+        path, part, subset, ids, subset_seed = evaluated.pop()
         instances = read_instances(path)
-        image_ids = choose_ids([image["id"] for image in instances["images"]], subset, ids, subset_seed)
-        return as_coco(restrict(instances, image_ids))
+        return as_coco(restrict(instances, choose_images(instances, part, subset=subset, ids=ids, seed=subset_seed)))
 
     @cached_property
     def scales(self) -> dict[int, float] | None:
@@ -186,11 +187,11 @@ def _plan(path: Path) -> tuple[list[str], list[int]]:
 
 
 def _evaluated(run: Run) -> tuple:
-    """(annotations, subset, ids, subset_seed): what decides on which images a run was evaluated."""
+    """(annotations, part, subset, ids, subset_seed): what decides on which images a run was evaluated."""
     data = run.config.data
     split = data.test if data.test is not None else data.val
-    ids = OmegaConf.to_container(data.ids) if OmegaConf.is_list(data.ids) else data.ids
-    return Path(data.root) / split.annotations, data.subset, tuple(ids) if isinstance(ids, list) else ids, data.subset_seed
+    part, ids = (tuple(value) if OmegaConf.is_list(value) else value for value in (split.get("part"), data.ids))
+    return Path(data.root) / split.annotations, part, data.subset, ids, data.subset_seed
 
 
 def _read_json(path: Path, kind: type) -> list | dict:

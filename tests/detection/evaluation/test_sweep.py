@@ -5,6 +5,8 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
+from detection.data.coco import CocoDetection
+from detection.data.proposals import Grid
 from detection.evaluation.coco import evaluate, write_metrics, write_results
 from detection.evaluation.sweep import read_sweep
 from tests.detection.evaluation.coco_sets import annotation, coco, result
@@ -107,6 +109,20 @@ def test_annotations_are_of_the_evaluated_images(sweep, tmp_path):
     OmegaConf.save(config, sweep / "pool_seed0" / "config.yaml")
     with pytest.raises(ValueError, match="evaluated on different data"):
         _ = read_sweep(sweep).annotations
+
+
+def test_annotations_are_of_the_part_that_was_held_out(sweep, tmp_path):
+    part = [0.0, 0.67]
+    for name in ("align_seed0", "align_seed1", "pool_seed0"):
+        config = OmegaConf.load(sweep / name / "config.yaml")
+        config.data.test.part = part
+        OmegaConf.save(config, sweep / name / "config.yaml")
+    (tmp_path / "data/test").mkdir()
+    for image in range(1, 4):
+        (tmp_path / f"data/test/{image}.jpg").touch()
+    evaluated = CocoDetection(tmp_path / "data/test", tmp_path / "data/test.json", Grid([0.5]), part=part)
+    assert sorted(read_sweep(sweep).annotations.imgs) == evaluated.image_ids
+    assert len(evaluated.image_ids) == 2
 
 
 def test_data_without_a_test_split_was_evaluated_on_val(sweep):

@@ -7,7 +7,8 @@ from omegaconf import OmegaConf
 from detection.build import build_detector
 from detection.checkpoint import load_checkpoint, load_weights
 from detection.module import DetectionModule
-from tests.trainings import TINY, composed, run_eval
+from tests.configuration import composed
+from tests.trainings import TINY, run_eval
 from train import train
 
 DECAY = 0.75

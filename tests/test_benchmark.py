@@ -2,16 +2,13 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from detection.build import build_detector
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.configuration import ROOT, composed
 
 
 @pytest.fixture
@@ -132,8 +129,8 @@ def test_both_training_steps_have_the_same_loss_on_the_same_rois(monkeypatch):
         "head.background_iou=[0,0.5]",
         "head.rois_per_image=3000",
     ]
-    with initialize_config_dir(str(training_step.CONFIGS), version_base="1.3"):
-        ours = build_detector(compose("train", [*training_step.DETECTOR, *small, "head.foreground_fraction=1"]), num_classes=21).train()
+    cfg = composed("train", *training_step.DETECTOR, *small, "head.foreground_fraction=1")
+    ours = build_detector(cfg, num_classes=21).train()
     theirs = training_step.Peer(ours, training_step.THEIRS["align"](7, 1 / 16)).train()
     theirs.roi_heads.fg_bg_sampler.batch_size_per_image, theirs.roi_heads.fg_bg_sampler.positive_fraction = 3000, 1
     inputs = training_step.batch(64, 96, "cpu")

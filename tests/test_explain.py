@@ -1,25 +1,22 @@
 """explain.py: the numbers in its text, the picture, and what it says of a mistake."""
 
 import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from detection.evaluation.bin_figure import TAP
 from detection.evaluation.explanation_figure import GAINED, LOST
 from explain import explain, explain_data, load_operators
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests import configuration
+from tests.configuration import ROOT
 
 
 @pytest.fixture
 def composed(tmp_path):
     def compose_with(*overrides):
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            return compose("explain", overrides=[f"picture={tmp_path / 'explain.png'}", *overrides])
+        return configuration.composed("explain", f"picture={tmp_path / 'explain.png'}", *overrides)
 
     return compose_with
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from detection.detector import FastRCNN
 from roi_heads import FastRCNNHeads
-from tests.trainings import ROOT, TINY
+from tests.configuration import composed
+from tests.trainings import TINY
 from train import train
 
 
@@ -34,8 +34,7 @@ def recorded(monkeypatch, tmp_path):
         monkeypatch.setattr(FastRCNN, "forward", watched_forward)
         monkeypatch.setattr(FastRCNNHeads, "predict", watched_predict)
         overrides = [*TINY, f"run_dir={tmp_path / roi}{seed}", f"data.root={tmp_path / 'data'}", f"roi={roi}", f"seed={seed}"]
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            train(compose("train", overrides=[*overrides, "trainer.max_epochs=2"]))
+        train(composed("train", *overrides, "trainer.max_epochs=2"))
         return seen
 
     return run

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from detection.lock import is_running, only_process
 from detection.processes import is_first, new_folder
 from detection.recent import recent_checkpoints
-from tests.trainings import ROOT, TINY, remains, run_eval, run_train
+from tests.configuration import ROOT
+from tests.trainings import TINY, remains, run_eval, run_train
 
 # Two steps an epoch in two processes. Three images of val and five of test are one batch and two: what two processes get does not come out
 # even, neither in images nor, with val, in batches.

@@ -1,19 +1,15 @@
 """recall.py from end to end, on a handful of small images."""
 
-from pathlib import Path
-
 import pytest
-from hydra import compose, initialize_config_dir
 
 from recall import tabulate
+from tests import configuration
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = ["data.source.train=1", "data.source.val=1", "data.source.test=3", "data.source.image_size=96", "data.source.sides=[24,48]"]
 
 
 def composed(*overrides):
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("recall", overrides=[*TINY, *overrides])
+    return configuration.composed("recall", *TINY, *overrides)
 
 
 def test_the_table_of_a_split(tmp_path, capsys):

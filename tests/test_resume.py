@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from detection.lock import only_process
 from detection.recent import recent_checkpoints
 from detection.resume import checkpoint_to_resume, run_folder
+from tests.configuration import ROOT
 from tests.faults import power_cut
-from tests.trainings import ROOT, SHORT, configuration, remains
+from tests.trainings import SHORT, configuration, remains
 from train import train
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")

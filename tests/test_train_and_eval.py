@@ -13,7 +13,8 @@ from PIL import Image
 
 from detection.checkpoint import load_checkpoint, offer_checkpoint, offer_parts
 from predict import predict
-from tests.trainings import ROOT, composed, run_eval, run_train
+from tests.configuration import ROOT, composed
+from tests.trainings import run_eval, run_train
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,14 @@
 import csv
 import hashlib
 import json
-from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 
 from detection.checkpoint import load_checkpoint, offer_parts
 from eval import evaluate
+from tests.configuration import composed
 from train import train
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     "trainer=cpu",
     "trainer.enable_progress_bar=false",
@@ -31,11 +29,6 @@ TINY = [
 ]
 # six steps in three epochs with a validation each; the loss decides which is the best, since the AP of so short a training is always 0
 SHORT = [*TINY, "threads=1", "trainer.max_epochs=3", "optimized_metric=val/loss", "head.box_head.dropout=0.5", "checkpoint.every_n_steps=1"]
-
-
-def composed(name, *overrides):
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
 
 
 def run_train(folder, *overrides):

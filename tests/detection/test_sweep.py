@@ -4,39 +4,21 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from detection.sweep import check_same, run_in_sweep, share_done
+from tests.configuration import ROOT
 from tests.fake_slurm import install
+from tests.trainings import TINY
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = [
-    "-m",
-    "experiment=quantization_core",
-    "roi=align,pool",
-    "seed=5",
-    "cross=[align,warp]",
-    "trainer=cpu",
-    "trainer.max_epochs=2",
-    "trainer.log_every_n_steps=1",
-    "data.source.train=8",
-    "data.source.val=3",
-    "data.source.test=4",
-    "data.source.image_size=96",
-    "data.source.sides=[24,48]",
-    "data.source.objects=[1,2]",
-    "backbone.width=0.0625",
-    "head.box_head.hidden=32",
-    "head.score_threshold=0.01",
-]
+SWEEP = ["-m", "experiment=quantization_core", "roi=align,pool", "seed=5", "cross=[align,warp]", *TINY, "trainer.max_epochs=2"]
 
 
 def sweep(folder, *overrides):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, *overrides]
+    command = [sys.executable, str(ROOT / "train.py"), *SWEEP, *overrides]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 

@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
@@ -15,7 +14,7 @@ from detection.backbone import VGG16
 from detection.checkpoint import PARTS, load_checkpoint, offer_checkpoint
 from detection.recent import WholeCheckpointIO
 from detection.trusted import check_trusted, known_targets
-from tests.conftest import ROOT
+from tests.configuration import composed
 
 
 class Runs:
@@ -44,8 +43,7 @@ def test_a_pickle_inside_is_not_run(tmp_path, load, zipped):
 @pytest.fixture(scope="module")
 def config():
     """What train.py keeps in a checkpoint."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return OmegaConf.to_container(compose("train"))
+    return OmegaConf.to_container(composed("train"))
 
 
 def save(path, config, /, **more):

@@ -9,13 +9,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from detection.data.annotations import as_coco
 from detection.evaluation.coco import Metrics, evaluate, write_metrics, write_results
+from tests.configuration import composed
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SCATTER = {  # pixels by which an arm's edges are off, one standard deviation
     "align": 3.0,
     "pool": 7.5,
@@ -57,8 +56,7 @@ def write_fake_sweep(
                 continue
             run = folder / name
             run.mkdir(exist_ok=True)
-            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-                config = compose("train", overrides=[f"roi={arm}", f"seed={seed}", f"run_dir={run}", f"data.root={root}", *overrides])
+            config = composed("train", f"roi={arm}", f"seed={seed}", f"run_dir={run}", f"data.root={root}", *overrides)
             config.arm = arm
             OmegaConf.save(config, run / "config.yaml", resolve=True)
             if name in failed:

@@ -105,31 +105,14 @@ def test_two_processes_that_torchrun_starts_train_and_evaluate_to_the_same_resul
     assert (tmp_path / "run" / "cross.json").read_text() == (trained / "cross.json").read_text()
 
 
-STOPPED = """
-import os, runpy, signal, sys
-from detection.detector import FastRCNN
-
-forward, steps = FastRCNN.forward, 0
-
-def told_in_the_third_step(self, *args):
-    global steps
-    steps += self.training
-    if self.training and steps == 3 and os.environ["SLURM_PROCID"] == "1":
-        os.kill(os.getpid(), signal.SIGUSR1)
-    return forward(self, *args)
-
-FastRCNN.forward = told_in_the_third_step
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @pytest.mark.slow
 def test_processes_stop_together_and_go_on_to_the_same_end(trained, data, tmp_path):
     """The second one alone is told, in the middle of a step; and the run that goes on is one that Lightning starts."""
     command = ["train.py", *SHORT, *TWO, "cross=[pool]", f"data.root={data}", "checkpoint.every_n_steps=100"]
     run, aside = tmp_path / "runs" / "run", tmp_path / "aside"
-    stopped = started_by_slurm(tmp_path, *command, "hydra.run.dir=runs/run", before=["-c", STOPPED])
+    stopped = started_by_slurm(
+        tmp_path, *command, "hydra.run.dir=runs/run", before=in_the_third_step("os.kill(os.getpid(), signal.SIGUSR1)")
+    )
     assert ended(*stopped) == [128 + signal.SIGTERM, 0], (tmp_path / "said.txt").read_text()
     assert [path.name for path in recent_checkpoints(run)] == ["step_0000003.ckpt"]
     shutil.copytree(run, aside)
@@ -145,30 +128,39 @@ def test_processes_stop_together_and_go_on_to_the_same_end(trained, data, tmp_pa
     assert remains(run) == remains(trained)
 
 
-NAN = """
-import os, runpy, sys
+THIRD_STEP = """
+import os, runpy, signal, sys
 from detection.detector import FastRCNN
 
 forward, steps = FastRCNN.forward, 0
 
-def no_number_in_the_third_step(self, *args):
+def watched(self, *args):
     global steps
     steps += self.training
     detections, losses = forward(self, *args)
     if self.training and steps == 3 and os.environ["SLURM_PROCID"] == "1":
-        losses = {name: loss * float("nan") for name, loss in losses.items()}
+        WHAT
     return detections, losses
 
-FastRCNN.forward = no_number_in_the_third_step
+FastRCNN.forward = watched
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def in_the_third_step(what):
+    """What to put before a script, for this to happen in the second of the processes that SLURM starts, in the middle of that step."""
+    return ["-c", THIRD_STEP.replace("WHAT", what)]
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_in_one_process_ends_both_and_loses_no_checkpoint(trained, data, tmp_path):
     command = ["train.py", *SHORT, *TWO, "cross=[pool]", f"data.root={data}", "hydra.run.dir=run"]
-    assert ended(*started_by_slurm(tmp_path, *command, before=["-c", NAN])) == [1, 1]
+    assert ended(
+        *started_by_slurm(
+            tmp_path, *command, before=in_the_third_step('losses = {name: loss * float("nan") for name, loss in losses.items()}')
+        )
+    ) == [1, 1]
     said = (tmp_path / "said.txt").read_text()
     assert "the loss is nan in step 2 (epoch 1, batch 0" in said
     assert "the loss of another process is no number in step 2;" in said

@@ -177,7 +177,7 @@ class SweepCallback(Callback):
 
 
 class Progress:
-    """A bar that counts the runs that are finished or failed in their folders, and those that are on their way by their epochs."""
+    """A bar that counts the runs that are finished or failed in their folders, and those that are on their way by their epochs or steps."""
 
     def __init__(self, runs: Mapping[Path, dict], every: float = 2.0):
         self.runs = runs
@@ -199,7 +199,7 @@ class Progress:
         self.bar.close()
 
     def done(self) -> float:
-        return sum(share_done(run_dir, config["trainer"]["max_epochs"]) for run_dir, config in self.runs.items())
+        return sum(share_done(run_dir, config["trainer"]) for run_dir, config in self.runs.items())
 
     def _watch(self) -> None:
         while not self.stopped.wait(self.every):
@@ -213,13 +213,20 @@ class Progress:
         self.bar.refresh()
 
 
-def share_done(run_dir: Path, max_epochs: int) -> float:
-    """0 to 1. A run on its way counts by the epoch that its metrics.csv has come to; evaluation at the end is one epoch more."""
+def share_done(run_dir: Path, trainer: Mapping[str, Any]) -> float:
+    """0 to 1. A run on its way counts by the epoch or the step that its metrics.csv has come to, whichever of `trainer`'s limits is nearer;
+    evaluation at the end is taken for a tenth more."""
     if any((run_dir / name).is_file() for name in (FINISHED, FAILED)):
         return 1.0
     logged = run_dir / "metrics.csv"
-    if max_epochs < 1 or not logged.is_file():
+    if not logged.is_file():
         return 0.0
     with open(logged, newline="") as file:
-        epochs = [int(row["epoch"]) for row in csv.DictReader(file) if (row.get("epoch") or "").isdigit()]
-    return min(max(epochs, default=0), max_epochs) / (max_epochs + 1)
+        rows = list(csv.DictReader(file))
+    come_to = {"max_epochs": "epoch", "max_steps": "step"}
+    shares = [
+        max((int(row[column]) for row in rows if (row.get(column) or "").isdigit()), default=0) / trainer[limit]
+        for limit, column in come_to.items()
+        if (trainer.get(limit) or -1) > 0
+    ]
+    return min(max(shares, default=0.0), 1.0) / 1.1

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# where things lie, what is written down, how many processes load and who computes the same metrics decides no result
+# where things lie, what is written down and shown, how many processes load and who computes the same metrics decides no result
 NO_RESULT = {"run_dir", "default_root_dir", "save_dir", "root", "cache_dir", "resume", "checkpoint", "logger", "num_workers", "coco_eval"}
+NO_RESULT |= {"enable_progress_bar", "enable_model_summary", "log_every_n_steps"}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

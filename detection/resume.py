@@ -70,23 +70,36 @@ def check_unfinished(run: Path, config: dict[str, Any]) -> None:
         )
 
 
+def check_no_other(run: Path, config: dict[str, Any]) -> None:
+    """Raises ValueError where `run` holds checkpoints of an unfinished run of another configuration than `config`."""
+    before = _read_config(run)
+    if _checkpoints(run) and not (run / FINISHED).is_file() and before is not None and (differ := differences(before, config)):
+        raise ValueError(
+            f"resume=auto: {run} holds an unfinished run of another configuration: {shorten(differ)}. To go on with it repeat its command "
+            f"({run}/config.yaml says which); to begin anew choose another folder, or remove its checkpoints"
+        )
+
+
 def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
     """The checkpoint that training goes on from, and says so in the log; None: it begins.
 
     Raises:
         FileNotFoundError: `cfg.resume` is neither `auto`, a run folder, nor a checkpoint.
-        ValueError: it names a run or a checkpoint from which nothing can go on.
+        ValueError: it names a run or a checkpoint from which nothing can go on; or `auto` would begin anew in the folder of another run,
+            whose checkpoints would be lost.
     """
     if cfg.resume is None:
         return None
     if cfg.resume == "auto":
+        check_no_other(Path(cfg.run_dir), _resolved(cfg, cfg.run_dir))
         chosen = _newest_whole(Path(cfg.run_dir), cfg)
         if chosen is None:
             log.info("resume=auto: there is no unfinished run of this configuration with a checkpoint. This is a new one: %s", cfg.run_dir)
         return chosen
     given = Path(cfg.resume)
     if given.is_file():
-        load_checkpoint(given)
+        if differ := differences(load_checkpoint(given)["config"], OmegaConf.to_container(cfg)):
+            log.warning("%s had another configuration: %s. The rates of its optimizer are kept", given, shorten(differ))
         return given
     check_unfinished(given, _resolved(cfg, cfg.run_dir))
     chosen = _newest_whole(given, cfg)

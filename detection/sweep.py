@@ -32,6 +32,7 @@ from detection.evaluation.report import write_report
 from detection.evaluation.report.origin import add_origin
 from detection.lock import AtWork, is_running, only_process
 from detection.processes import is_first, several
+from detection.resume import check_no_other
 from detection.run import FINISHED
 
 log = logging.getLogger(__name__)
@@ -144,8 +145,11 @@ class SweepCallback(Callback):
         try:
             runs = planned_runs(config)
             finished = [run_dir for run_dir in runs if (run_dir / FINISHED).is_file()]
-            for run_dir in finished:
-                check_same(run_dir, runs[run_dir])
+            for run_dir, run in runs.items():
+                if run_dir in finished:
+                    check_same(run_dir, run)
+                elif run.get("resume") == "auto":
+                    check_no_other(run_dir, run)
             if len(finished) < len(runs):  # what the runs share is made once, by all cores, and a mistake in it is told once
                 data = instantiate(config.data)
                 data.prepare_data()

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from detection.lock import only_process
 from detection.recent import recent_checkpoints
-from detection.resume import checkpoint_to_resume, run_folder
+from detection.resume import check_no_other, checkpoint_to_resume, run_folder
 from tests.configuration import ROOT
 from tests.faults import power_cut
 from tests.trainings import SHORT, configuration, remains
@@ -187,6 +187,14 @@ class TestWhichRunGoesOn:
         run = self.run(tmp_path / "run", configuration("somewhere", "data", f"seed={seed}"), *files)
         with pytest.raises(ValueError, match=message):
             checkpoint_to_resume(configuration(run, "data", f"resume={run}", "seed=0"))
+
+    def test_auto_leaves_another_unfinished_run_in_the_named_folder_alone(self, tmp_path):
+        run = self.run(tmp_path / "run", configuration("somewhere", "data", "seed=1"), "step_0000001.ckpt", "step_0000002.ckpt")
+        with pytest.raises(ValueError, match=r"unfinished run of another configuration: seed was 1 and is 0; .* another folder"):
+            train(configuration(run, "data", "resume=auto"))
+        assert len(recent_checkpoints(run)) == 2 and OmegaConf.load(run / "config.yaml").seed == 1
+        (run / "metrics.json").touch()
+        check_no_other(run, {"seed": 0})
 
     def test_a_wrong_path_says_what_is_expected(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no such run folder or checkpoint; resume=auto"):

@@ -4,6 +4,7 @@ A schedule is a callable `(optimizer, total_steps) -> LRScheduler`, stepped once
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -52,6 +53,13 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+class _OneCycle(OneCycleLR):
+    """A training that goes on with another length than it began with follows the cycle of the new length, not the old one to its end."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state | {name: getattr(self, name) for name in ("total_steps", "_schedule_phases")})
+
+
 def one_cycle(
     optimizer: Optimizer,
     total_steps: int,
@@ -64,7 +72,7 @@ def one_cycle(
 
     `cycle_momentum`: the momentum (Adam's first beta) falls from 0.95 to 0.85 while the rate rises, and returns.
     """
-    return OneCycleLR(
+    return _OneCycle(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=total_steps,

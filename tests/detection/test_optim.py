@@ -70,3 +70,25 @@ def test_one_cycle_peaks_at_each_groups_own_rate():
     first, second = zip(*seen, strict=True)
     assert (first[0], max(first), first[-1]) == pytest.approx((0.1, 1.0, 0.01), rel=1e-3)
     assert second == pytest.approx([rate / 10 for rate in first])
+
+
+def test_a_cycle_goes_on_with_another_length():
+    """Half of a cycle of 8 steps, then the second half of one of 16: at step 12 of 16 as if it had been 16 from the beginning."""
+
+    def scheduled(steps):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+        return optimizer, one_cycle(optimizer, steps)
+
+    def step(optimizer, scheduler, times):
+        for _ in range(times):
+            optimizer.step()
+            scheduler.step()
+
+    short, long, resumed = scheduled(8), scheduled(16), scheduled(16)
+    step(*short, 4)
+    for part, state in zip(resumed, short, strict=True):
+        part.load_state_dict(state.state_dict())
+    step(*resumed, 8)
+    step(*long, 12)
+    assert resumed[0].param_groups[0]["lr"] == pytest.approx(long[0].param_groups[0]["lr"])
+    step(*resumed, 3)

@@ -25,8 +25,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
     checkpoint = load_checkpoint(cfg.ckpt)
     check_categories(checkpoint, data.categories)
-    cfg.backbone.weights = None  # the checkpoint has them
-    detector = build_detector(cfg, num_classes=len(data.categories) + 1)
+    detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=False)
     load_weights(detector, checkpoint)
 
     module = DetectionModule(detector, categories=data.categories, coco_eval=instantiate(cfg.coco_eval))

@@ -36,8 +36,7 @@ def predict(cfg: DictConfig) -> list[dict]:
     run_dir = begin(cfg)
 
     checkpoint = load_checkpoint(cfg.ckpt)
-    cfg.backbone.weights = None  # the checkpoint has them
-    detector = build_detector(cfg, num_classes=len(checkpoint["categories"]) + 1)
+    detector = build_detector(cfg, num_classes=len(checkpoint["categories"]) + 1, pretrained=False)
     load_weights(detector, checkpoint)
 
     pictures = Pictures(records, provider(cfg), instantiate(cfg.data.eval_transform))

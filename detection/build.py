@@ -1,5 +1,6 @@
 """From a configuration to a detector."""
 
+import copy
 from typing import Any
 
 import hydra.utils
@@ -20,13 +21,19 @@ def instantiate(node: DictConfig, **more: Any) -> Any:
         raise cause from None
 
 
-def build_detector(cfg: DictConfig, num_classes: int) -> FastRCNN:
+def build_detector(cfg: DictConfig, num_classes: int, pretrained: bool = True) -> FastRCNN:
     """The detector that `cfg.backbone`, `cfg.roi` and `cfg.head` draw.
 
     Args:
         cfg: with `backbone`, `roi`, `head` and `channels_last`.
         num_classes: background included.
+        pretrained: whether parts with a setting `weights` start from those; a checkpoint, which has all weights, wants none of them.
     """
+    if not pretrained:
+        cfg = copy.deepcopy(cfg)
+        for part in (cfg.backbone, cfg.head.get("box_head", {})):
+            if "weights" in part:
+                part.weights = None
     backbone = instantiate(cfg.backbone)
     roi_heads = instantiate(
         cfg.head,

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,21 @@ class TwoFCHead(nn.Sequential):
         dropout: 0.5 in Fast R-CNN.
         weights: as for `load_vgg16`. fc6 and fc7 are taken from `classifier.0` and `classifier.3` where the weights have them; else, and
             where None is given, they start random (Kaiming) and a log line says so.
+        norm: of the backbone. With "batch" a name in `weights` means `vgg16_bn`, whose fc6 and fc7 belong to its convolutions.
 
     Raises:
         ValueError: the weights hold fc6 and fc7 of another shape.
     """
 
-    def __init__(self, in_channels: int, output_size: int, hidden: int = 4096, dropout: float = 0.5, weights: str | Path | None = None):
+    def __init__(
+        self,
+        in_channels: int,
+        output_size: int,
+        hidden: int = 4096,
+        dropout: float = 0.5,
+        weights: str | Path | None = None,
+        norm: Literal["none", "batch"] = "none",
+    ):
         fc6, fc7 = nn.Linear(in_channels * output_size**2, hidden), nn.Linear(hidden, hidden)
         super().__init__(nn.Flatten(), fc6, nn.ReLU(inplace=True), nn.Dropout(dropout), fc7, nn.ReLU(inplace=True), nn.Dropout(dropout))
         self.out_features = hidden
@@ -35,7 +45,7 @@ class TwoFCHead(nn.Sequential):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
         if weights is not None:
-            self._take_over(load_vgg16(weights), weights)
+            self._take_over(load_vgg16(weights, batch_norm=norm == "batch"), weights)
 
     def _take_over(self, state: dict[str, Tensor], source: str | Path) -> None:
         if not any(key.startswith("classifier.") for key in state):

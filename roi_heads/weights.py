@@ -19,6 +19,7 @@ def load_vgg16(weights: str | Path, batch_norm: bool = False) -> dict[str, Tenso
         ValueError: neither a name nor a file, or a file that holds something else; the message names it.
     """
     names = get_model_weights("vgg16_bn" if batch_norm else "vgg16").__members__
+    names = {name: entry for name, entry in names.items() if "FEATURES" not in name}  # made for pixels of another scale and mean
     if str(weights) in names:
         state = names[str(weights)].get_state_dict(progress=True, check_hash=True)
     elif Path(weights).is_file():

@@ -144,3 +144,11 @@ def test_the_papers_recipe_is_the_papers():
     assert (cfg.trainer.max_steps, cfg.backbone.frozen_blocks, cfg.head.box_head.dropout) == (240_000, 2, 0.5)
     assert (cfg.data.train_transform.short_side, cfg.data.train_transform.max_side) == (600, 1000)
     assert "IMAGENET1K_V1" == cfg.backbone.weights == cfg.head.box_head.weights
+
+
+def test_a_checkpoint_needs_no_file_of_the_weights_that_training_began_with():
+    cfg = composed(*SMALL, "backbone=vgg16", "head=two_fc", "backbone.weights=gone.pth", "head.box_head.weights=gone_too.pth")
+    with pytest.raises(ValueError, match=r"gone\.pth: no such file"):
+        build_detector(cfg, num_classes=3)
+    build_detector(cfg, num_classes=3, pretrained=False)
+    assert cfg.backbone.weights == "gone.pth", "the configuration itself is left as it is"

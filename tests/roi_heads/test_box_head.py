@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from roi_heads import BoxPredictor, TwoFCHead
+from roi_heads import BoxPredictor, TwoFCHead, box_head
+from roi_heads.weights import load_vgg16
 
 
 def test_shapes():
@@ -49,3 +50,16 @@ def test_weights_without_fully_connected_layers_are_told(tmp_path, caplog):
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "vgg16.pth")
     TwoFCHead(in_channels=2, output_size=3, hidden=6, weights=tmp_path / "vgg16.pth")
     assert "fc6 and fc7 start random" in caplog.text
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_a_name_means_the_network_of_the_backbone(norm, monkeypatch):
+    asked = []
+    monkeypatch.setattr(box_head, "load_vgg16", lambda *_, batch_norm: asked.append(batch_norm) or _classifier(hidden=6, inputs=18))
+    TwoFCHead(in_channels=2, output_size=3, hidden=6, weights="IMAGENET1K_V1", norm=norm)
+    assert asked == [norm == "batch"]
+
+
+def test_weights_that_want_other_pixels_are_not_offered():
+    with pytest.raises(ValueError, match=r"no name of torchvision's VGG16 weights \(IMAGENET1K_V1, DEFAULT\)"):
+        load_vgg16("IMAGENET1K_FEATURES")

@@ -87,14 +87,25 @@ class EmbeddedSet:
     seed: int = 0
 
     def __call__(self, root: Path | str) -> None:
-        """Writes the set to `root` unless it is there. A set with other settings is replaced; a folder of anything else is an error."""
+        """Writes the set to `root` unless it is there. One that an older version drew is replaced.
+
+        Raises:
+            FileExistsError: `root` holds a set with other settings, from which another training may be reading, or something else.
+        """
         root = Path(root)
         if root.exists() and any(root.iterdir()):
-            if "drawing" not in _read_stamp(root):
+            there, wanted = _read_stamp(root), self._stamp()
+            if "drawing" not in there:
                 raise FileExistsError(f"{root} holds something else than an embedded set (no {STAMP} of one); choose another data.root.")
-            if self._is_at(root):
+            if there == wanted:
                 return
-            log.warning("The set in %s was made with other settings: making it anew.", root)
+            differ = [f"{key} is {there.get(key)} there and {wanted[key]} here" for key in asdict(self) if there.get(key) != wanted[key]]
+            if differ:
+                raise FileExistsError(
+                    f"{root} holds an embedded set with other settings: {'; '.join(differ)}. Give this one a folder of its own, such as "
+                    f"data.root={root}_2, or remove the other if nothing reads it any more."
+                )
+            log.warning("The set in %s was drawn by an older version: making it anew.", root)
         try:
             root.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(root.parent / f".{root.name}.lock"):

@@ -81,16 +81,25 @@ def test_splits_are_drawn_independently_and_alike_every_time(tmp_path):
     assert all((a != b).any() for a, b in pairwise(pictures))
 
 
-def test_a_set_is_made_once_and_anew_for_other_settings(tmp_path):
+def test_a_set_is_made_once_and_anew_by_another_version(tmp_path, monkeypatch):
     root = tmp_path / "deep" / "set"
     SMALL(root)
     (root / "witness").touch()
     EmbeddedSet(train=6, val=3, test=2, objects=[1, 5])(root)  # a list, as a config has it, is the same setting
     assert (root / "witness").exists()
-    replace(SMALL, seed=1)(root)
+    monkeypatch.setattr(embedded, "DRAWING", 0)
+    SMALL(root)
     assert not (root / "witness").exists()
-    assert json.loads((root / "complete.json").read_text())["seed"] == 1
+    assert json.loads((root / "complete.json").read_text())["drawing"] == 0
     assert sorted(entry.name for entry in root.parent.iterdir()) == [".set.lock", "set"]
+
+
+def test_a_set_with_other_settings_is_not_replaced(tmp_path):
+    """Another training may be reading it."""
+    SMALL(tmp_path / "set")
+    with pytest.raises(FileExistsError, match=r"noise is 1\.5 there and 3\.0 here; seed is 0 there and 1 here\. .*data\.root=.*set_2"):
+        replace(SMALL, seed=1, noise=3.0)(tmp_path / "set")
+    SMALL(tmp_path / "set")
 
 
 def test_nothing_is_left_of_a_set_that_was_interrupted(tmp_path, monkeypatch):
@@ -107,12 +116,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_a_full_disk_leaves_the_set_that_was_there(tmp_path):
+def test_a_full_disk_leaves_the_set_that_was_there(tmp_path, monkeypatch):
     SMALL(tmp_path / "set")
+    monkeypatch.setattr(embedded, "DRAWING", 0)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     with full_disk(10_000), pytest.raises(NotWrittenError, match=r"set could not be written: .* Make room there"):
-        replace(SMALL, seed=1)(tmp_path / "set")
+        SMALL(tmp_path / "set")
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    monkeypatch.undo()
     assert SMALL._is_at(tmp_path / "set")
 
 

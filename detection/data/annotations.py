@@ -24,6 +24,8 @@ COCO's layout is folders of images, and an instances json for each:
     <root>/annotations/instances_train2017.json, ..._val2017.json    from annotations_trainval2017.zip
 (the three official archives are at https://cocodataset.org/#download; say where they are with data.root=<root>)"""
 
+OWN = "A split may have a choice of its own: +data.val.subset=20, +data.test.ids=[...]."
+
 REQUIRED = {
     "images": ("id", "file_name", "width", "height"),
     "annotations": ("image_id", "category_id", "bbox"),
@@ -130,7 +132,7 @@ def choose_ids(
         raise ValueError("Give `subset` (how many images) or `ids` (which ones), not both.")
     if subset is not None:
         if not 0 < subset <= len(available):
-            raise ValueError(f"subset={subset} of {len(available)} images: choose between 1 and {len(available)}.")
+            raise ValueError(f"subset={subset} of {len(available)} images: choose between 1 and {len(available)}. {OWN}")
         # The stream of RandomState is frozen by numpy (NEP 19): the subset stays the same through the years.
         return sorted(np.random.RandomState(seed).permutation(available)[:subset].tolist())
     if ids is not None:
@@ -138,7 +140,7 @@ def choose_ids(
         unknown = sorted(set(wanted) - set(available))
         if unknown:
             raise ValueError(
-                f"{len(unknown)} of the {len(wanted)} image ids asked for are not in the annotations; the first is {unknown[0]}."
+                f"{len(unknown)} of the {len(wanted)} image ids asked for are not in the annotations; the first is {unknown[0]}. {OWN}"
             )
         return sorted(set(wanted))
     return available

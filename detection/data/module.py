@@ -75,7 +75,8 @@ class DetectionData(pl.LightningDataModule):
     Args:
         root: the folder that the splits' paths are relative to.
         train, val, test: each `{"images": folder, "annotations": json}`, or None where there is no such split. With `"part": [low, high]`
-            it is that part of their images (see `CocoDetection`): a validation set can be held out of the training images.
+            it is that part of their images (see `CocoDetection`): a validation set can be held out of the training images. `"subset"` and
+            `"ids"` are those of this split alone.
         proposals: one provider for all splits, or one for each: `{"train": ..., "val": ..., "test": ...}`.
         train_transform, eval_transform: see `detection.data.transforms`.
         batch_size, eval_batch_size: images in a batch of each process.
@@ -144,8 +145,11 @@ class DetectionData(pl.LightningDataModule):
 
     def _read(self, split: str) -> CocoDetection:
         paths = {name: self.root / self.paths[split][name] for name in ("images", "annotations")}
-        options = self.options[split] | {"part": self.paths[split].get("part"), "subset_seed": self.subset_seed}
-        dataset = CocoDetection(**paths, proposals=self.proposals[split], **options)
+        own = {name: value for name, value in self.paths[split].items() if name not in paths}
+        try:
+            dataset = CocoDetection(**paths, proposals=self.proposals[split], **self.options[split] | own, subset_seed=self.subset_seed)
+        except ValueError as error:
+            raise ValueError(f"the {split} split: {error}") from error
         for other in (self.train, self.val, self.test):
             if other is not None and other.categories != dataset.categories:
                 raise ValueError(f"{paths['annotations']} has other categories than the other splits of {self.root}.")

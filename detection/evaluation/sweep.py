@@ -190,8 +190,8 @@ def _evaluated(run: Run) -> tuple:
     """(annotations, part, subset, ids, subset_seed): what decides on which images a run was evaluated."""
     data = run.config.data
     split = data.test if data.test is not None else data.val
-    part, ids = (tuple(value) if OmegaConf.is_list(value) else value for value in (split.get("part"), data.ids))
-    return Path(data.root) / split.annotations, part, data.subset, ids, data.subset_seed
+    part, ids = (tuple(value) if OmegaConf.is_list(value) else value for value in (split.get("part"), split.get("ids", data.ids)))
+    return Path(data.root) / split.annotations, part, split.get("subset", data.subset), ids, data.subset_seed
 
 
 def _read_json(path: Path, kind: type) -> list | dict:

@@ -59,6 +59,16 @@ def test_subset_is_for_evaluation_and_train_subset_for_training(root):
     assert data(root, subset=2, seed=9).test.image_ids == made.test.image_ids  # whatever the seed of the run
 
 
+def test_a_split_may_have_a_choice_of_its_own(root):
+    ids = data(root).test.image_ids
+    made = data(root, subset=2, test=SPLITS["test"] | {"subset": None, "ids": ids[:1]})
+    assert (len(made.val), made.test.image_ids) == (2, ids[:1])
+    with pytest.raises(ValueError, match=r"the val split: 1 of the 1 image ids .* \+data\.test\.ids="):
+        data(root, ids=ids[:1])
+    with pytest.raises(ValueError, match=r"the test split: subset=4 of 3 images"):
+        data(root, subset=4)
+
+
 def test_a_validation_set_can_be_held_out_of_the_training_images(root):
     held_out = data(root, train=SPLITS["train"] | {"part": [0.0, 0.7]}, val=SPLITS["train"] | {"part": [0.7, 1.0]})
     assert (len(held_out.train), len(held_out.val)) == (7, 3)
@@ -221,6 +231,11 @@ class TestConfigs:
     def test_the_embedded_set_is_the_one_that_its_class_describes(self):
         source = instantiate(self.config("+data=embedded", "+proposals=grid").data.source)
         assert source._stamp() == EmbeddedSet()._stamp()
+
+    def test_a_custom_set_is_taken_whole(self, root):
+        made = instantiate(self.config("+data=custom", "+proposals=grid", f"data.root={root}").data)
+        made.setup()
+        assert (len(made.train), len(made.val), made.test) == (10, 4, None)
 
     def test_coco_says_what_is_missing(self):
         with pytest.raises(Exception, match=r"data\.root=<folder>"):

@@ -167,7 +167,7 @@ class FastRCNNHeads(RoIHeads):
     def draw(self, labels: Tensor, epoch: int, image_id: int) -> Tensor:
         """Mask of the RoIs sampled: torchvision's sampler, on a CPU generator of its own, so that the batch has no say."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.seed, epoch, int(image_id))))
+            torch.default_generator.manual_seed(hash((self.seed, epoch, int(image_id))))  # torch.manual_seed would reseed CUDA's as well
             foreground, background = self.fg_bg_sampler([labels.cpu()])
         return (foreground[0] | background[0]).bool().to(labels.device)
 

@@ -7,14 +7,14 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from detection.build import build_detector, instantiate
-from detection.cross import cross_evaluate
+from detection.cross import check_operators, cross_evaluate
 from detection.data.same_data import SameData
 from detection.lock import only_process
 from detection.module import DetectionModule
 from detection.processes import before_launch, cluster_plugins
 from detection.recent import RecentCheckpoints, WholeCheckpointIO
 from detection.resume import checkpoint_to_resume
-from detection.run import begin, draw_curves, progress_bar, report, report_cross
+from detection.run import begin, check_metric, draw_curves, progress_bar, report, report_cross
 from detection.stop import CleanStop, FiniteLoss, handed_on, told_plainly
 from detection.sweep import run_in_sweep
 from detection.waiting import Waiting
@@ -28,11 +28,13 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Returns:
         The metrics by name: `cfg.optimized_metric` of the best checkpoint, and `test/AP`, `test/AP50`, ... in percent.
     """
+    check_operators(cfg.cross)
     resumed = checkpoint_to_resume(cfg)
     run_dir = begin(cfg)
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup()
+    mode = check_metric(cfg.optimized_metric, validates=data.val is not None)
     module = DetectionModule(
         build_detector(cfg, num_classes=len(data.categories) + 1),
         **instantiate(cfg.optim),
@@ -44,7 +46,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     )
 
     best = ModelCheckpoint(
-        run_dir, filename="best", monitor=cfg.optimized_metric, mode="max", save_weights_only=True, enable_version_counter=False
+        run_dir, filename="best", monitor=cfg.optimized_metric, mode=mode, save_weights_only=True, enable_version_counter=False
     )
     recent = RecentCheckpoints(run_dir, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep)
     same = SameData(data, required=cfg.checkpoint.same_data)

@@ -5,6 +5,7 @@ python -m detection.cross runs/<sweep>     # the full matrix: what `cross` left 
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def read_operator(name: str) -> DictConfig:
             f"cross: there is no operator {name}; choose from {', '.join(sorted(path.stem for path in OPERATORS.glob('*.yaml')))}"
         )
     return OmegaConf.load(path)
+
+
+def check_operators(names: Sequence[str]) -> None:
+    """Raises ValueError where one of them is no operator: a typo is not to be found when training is over."""
+    for name in names:
+        read_operator(name)
 
 
 def cross_evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataModule, split: str) -> dict[str, Metrics]:
@@ -78,8 +85,7 @@ def complete(run: Run, operators: list[str]) -> None:
     data.setup()
     checkpoint = load_checkpoint(run.folder / "best.ckpt")
     check_categories(checkpoint, data.categories)
-    cfg.backbone.weights = None  # the checkpoint has them
-    detector = build_detector(cfg, num_classes=len(data.categories) + 1)
+    detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=False)
     load_weights(detector, checkpoint)
     module = DetectionModule(detector, categories=data.categories)
     module.metrics = run.metrics

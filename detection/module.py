@@ -1,5 +1,6 @@
 """Training and evaluation of a detector as Lightning runs them."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from detection.evaluation.coco import Metrics, evaluate, to_coco_results
 from detection.evaluation.matching import Evaluator, SilentCOCOeval
 
 Batch = tuple[list[Tensor], list[dict]]
+LOGGED = ("AP", "AP50", "AP75", "loss", "loss_classifier", "loss_box")  # of a validation
 
 
 class DetectionModule(pl.LightningModule):
@@ -70,7 +72,12 @@ class DetectionModule(pl.LightningModule):
         optimizer = self.optimizer(self.groups(self.detector))
         if self.schedule is None:
             return optimizer
-        scheduler = self.schedule(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError(
+                "the schedule has to know how long training is: give trainer.max_epochs or trainer.max_steps, or optim.schedule=null"
+            )
+        scheduler = self.schedule(optimizer, total_steps=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -140,7 +147,7 @@ class DetectionModule(pl.LightningModule):
         losses = {f"{split}/{name}": sum(count * loss[name] for count, loss in batches) / images for name in batches[0][1]}
         self.results = to_coco_results(self.detections, dataset.label_to_category_id)
         self.metrics = evaluate(dataset.coco, self.results, sorted(self.detections), coco_eval=self.coco_eval)
-        shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in ("AP", "AP50", "AP75")}
+        shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in LOGGED}
         together = {"sync_dist": True, "reduce_fx": "max"}  # equal everywhere, and a maximum leaves each as it is; Lightning warns without
         self.log_dict(losses, **together)
         self.log_dict(shown, prog_bar=True, **together)

@@ -118,12 +118,14 @@ class RecentCheckpoints(Checkpoint):
         batches["is_last_batch"] = False
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A run folder may have been moved since: `ModelCheckpoint` would forget which one was the best, and write over it."""
+        """A run folder may have been moved since: `ModelCheckpoint` would forget which one was the best, and write over it. That of another
+        run it would take for its own."""
         here = self.folder.resolve()
-        if Path(trainer.ckpt_path).resolve().parent != here:
-            return  # another run's
+        of_another_run = Path(trainer.ckpt_path).resolve().parent != here
         for state in checkpoint["callbacks"].values():
-            if "best_k_models" in state:
+            if "best_k_models" in state and of_another_run:
+                state["best_model_path"] = ""
+            elif "best_k_models" in state:
                 state["dirpath"] = str(here)
                 for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
                     state[key] = state[key] and str(here / Path(state[key]).name)

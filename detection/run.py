@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from detection.evaluation.coco import Metrics, format_table, write_metrics, write_results
 from detection.evaluation.figures import curves, detections_sheet
 from detection.evaluation.files import write_whole
-from detection.module import DetectionModule
+from detection.module import LOGGED, DetectionModule
 from detection.processes import is_first
 from detection.progress import TimeLeft
 
@@ -26,6 +26,7 @@ FINISHED = "metrics.json"  # the last file of a run
 def begin(cfg: DictConfig) -> Path:
     """Checks the machine, seeds, writes the configuration into the run folder and returns that folder."""
     check_accelerator(cfg.trainer)
+    check_precision(cfg.trainer)
     hush_lightning()
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -69,6 +70,27 @@ def check_accelerator(trainer: DictConfig) -> None:
             f"trainer.accelerator={trainer.accelerator} with trainer.devices={trainer.devices} wants a CUDA device, and PyTorch sees "
             f"{present} here. Choose trainer=cpu, or see that the driver and a CUDA build of PyTorch are there"
         )
+
+
+def check_precision(trainer: DictConfig) -> None:
+    """Raises ValueError where Lightning would cast whole batches to 16 bits: boxes would be rounded, to whole pixels and worse."""
+    if str(trainer.get("precision")) in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision={trainer.precision} rounds boxes as well: 301.3 pixels are 302 in bfloat16. Choose bf16-mixed or 16-mixed, "
+            "which compute in 16 bits and keep coordinates in 32"
+        )
+
+
+def check_metric(name: str, validates: bool) -> str:
+    """Whether a checkpoint is the better one for more of `optimized_metric` or for less: "max" or "min", as `ModelCheckpoint` has it.
+
+    Raises:
+        ValueError: there are validations, and none of them has this metric.
+    """
+    known = [f"val/{logged}" for logged in LOGGED]
+    if validates and name not in known:
+        raise ValueError(f"optimized_metric={name}: the best checkpoint is chosen on the val split, by one of {', '.join(known)}")
+    return "min" if "loss" in name else "max"
 
 
 def draw_curves(run_dir: Path) -> None:

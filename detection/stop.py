@@ -75,7 +75,7 @@ def handed_on() -> Iterator[None]:
     try:
         yield
     except SIGTERMException as stop:
-        if stop.code - 128 in REQUEUE and callable(signal.getsignal(stop.code - 128)):
+        if stop.code is not None and stop.code - 128 in REQUEUE and callable(signal.getsignal(stop.code - 128)):
             signal.raise_signal(stop.code - 128)
         raise
 
@@ -123,7 +123,8 @@ class FiniteLoss(pl.Callback):
         raise FloatingPointError(
             f"the loss is {found['loss']} in step {found['step']} (epoch {found['epoch']}, batch {found['batch']}, images "
             f"{found['image_ids']}), the largest weight {found['largest_weight']}. {path} has the whole of it, and {again}. If weights are "
-            "large, a lower optim.groups.lr or trainer.gradient_clip_val=10 helps; if not, look at these images"
+            "large, a lower optim.groups.lr or trainer.gradient_clip_val=10 helps (which in 16 bits wants optim.optimizer.fused=null); if "
+            "not, look at these images"
         )
 
 

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from detection.checkpoint import load_checkpoint
 from detection.evaluation import files
 from detection.evaluation.files import NotWrittenError
 from detection.recent import recent_checkpoints
-from detection.stop import FiniteLoss
+from detection.stop import FiniteLoss, handed_on
 from tests.faults import full_disk, power_cut
 from tests.trainings import configuration, remains
 from train import train
@@ -116,3 +117,21 @@ def test_data_that_changed_are_refused_unless_told_otherwise(data, tmp_path, acc
     assert [path.name for path in recent_checkpoints(run)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
     train(configuration(run, root, f"resume={run}", "checkpoint.same_data=false"))
     assert (run / "metrics.json").is_file()
+
+
+def test_what_would_be_noticed_when_training_is_over_is_noticed_before_it(data, tmp_path):
+    for override, message in [
+        ("cross=[aling]", "there is no operator aling; choose from align, "),
+        ("optimized_metric=test/AP", "optimized_metric=test/AP: the best checkpoint is chosen on the val split, by one of val/AP, "),
+        ("optimized_metric=val/AP_small", "by one of val/AP, val/AP50, val/AP75, val/loss, "),
+        ("trainer.precision=bf16-true", "rounds boxes as well.* bf16-mixed"),
+        ("trainer.max_epochs=-1", "how long training is: give trainer.max_epochs or trainer.max_steps"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(configuration(tmp_path, data, override))
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_a_stop_outside_of_training_passes_on():
+    with pytest.raises(SIGTERMException), handed_on():
+        raise SIGTERMException

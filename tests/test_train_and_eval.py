@@ -212,6 +212,27 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(two_epochs, tmp_pa
     assert all(torch.equal(resumed[key], value) for key, value in two_epochs.items())
 
 
+@pytest.mark.parametrize("metric", ["val/loss", "val/AP"])
+def test_the_best_checkpoint_has_the_most_ap_or_the_least_loss(tmp_path, metric):
+    run_train(tmp_path, "trainer.max_epochs=3", f"optimized_metric={metric}", "optim.groups.lr=2e-2", "head.box_head.dropout=0.5")
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        validations = [row for row in csv.DictReader(file) if row["val/loss"]]
+    assert len(validations) == 3
+    best = {"val/loss": min, "val/AP": max}[metric](
+        validations, key=lambda row: float(row[metric])
+    )  # the first of equals, as in ModelCheckpoint
+    assert torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)["global_step"] == int(best["step"]) + 1
+
+
+def test_the_best_of_another_run_is_not_the_best_of_the_one_that_begins_there(trained, tmp_path):
+    """It goes on from a training that is over, so that there is nothing to validate."""
+    folder, _ = trained
+    (tmp_path / "data").symlink_to(folder / "data")
+    run_train(tmp_path, "trainer.max_epochs=6", "optim.groups.lr=5e-3", f"resume={folder / 'run' / 'last.ckpt'}")
+    best, last = (torch.load(tmp_path / "run" / name, weights_only=True)["state_dict"] for name in ("best.ckpt", "last.ckpt"))
+    assert all(torch.equal(best[key], value) for key, value in last.items())
+
+
 def test_another_seed_is_another_run(two_epochs, tmp_path):
     run_train(tmp_path, "optim=sgd", "trainer.max_epochs=1", "seed=1")
     key = "detector.backbone.features.0.weight"

@@ -67,7 +67,7 @@ def read_image(record: ImageRecord) -> torch.Tensor:
         raise FileNotFoundError(f"Image {record.id} is not at {record.path}; the annotations list it.") from error
     except ValueError as error:
         raise ValueError(
-            f"{record.path} (image {record.id}) does not decode: {error}. Fetch the file again, or leave out its id."
+            f"{record.path} (image {record.id}) does not decode: {error}. Fetch the file again, or leave it out of the annotations."
         ) from error
     height, width = image.shape[1:]
     if (width, height) != (record.width, record.height):

@@ -19,7 +19,8 @@ def resize_and_flip(short_side: int | Sequence[int] | None = None, max_side: int
     The two axes may be scaled by slightly different factors, since sides are whole pixels: the ratio of the sizes is the scale.
     """
     sizes = [] if short_side is None else [short_side] if isinstance(short_side, int) else list(short_side)
-    resizes = [v2.Resize(size, max_size=max_side, antialias=True) for size in sizes]
+    # torchvision refuses a limit that is no larger than the shorter side; it decides alone then
+    resizes = [v2.Resize(size if max_side is None or size < max_side else None, max_size=max_side, antialias=True) for size in sizes]
     steps = resizes if len(resizes) <= 1 else [v2.RandomChoice(resizes)]
     return v2.Compose([*steps, v2.RandomHorizontalFlip(flip)])
 

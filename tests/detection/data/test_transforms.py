@@ -27,6 +27,8 @@ def test_flip_mirrors_edges_not_pixel_numbers():
     [
         (80, 1000, (80, 120)),  # the short side becomes 80
         (80, 90, (60, 90)),  # the long side would be 120: it becomes 90 instead
+        (90, 90, (60, 90)),
+        (120, 90, (60, 90)),
         (50, None, (50, 75)),
         (None, None, (40, 60)),
     ],

@@ -18,6 +18,7 @@ from ops.geometry import Axis, Bounds
 
 # Sizes of programs: no register spills on sm_80, sm_90, sm_100 (tests/ops/compile_kernels.py)
 BINS = 64  # 7 x 7 in one
+MOST_BINS = 256  # a side, of the backward: a row of bins lies in shared memory
 TILE = {"TILE_Y": 4, "TILE_X": 8}  # cells of a program of the backward
 OPTIONS = {"enable_fp_fusion": True}
 NARROW, WIDE = {"num_warps": 4, "maxnreg": 168, **OPTIONS}, {"num_warps": 8, "maxnreg": 128, **OPTIONS}
@@ -84,6 +85,8 @@ def _gather(
     lengths = torch.empty(images * tiles, dtype=torch.int32, device=grad.device)
 
     bins = grad.shape[2:]
+    if max(bins) > MOST_BINS:
+        raise ValueError(f"output_size: {tuple(bins)} bins; the gradient of the features on a GPU takes {MOST_BINS} a side at most")
     sizes = len(image), channels, height, width, *out.stride(), *bins, tiles_x, tiles
     pad_y, pad_x = triton.next_power_of_2(bins[0]), triton.next_power_of_2(bins[1])
     block = {

@@ -149,7 +149,9 @@ def _place(
     rule: LatticeRule | IntegralRule, spatial_scale: float, features: Tensor, image: Tensor, box: Tensor, bins: tuple[int, int]
 ) -> tuple[Tensor, Axis, Axis] | tuple[Tensor, Bounds, Bounds]:
     """The image of each box, and where its bins look along y and along x."""
-    fuse = features.is_cuda and library.supports(features) and not torch.compiler.is_compiling()
+    # a compiled function keeps its tensors for one backward pass alone, and someone may want another (retain_graph=True)
+    wants_gradient = box.requires_grad and torch.is_grad_enabled()
+    fuse = features.is_cuda and library.supports(features) and not wants_gradient and not torch.compiler.is_compiling()
     geometry = fused(rule, spatial_scale) if fuse else _geometry(rule, spatial_scale)
     images, _, height, width = features.shape
     return geometry(image, box, images, *bins, height, width)

@@ -92,9 +92,9 @@ class LatticeRule:
         return edge - 0.5 if self.half_pixel and self.quantize_bins == "none" else edge
 
     def _sample(self, start: Tensor, extent: Tensor, bins: int, size: int) -> Axis:
-        bin_size = (extent / bins)[:, None]
+        bin_size = divide(extent, bins)[:, None]
         ratio = bin_size.detach().ceil().clamp(min=0) if self.sampling_ratio <= 0 else torch.full_like(bin_size, self.sampling_ratio)
-        step = bin_size / ratio.clamp(min=1)
+        step = divide(bin_size, ratio.clamp(min=1))
         first = start[:, None] + _indices(bins, start) * bin_size + self.sample_offset * step
         return self._trim(first, step.expand_as(first), ratio.expand_as(first), size)
 
@@ -107,9 +107,9 @@ class LatticeRule:
             low, high = -self.border, size - 1 + self.border
             near, far = torch.where(step < 0, high, low), torch.where(step < 0, low, high)
             # 0 / 0 is a sample of a box without extent that lies just on the border: on the map, like its twins
-            skipped = ((near - first) / step).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).ceil().clamp(min=0).minimum(total)
-            last = ((far - first) / step).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).floor().minimum(total - 1)
-            most = ((high - low) / step.abs()).nan_to_num(nan=torch.inf, posinf=torch.inf).floor() + 1
+            skipped = divide(near - first, step).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).ceil().clamp(min=0).minimum(total)
+            last = divide(far - first, step).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).floor().minimum(total - 1)
+            most = divide(torch.full_like(step, high - low), step.abs()).nan_to_num(nan=torch.inf, posinf=torch.inf).floor() + 1
             count = (last - skipped + 1).clamp(min=0).minimum(most).int()  # `most` binds only where float32 has no digits to count with
         return Axis(first + skipped * step, step, count, total)
 
@@ -118,15 +118,15 @@ class LatticeRule:
         # `floor(a + p * b)` and `a + floor(p * b)` are not the same.
         whole = start.detach().floor()[:, None]
         rest = start.detach()[:, None] - whole
-        extent = extent.detach()[:, None]
+        bin_size = divide(extent.detach()[:, None], bins)
         index = _indices(bins, start)
         if self.quantize_bins == "cover":
-            low = (rest + index * (extent / bins)).floor()
-            high = (rest + (index + 1) * (extent / bins)).ceil()
+            low = (rest + index * bin_size).floor()
+            high = (rest + (index + 1) * bin_size).ceil()
         else:
             # The sources are silent on a RoI of fewer cells than bins, where the size would be 0: a bin has one cell at least.
-            bin_size = (extent / bins).floor().clamp(min=1)
-            low, high = index * bin_size, (index + 1) * bin_size
+            cells = bin_size.floor().clamp(min=1)
+            low, high = index * cells, (index + 1) * cells
         low, high = (low + whole).clamp(0, size), (high + whole).clamp(0, size)
         count = (high - low).clamp(min=0)
         return Axis(low, torch.ones_like(low), count.int(), count)
@@ -141,7 +141,7 @@ class IntegralRule:
     def axis(self, x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, size: int) -> Bounds:
         """Edges of `bins` bins a RoI, whatever the `size` of the axis. `x1, x2`: `[K]` in pixels; a reversed box has no extent."""
         start = x1 * spatial_scale - (0.5 if self.half_pixel else 0.0)
-        bin_size = ((x2 - x1) * spatial_scale).clamp(min=0)[:, None] / bins
+        bin_size = divide(((x2 - x1) * spatial_scale).clamp(min=0)[:, None], bins)
         low = start[:, None] + _indices(bins, start) * bin_size
         return Bounds(low, low + bin_size)
 
@@ -151,6 +151,20 @@ def round_half_away(x: Tensor) -> Tensor:
     size = x.abs()  # torch.trunc would be shorter, and takes milliseconds where it waits for MKL's threads
     whole = size.floor()
     return (whole + (size - whole >= 0.5)).copysign(x)
+
+
+def divide(a: Tensor, b: Tensor | int) -> Tensor:
+    """`a / b`, correctly rounded on every device: a `floor` or a `ceil` after it would notice the last bit.
+
+    A GPU's division of float32 may miss that bit: by a number it is a product with the reciprocal, and compiled it is approximate.
+    """
+    return divide_in_double(a, b) if a.is_cuda else a / b
+
+
+def divide_in_double(a: Tensor, b: Tensor | int) -> Tensor:
+    """The same by way of float64, which has more than twice the digits of float32, so that rounding twice is rounding once."""
+    b = b if isinstance(b, Tensor) else a.new_full((), b, dtype=torch.float64)
+    return (a.double() / b).to(a.dtype)
 
 
 def straight_through(quantized: Tensor, x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def prepare(
         )
     coordinates = coordinates.to(torch.promote_types(features.dtype, torch.float32))
 
-    empty_map = coordinates.shape[0] > 0 and 0 in features.shape[2:]
+    empty_map = coordinates.shape[0] > 0 and 0 in (features.shape[0], *features.shape[2:])
     if empty_map:
         raise ValueError(f"features: a map of shape {tuple(features.shape)} has no cells to pool {coordinates.shape[0]} boxes from")
     if features.is_cpu and not torch.compiler.is_compiling():

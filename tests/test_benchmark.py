@@ -24,7 +24,9 @@ def benchmark(monkeypatch):
 
 @pytest.fixture
 def run(benchmark, tmp_path, capsys):
-    """-> what was printed, what the json holds."""
+    """-> what was printed, what the json holds. Not deterministic, which torchvision's operators refuse on a GPU, whatever ran before."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.cuda.current_stream() if torch.cuda.is_available() else None
+    torch.use_deterministic_algorithms(False)
 
     def run(*arguments):
         files = ["--json", str(tmp_path / "out.json"), "--picture", str(tmp_path / "out.png")]
@@ -34,7 +36,10 @@ def run(benchmark, tmp_path, capsys):
             assert picture.width > 1000
         return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
 
-    return run
+    yield run
+    torch.use_deterministic_algorithms(before[0])
+    if before[1] is not None:
+        torch.cuda.set_stream(before[1])
 
 
 def test_a_row_for_each_shape_and_operator(run, benchmark):

@@ -15,12 +15,12 @@ from .test_against_reference import feature_map
 class Pooled(nn.Module):
     """A model around an operator, with something to train before it."""
 
-    def __init__(self, operator) -> None:
+    def __init__(self, operator, bins=3) -> None:
         super().__init__()
-        self.operator, self.before = operator, nn.Conv2d(3, 4, 1)
+        self.operator, self.bins, self.before = operator, bins, nn.Conv2d(3, 4, 1)
 
     def forward(self, images, boxes):
-        return self.operator(self.before(images), boxes, 3, 1 / 16).relu().sum((1, 2, 3))
+        return self.operator(self.before(images), boxes, self.bins, 1 / 16).relu().sum((1, 2, 3))
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ops.geometry import IntegralRule, LatticeRule, round_half_away
+from ops.geometry import IntegralRule, LatticeRule, divide_in_double, round_half_away
 
 POOL = LatticeRule(quantize_roi="round", inclusive_end=True, half_pixel=False, quantize_bins="cover")
 POOL_FLOOR = LatticeRule(quantize_roi="floor", half_pixel=False, quantize_bins="truncate")
@@ -181,3 +181,13 @@ def test_a_box_without_extent_on_an_axis_of_one_cell_has_no_negative_number_of_s
     assert a.count.min() >= 0
     on_the_map = [2, 2 if border else 0, 0] if sampling_ratio else [0, 0, 0]
     assert a.count[:, 0].tolist() == on_the_map
+
+
+def test_a_quotient_by_way_of_float64_is_the_quotient():
+    """What a GPU divides by, against this CPU's own division, which rounds correctly: whole cells, any extent, any bins."""
+    whole, any_extent = torch.arange(0.0, 2000), torch.rand(20_000, generator=torch.Generator().manual_seed(0)) * 2000
+    for bins in range(1, 65):
+        for extent in (whole, any_extent, any_extent.double()):
+            assert torch.equal(divide_in_double(extent, bins), extent / bins)
+    step = torch.tensor([0.0, -0.0, 3.0, float("nan")])
+    assert torch.equal(divide_in_double(whole[1:5], step).nan_to_num(), (whole[1:5] / step).nan_to_num())

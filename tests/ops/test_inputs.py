@@ -36,6 +36,7 @@ OPERATORS = [ops.roi_pool, ops.roi_align, ops.roi_warp, ops.prroi_pool, ops.latt
         (F, torch.tensor([[-1.0, 1, 1, 3, 3]]), 2, ValueError, "belongs to image -1"),
         (F, torch.tensor([[torch.nan, 1, 1, 3, 3]]), 2, ValueError, "belongs to image nan"),
         (F[..., :0], BOX, 2, ValueError, "has no cells to pool 1 boxes from"),
+        (F[:0], BOX, 2, ValueError, "has no cells to pool 1 boxes from"),
     ],
 )
 def test_errors(operator, features, boxes, output_size, error, message):

@@ -52,10 +52,21 @@ def test_the_same_bits_on_every_run(operator):
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_the_geometry_as_one_kernel_has_the_same_bits(name):
-    rule, box = rule_of(name), torch.cat([random_boxes(500, 1, 1008, 608), AWKWARD])[:, 1:].float().cuda()
-    _, y, x = fused(rule, 1 / 16)(torch.zeros(len(box), device="cuda"), box, 1, 7, 7, 38, 63)
-    expected = *rule.axis(box[:, 1], box[:, 3], 1 / 16, 7, 38), *rule.axis(box[:, 0], box[:, 2], 1 / 16, 7, 63)
-    assert all(torch.equal(a, b) for a, b in zip((*y, *x), expected, strict=True))
+    """Those of the CPU, for sides of a whole number of cells too, where the last bit of a quotient decides which cells a bin has."""
+    whole = torch.tensor([[0, 0.0, 0.0, 16.0 * side, 16.0 * side] for side in range(64)])
+    rule, box = rule_of(name), torch.cat([random_boxes(500, 1, 1008, 608).float(), AWKWARD.float(), whole])[:, 1:]
+    for scale, bins in ((1 / 16, 7), (1 / 16, 6), (1 / 12, 7)):
+        _, y, x = fused(rule, scale)(torch.zeros(len(box), device="cuda"), box.cuda(), 1, bins, bins, 38, 63)
+        expected = *rule.axis(box[:, 1], box[:, 3], scale, bins, 38), *rule.axis(box[:, 0], box[:, 2], scale, bins, 63)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip((*y, *x), expected, strict=True))
+
+
+def test_gradients_of_the_boxes_can_be_had_twice():
+    features, boxes = training_shape(rois=20)
+    boxes.requires_grad_()
+    loss = ALIGN(features, boxes, 7, 1 / 16).square().mean()
+    first, second = (torch.autograd.grad(loss, boxes, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", ["align", "align_max", "pool", "prroi", "warp"])
@@ -90,7 +101,7 @@ def test_nothing_waits_for_the_device_and_a_graph_captures_it_all(name):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_compiled_model_is_the_same(name):
     torch.compiler.reset()
-    model, images = Pooled(preset(name)).cuda(), torch.randn(2, 3, 38, 63, device="cuda")
+    model, images = Pooled(preset(name), bins=7).cuda(), torch.randn(2, 3, 38, 63, device="cuda")
     compiled = torch.compile(model, fullgraph=True)
     for count in (5, 9, 12):
         boxes = random_boxes(count, 2, 1008, 608).float().cuda()
@@ -121,13 +132,16 @@ def test_a_map_of_more_than_two_thousand_million_numbers(name):
 
 @pytest.mark.parametrize(("ours", "theirs"), PEERS)
 def test_no_more_memory_than_torchvision_in_a_training_step(ours, theirs):
+    """Of a channels-last map, as the detector has it: of another layout the kernels make a copy."""
+
     def peak(operator) -> int:
         features, boxes = training_shape()
-        features.requires_grad_()
-        operator(features, boxes, 7, 1 / 16).sum().backward()  # compiles
+        features = features.to(memory_format=torch.channels_last).requires_grad_()
+        grad = torch.ones(len(boxes), features.shape[1], 7, 7, device="cuda")
+        operator(features, boxes, 7, 1 / 16).backward(grad)  # compiles
         features.grad = None
         torch.cuda.reset_peak_memory_stats()
-        operator(features, boxes, 7, 1 / 16).sum().backward()
+        operator(features, boxes, 7, 1 / 16).backward(grad)
         return torch.cuda.max_memory_allocated()
 
     assert peak(ours) <= peak(theirs) * 1.01

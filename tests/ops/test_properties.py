@@ -48,7 +48,8 @@ seeds = st.integers(0, 2**32 - 1)
 
 @st.composite
 def scenes(draw, operators=tuple(PRESETS), margin=None, bins=(1, 2, 3, 4), off_halves=False):
-    """`margin`: cells between boxes, a cell wide at least, and the ends of the map; None lets boxes be anywhere and without area.
+    """`margin`: cells between boxes, more than a cell wide (at one cell, a least extent, the gradient has a kink), and the ends of the map;
+    None lets boxes be anywhere and without area.
 
     `off_halves`: no edge lies in the middle of a cell, where rounding takes a side.
     """
@@ -57,7 +58,7 @@ def scenes(draw, operators=tuple(PRESETS), margin=None, bins=(1, 2, 3, 4), off_h
     images = draw(st.integers(1, 2))
 
     def edges(size):
-        low, high, least = (-2 * CELL, (size + 2) * CELL, 0) if margin is None else (margin * CELL, (size - margin) * CELL, CELL)
+        low, high, least = (-2 * CELL, (size + 2) * CELL, 0) if margin is None else (margin * CELL, (size - margin) * CELL, CELL + 1)
         start = draw(st.integers(low, high - least))
         end = draw(st.integers(start + least, high))
         if off_halves:  # outwards, so that a box does not lose its least extent

@@ -49,6 +49,13 @@ def test_boxes_without_area(operator):
     assert_equals_oracle(operator, feature_map(2, 3, 8, 10, dtype=torch.float32), boxes, (2, 3))
 
 
+def test_more_bins_than_the_backward_takes_are_refused():
+    features = feature_map(1, 1, 4, 5, dtype=torch.float32).to(DEVICE).requires_grad_()
+    pooled = preset("align")(features, torch.tensor([[0, 0.0, 0, 40, 40]], device=DEVICE), (1, cuda.MOST_BINS + 1), 1 / 16)
+    with pytest.raises(ValueError, match=r"output_size: \(1, 257\) bins; .* takes 256 a side at most"):
+        pooled.sum().backward()
+
+
 @pytest.mark.parametrize("operator", [pytest.param(preset(name), id=name) for name in ("warp", "warp_max")])
 def test_gradient_of_the_boxes_straight_through_the_rounding(operator):
     # three bins over widths that are no multiples of three: no sample falls on a cell's centre

@@ -9,6 +9,7 @@ elsewhere, and for float64 on a GPU, plain PyTorch does (`ops/eager.py`), and a 
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import FunctionType
 from typing import Literal
 
 import torch
@@ -173,14 +174,10 @@ def fused(rule: LatticeRule | IntegralRule, spatial_scale: float) -> Callable[..
     Compiled when first called, for any number of boxes, bins and cells; never with fused multiply-adds, whose rounding differs.
     """
     log.info("compiling the geometry of %s at scale %g", rule, spatial_scale)
-    return torch.compile(
-        _geometry(rule, spatial_scale),
-        fullgraph=True,
-        dynamic=True,
-        isolate_recompiles=True,
-        recompile_limit=32,
-        options={"emulate_precision_casts": True},
-    )
+    place = _geometry(rule, spatial_scale)
+    # PyTorch keeps what it compiled, eight variants of it, with the code object: each geometry has one of its own
+    place = FunctionType(place.__code__.replace(), place.__globals__, place.__name__, closure=place.__closure__)
+    return torch.compile(place, dynamic=True, options={"emulate_precision_casts": True})
 
 
 def _has_kernels(features: Tensor) -> bool:

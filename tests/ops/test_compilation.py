@@ -74,6 +74,18 @@ def test_the_geometry_as_one_kernel_has_the_same_bits(name):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 1
 
 
+def test_each_geometry_has_its_own_compiled_variants(monkeypatch):
+    """PyTorch keeps eight variants of a function and compiles no more; thirteen operators must not share them."""
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, options: original(function, dynamic=dynamic, backend="eager"))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for samples in range(1, 14):
+        geometry = fused.__wrapped__(LatticeRule(sampling_ratio=samples), 1 / 16)
+        for count, images in ((9, 2), (100, 3)):
+            geometry(torch.zeros(count), torch.rand(count, 4), images, 7, 7, 38, 50)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 13
+
+
 def rule_of(name: str) -> LatticeRule | IntegralRule:
     knobs = {k: v for k, v in preset(name).keywords.items() if k != "reduce"}
     return LatticeRule(**knobs) if len(knobs) > 1 else IntegralRule(**knobs)

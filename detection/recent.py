@@ -25,7 +25,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(Path(path).parent))
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_whole(path, buffer.getbuffer())
+        with buffer.getbuffer() as content:  # given back also where writing fails: Python 3.12.1 crashes when it collects one that is held
+            write_whole(path, content)
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """On the CPU, and whatever Lightning would do with a file from elsewhere, never with code in it."""

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
+os.environ.pop("ROI_CACHE", None)  # the user's own images are not for tests to draw or to read
 if not torch.cuda.is_available():  # Triton reads it when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -204,10 +204,11 @@ class TestWhichRunGoesOn:
 
 
 def default_training(*overrides):
+    """On a CPU, or as ROI_TRAINER says: cpu or gpu."""
     return [
         sys.executable,
         str(ROOT / "train.py"),
-        "trainer=cpu",
+        f"trainer={os.environ.get('ROI_TRAINER', 'cpu')}",
         "trainer.enable_progress_bar=false",
         "checkpoint.every_n_steps=20",
         *overrides,
@@ -220,7 +221,7 @@ def test_the_default_training_survives_kills_at_random_moments(tmp_path):
     kills = int(os.environ.get("ROI_KILLS", 20))
     options = {"cwd": tmp_path, "stdout": subprocess.DEVNULL}
     subprocess.run(default_training("hydra.run.dir=whole"), check=True, **options)
-    steps = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)["global_step"]
+    steps = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True, map_location="cpu")["global_step"]
     for step in sorted(random.choices(range(20, steps - 40, 20), k=kills)):
         with subprocess.Popen(default_training("resume=auto"), **options) as process:
             while not any(path.name >= f"step_{step:07d}.ckpt" for path in tmp_path.glob("runs/*/step_*.ckpt")) and process.poll() is None:

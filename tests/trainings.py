@@ -55,5 +55,5 @@ def remains(run):
 
 
 def weights_hash(path):
-    weights = torch.load(path, weights_only=True)["state_dict"]
+    weights = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
     return hashlib.sha256(b"".join(value.contiguous().numpy().tobytes() for value in weights.values())).hexdigest()

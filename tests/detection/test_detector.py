@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import roi_align
 
 from detection.backbone import VGG16
@@ -58,6 +59,32 @@ def test_training_gives_losses_that_reach_every_weight():
     assert detections == [] and set(losses) == {"loss_classifier", "loss_box"}
     sum(losses.values()).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in detector.parameters())
+
+
+# those that torch.use_deterministic_algorithms refuses on a GPU, by its documentation, as ATen calls them
+REFUSED_ON_GPU = (
+    *("adaptive_avg_pool", "adaptive_max_pool", "avg_pool3d", "bincount", "ctc_loss", "embedding_bag", "fractional_max_pool"),
+    *("grid_sampler", "histc", "index_reduce", "kthvalue", "max_pool3d", "max_unpool", "median", "nll_loss2d", "put_", "reflection_pad"),
+    *("replication_pad", "scatter", "upsample"),
+)
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_nothing_in_a_step_of_training_lacks_a_deterministic_kernel_on_a_gpu(norm):
+    """Without a GPU this much can be told: which of PyTorch's operators a step calls, forward and backward."""
+    called = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            called.add(operator.overloadpacket._qualified_op_name.removeprefix("aten::"))
+            return operator(*args, **(kwargs or {}))
+
+    detector = make(backbone=VGG16(width=0.0625, norm=norm))
+    with Record():
+        _, losses = detector(*batch((64, 64), (48, 80)))
+        sum(losses.values()).backward()
+    assert {"convolution_backward", "max_pool2d_with_indices_backward", "nll_loss_backward"} <= called
+    assert not [name for name in called if name.startswith(REFUSED_ON_GPU)]
 
 
 def test_evaluation_has_losses_where_there_are_boxes():

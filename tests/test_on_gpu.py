@@ -1,0 +1,29 @@
+"""What is promised of trainings, on a GPU: pytest -m gpu. The slow ones of test_resume.py run there with ROI_TRAINER=gpu."""
+
+import pytest
+import torch
+
+from tests.faults import power_cut
+from tests.trainings import configuration, remains
+from train import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("threads_as_before"),
+]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("roi", ["align", "align_max", "pool", "prroi", "warp"])
+def test_a_rerun_and_a_run_that_was_killed_end_as_the_first(data, tmp_path, accident, roi, precision):
+    """Step 3 is the second of two in its epoch."""
+    knobs = ["trainer=gpu", f"trainer.precision={precision}", f"roi={roi}"]
+    for name in ("whole", "again"):
+        train(configuration(tmp_path / name, data, *knobs))
+    accident(3, power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(configuration(tmp_path / "killed", data, *knobs))
+    train(configuration(tmp_path / "killed", data, *knobs, "resume=auto"))
+    assert remains(tmp_path / "again") == remains(tmp_path / "whole")
+    assert remains(tmp_path / "killed") == remains(tmp_path / "whole")

@@ -14,16 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detection.backbone import VGG16
-from detection.build import instantiate
+from detection.build import instantiate, read_operator
 from detection.data.images import decode
 from detection.detector import FastRCNN
 from detection.evaluation.bin_figure import draw_bin, tell_bin
 from detection.evaluation.explanation import Explanation, table, tell
 from detection.evaluation.explanation import explain as explain_operator
 from detection.evaluation.explanation_figure import Photograph, draw
-from detection.evaluation.misalignment import Operator, format_summary, rule_of, summarise
-
-OPERATORS = Path(__file__).parent / "configs" / "roi"
+from detection.evaluation.misalignment import Operator, format_summary, is_known, rule_of, summarise
 
 
 def explain(cfg: DictConfig) -> list[Explanation]:
@@ -76,12 +74,16 @@ def explain_data(cfg: DictConfig) -> list[dict]:
 def load_operators(names: str | Sequence[str]) -> dict[str, Operator]:
     """The operators of configs/roi by these names."""
     names = [names] if isinstance(names, str) else list(names)
-    known = sorted(path.stem for path in OPERATORS.glob("*.yaml"))
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"operators={names}: {unknown[0]} is not there; choose from {', '.join(known)} (configs/roi)")
     if not names:
-        raise ValueError(f"operators=[]: name one at least of {', '.join(known)} (configs/roi)")
-    return {name: instantiate(OmegaConf.load(OPERATORS / f"{name}.yaml")) for name in names}
+        raise ValueError("operators=[]: name one at least, such as operators=[pool,align] (configs/roi)")
+    try:
+        operators = {name: instantiate(read_operator(name)) for name in names}
+    except ValueError as error:
+        raise ValueError(f"operators={names}: {error}") from error
+    for name, operator in operators.items():
+        if not is_known(operator):
+            raise ValueError(f"operators={names}: what {name} reads is not known; ops.lattice_pool and ops.prroi_pool can be explained")
+    return operators
 
 
 def read(path: str) -> Tensor:

@@ -1,12 +1,15 @@
-"""From a configuration to a detector."""
+"""From a configuration to a detector, or to an operator alone."""
 
 import copy
 from typing import Any
 
 import hydra.utils
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
+from detection.configuration import CONFIGS
 from detection.detector import FastRCNN
 
 
@@ -19,6 +22,20 @@ def instantiate(node: DictConfig, **more: Any) -> Any:
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
         raise cause from None
+
+
+def read_operator(name: str) -> DictConfig:
+    """`configs/roi/<name>.yaml` as Hydra composes it, with the files that it builds on; ValueError with the choices where there is none."""
+    known = sorted(path.stem for path in (CONFIGS / "roi").glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"there is no operator {name}; choose from {', '.join(known)} (configs/roi)")
+    holder = GlobalHydra.instance()
+    application, holder.hydra = holder.hydra, None  # inside of a script that Hydra started it refuses to compose anything else
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose(f"roi/{name}").roi
+    finally:
+        GlobalHydra.instance().hydra = application
 
 
 def build_detector(cfg: DictConfig, num_classes: int, pretrained: bool = True) -> FastRCNN:

@@ -1,7 +1,10 @@
-"""When two configurations mean the same training."""
+"""Where configurations lie, and when two of them mean the same training."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 # where things lie, what is written down and shown, how many processes load and who computes the same metrics decides no result
 NO_RESULT = {"run_dir", "default_root_dir", "save_dir", "root", "cache_dir", "resume", "checkpoint", "logger", "num_workers", "coco_eval"}

@@ -6,7 +6,6 @@ python -m detection.cross runs/<sweep>     # the full matrix: what `cross` left 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,8 +13,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from detection.build import build_detector, instantiate
+from detection.build import build_detector, instantiate, read_operator
 from detection.checkpoint import check_categories, load_checkpoint, load_weights
+from detection.configuration import CONFIGS
 from detection.evaluation.coco import Metrics
 from detection.evaluation.report import write_report
 from detection.evaluation.sweep import Run, read_sweep
@@ -24,23 +24,14 @@ from detection.processes import cluster_plugins
 from detection.run import hush_lightning, write_cross
 from detection.trusted import check_trusted
 
-OPERATORS = Path(__file__).resolve().parents[1] / "configs" / "roi"
-
-
-def read_operator(name: str) -> DictConfig:
-    """configs/roi/<name>.yaml; ValueError that lists the choices where there is none."""
-    path = OPERATORS / f"{name}.yaml"
-    if not path.is_file():
-        raise ValueError(
-            f"cross: there is no operator {name}; choose from {', '.join(sorted(path.stem for path in OPERATORS.glob('*.yaml')))}"
-        )
-    return OmegaConf.load(path)
-
 
 def check_operators(names: Sequence[str]) -> None:
-    """Raises ValueError where one of them is no operator: a typo is not to be found when training is over."""
+    """Raises an error where one of them is no operator: it is not to be found when training is over."""
     for name in names:
-        read_operator(name)
+        try:
+            instantiate(read_operator(name))
+        except ValueError as error:
+            raise ValueError(f"cross: {error}") from error
 
 
 def cross_evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataModule, split: str) -> dict[str, Metrics]:
@@ -92,10 +83,18 @@ def complete(run: Run, operators: list[str]) -> None:
     write_cross(run.folder, known | cross_evaluate(cfg, module, data, "test" if data.test is not None else "val"))
 
 
+def trained_with(run: Run) -> str:
+    """The name in configs/roi of a run's operator: an arm may be named by other things as well, such as its rate."""
+    own = next((path.stem for path in sorted((CONFIGS / "roi").glob("*.yaml")) if read_operator(path.stem) == run.config.roi), None)
+    if own is None:
+        raise ValueError(f"the operator of {run.folder} is none of configs/roi as it stands there: name those to test with, --operators")
+    return own
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m detection.cross", description="Completes the matrix of a sweep, and its report.")
     parser.add_argument("sweep", help="folder of the sweep")
-    parser.add_argument("--operators", nargs="+", help="names in configs/roi to evaluate with; default: all arms of the sweep")
+    parser.add_argument("--operators", nargs="+", help="names in configs/roi to evaluate with; default: those that the sweep trained with")
     parser.add_argument("--threads", type=int, help="of the CPU; default: as many as PyTorch takes")
     arguments = parser.parse_args()
     hush_lightning()
@@ -103,8 +102,10 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     try:
         sweep = read_sweep(arguments.sweep)
+        operators = arguments.operators or list(dict.fromkeys(trained_with(run) for run in sweep.finished))
+        check_operators(operators)
         for run in tqdm(sweep.finished, unit="run"):
-            complete(run, arguments.operators or sweep.arms)
+            complete(run, operators)
         print(write_report(arguments.sweep))
     except (OSError, ValueError) as error:
         sys.exit(f"cross: {error}")

@@ -16,6 +16,9 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from detection.evaluation.files import write_whole
 
+FINISHED = "metrics.json"  # the last file of a run: with it the run is finished
+RESULTS = (FINISHED, "results.json", "cross.json")
+
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, syncs and renames it; Lightning's own goes through /tmp, from where a move may be a copy."""
@@ -70,12 +73,13 @@ class RecentCheckpoints(Checkpoint):
                 logger.save()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Removes checkpoints of later steps: they are damaged, or of a run that this one replaces in its folder."""
+        """Removes checkpoints of later steps, and results: they are damaged, or of a run that this one replaces in its folder."""
         now = self.folder / f"step_{trainer.global_step:07d}.ckpt"
-        outdated = [path for path in recent_checkpoints(self.folder) if path > now] + [self.folder / "last.ckpt"]
+        outdated = [path for path in recent_checkpoints(self.folder) if path > now]
+        outdated += [self.folder / name for name in ("last.ckpt", *RESULTS)]
         if trainer.is_global_zero:
             for path in outdated:
-                if path != Path(trainer.ckpt_path or ""):
+                if path.resolve() != Path(trainer.ckpt_path or "").resolve():
                     path.unlink(missing_ok=True)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:

@@ -12,8 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from detection.checkpoint import load_checkpoint
 from detection.configuration import differences, shorten
 from detection.lock import is_running
-from detection.recent import recent_checkpoints
-from detection.run import FINISHED
+from detection.recent import FINISHED, recent_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +70,13 @@ def check_unfinished(run: Path, config: dict[str, Any]) -> None:
 
 
 def check_no_other(run: Path, config: dict[str, Any]) -> None:
-    """Raises ValueError where `run` holds checkpoints of an unfinished run of another configuration than `config`."""
-    before = _read_config(run)
-    if _checkpoints(run) and not (run / FINISHED).is_file() and before is not None and (differ := differences(before, config)):
+    """Raises ValueError where `run` holds a run of another configuration than `config`, finished or with checkpoints to go on from."""
+    before, finished = _read_config(run), (run / FINISHED).is_file()
+    if (finished or _checkpoints(run)) and before is not None and (differ := differences(before, config)):
+        to_go_on = f"take resume={run}/last.ckpt and another folder" if finished else f"repeat its command ({run}/config.yaml says which)"
         raise ValueError(
-            f"resume=auto: {run} holds an unfinished run of another configuration: {shorten(differ)}. To go on with it repeat its command "
-            f"({run}/config.yaml says which); to begin anew choose another folder, or remove its checkpoints"
+            f"resume=auto: {run} holds {'a finished' if finished else 'an unfinished'} run of another configuration: {shorten(differ)}. To "
+            f"go on from it {to_go_on}; to begin anew choose another folder, or remove that run"
         )
 
 
@@ -86,7 +86,7 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
     Raises:
         FileNotFoundError: `cfg.resume` is neither `auto`, a run folder, nor a checkpoint.
         ValueError: it names a run or a checkpoint from which nothing can go on; or `auto` would begin anew in the folder of another run,
-            whose checkpoints would be lost.
+            which would be lost.
     """
     if cfg.resume is None:
         return None

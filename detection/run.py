@@ -17,10 +17,9 @@ from detection.evaluation.files import write_whole
 from detection.module import LOGGED, DetectionModule
 from detection.processes import is_first
 from detection.progress import TimeLeft
+from detection.recent import FINISHED
 
 log = logging.getLogger(__name__)
-
-FINISHED = "metrics.json"  # the last file of a run
 
 
 def begin(cfg: DictConfig) -> Path:

@@ -32,8 +32,8 @@ from detection.evaluation.report import write_report
 from detection.evaluation.report.origin import add_origin
 from detection.lock import AtWork, is_running, only_process
 from detection.processes import is_first, several
+from detection.recent import FINISHED
 from detection.resume import check_no_other
-from detection.run import FINISHED
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,9 @@ def planned_runs(config: DictConfig) -> dict[Path, dict]:
 
     Args:
         config: of the sweep, as Hydra's callbacks get it: with `hydra`.
+
+    Raises:
+        ValueError: two runs would fill the same folder: one of them would be taken for the other.
     """
     loader = GlobalHydra.instance().config_loader()
     lines = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()] + list(config.hydra.overrides.task)
@@ -127,9 +130,21 @@ def planned_runs(config: DictConfig) -> dict[Path, dict]:
         with open_dict(cfg):
             cfg.run_dir = str(run_dir)
             del cfg["hydra"]
-        runs[run_dir] = OmegaConf.to_container(cfg, resolve=True)
+        run = OmegaConf.to_container(cfg, resolve=True)
+        if run_dir in runs:
+            differ = shorten(differences(runs[run_dir], run)) or "they are the same"
+            raise ValueError(
+                f"two runs of this sweep have the folder {run_dir}: {differ}. It is named by `arm` and `seed`: name in `arm` what they "
+                "differ in, such as 'arm=${hydra:runtime.choices.roi}_${roi.sampling_ratio}'"
+            )
+        runs[run_dir] = run
     HydraConfig.instance().set_config(config)
     return runs
+
+
+def sweep_folders(runs: Mapping[Path, dict]) -> list[Path]:
+    """Where the reports go: the folder that all runs are in, or several where its name has in it what is swept, such as the stride."""
+    return list(dict.fromkeys(run_dir.parent for run_dir in runs))
 
 
 class SweepCallback(Callback):
@@ -155,8 +170,9 @@ class SweepCallback(Callback):
                 data.prepare_data()
                 data.setup()
                 splits = {name: split for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}
-                named = [(run["arm"], run["seed"]) for run in runs.values()]
-                add_origin(config.hydra.sweep.dir, {name: describe(split) for name, split in splits.items()}, named)
+                described = {name: describe(split) for name, split in splits.items()}
+                for folder in sweep_folders(runs):
+                    add_origin(folder, described, [(run["arm"], run["seed"]) for run_dir, run in runs.items() if run_dir.parent == folder])
         except (OSError, ValueError) as error:
             sys.exit(f"train.py: {error}")  # Hydra would turn any other exception of a callback into a warning
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that joblib ends its processes before it goes
@@ -165,13 +181,13 @@ class SweepCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         self.progress.stop()
-        folder = config.hydra.sweep.dir
-        try:
-            print(f"The report: {write_report(folder)}")
-        except Exception:
-            traceback.print_exc()
-            sys.exit(f"The runs are there, their report is not; `python -m detection.evaluation.report {folder}` tries again")
         runs = self.progress.runs
+        for folder in sweep_folders(runs):
+            try:
+                print(f"The report: {write_report(folder)}")
+            except Exception:
+                traceback.print_exc()
+                sys.exit(f"The runs are there, their report is not; `python -m detection.evaluation.report {folder}` tries again")
         elsewhere = [str(run_dir) for run_dir in runs if not (run_dir / FINISHED).is_file() and is_running(run_dir)]
         if elsewhere:
             print(f"{len(elsewhere)} of {len(runs)} runs, such as {elsewhere[0]}, are at work in other processes and not in it yet")

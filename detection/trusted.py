@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+from detection.configuration import CONFIGS
 
 MOST, DEEPEST = 10_000, 50  # settings, and how far inside one another; those of this project are about 100, and 5
 

@@ -133,7 +133,7 @@ def _max_backward(grad: Tensor, arg: Tensor, image: Tensor, y: Axis, x: Axis, li
 
 
 def _max_lattice_gradient(features: Tensor, grad: Tensor, arg: Tensor, image: Tensor, y: Axis, x: Axis) -> list[Tensor]:
-    """Gradients of `first` and `step`, of y and then of x; slices as in `window_weight_gradient`."""
+    """Gradients of `first` and `step`, of y and then of x; slices as in `_window_weight_gradient`."""
     blocks = len(_blocks(features.shape[1]))
     out = [features.new_zeros(blocks, *t.shape) for t in (y.first, y.step, x.first, x.step)]
     arrays, slices = _numpy((features, grad.flatten(2), arg, image, *y[:3], *x[:3])), _numpy(out)

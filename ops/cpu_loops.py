@@ -4,13 +4,26 @@ A kernel works on channels `c0` to `c1`. It copies its slice of the map channels
 inner loop runs over them, and visits the RoIs in order. `ops/cpu.py` calls the kernels and hands out the blocks of channels.
 """
 
+import os
+from collections.abc import Callable
+from functools import partial
+
 import numba
 import numpy as np
 
-compile_kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+def compile_kernel(function: Callable, **options) -> Callable:
+    """Compiled when first called, and kept on disk until the function's file changes, or this one, which is compiled into it."""
+    kernel = numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+    kept = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
+    if kept is not None:  # None where NUMBA_DISABLE_JIT is set
+        kept._source_stamp = kept._source_stamp, os.stat(__file__).st_mtime, os.stat(__file__).st_size  # Numba looks at the first alone
+    return kernel
+
+
 # Sums over channels may be reassociated, so that they vectorise: settled when the kernel is compiled, so a run repeats bit for bit. Nothing
 # else may: positions must come out the same wherever they are computed, or a kernel would read beyond what it reached for.
-compile_sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+compile_sums = partial(compile_kernel, fastmath={"reassoc"})
 inline = numba.njit(inline="always")
 
 

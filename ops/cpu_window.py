@@ -49,7 +49,7 @@ def lattice_windows(first, step, count, total, size):
 
 @compile_kernel
 def lattice_gradient(first, step, count, total, size, start, grad_weights):
-    """Transpose of the derivative of `_lattice_windows`: gradients of `first` and `step`."""
+    """Transpose of the derivative of `lattice_windows`: gradients of `first` and `step`."""
     grad_first, grad_step = np.zeros_like(first), np.zeros_like(step)
     for k in range(first.shape[0]):
         for p in range(first.shape[1]):
@@ -86,7 +86,7 @@ def integral_windows(low, high, size):
 
 @compile_kernel
 def integral_gradient(low, high, start, cells, weights, grad_weights):
-    """Transpose of the derivative of `_integral_windows`: gradients of `low` and `high`."""
+    """Transpose of the derivative of `integral_windows`: gradients of `low` and `high`."""
     grad_low, grad_high = np.zeros_like(low), np.zeros_like(high)
     for k in range(low.shape[0]):
         for p in range(low.shape[1]):

@@ -91,7 +91,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "The picture: runs/explain.png" in capsys.readouterr().out
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["explain.png"]
     monkeypatch.setattr("sys.argv", [*typed, "operators=[pool,wrap]"])
-    with pytest.raises(SystemExit, match=r"^explain.py: operators=\['pool', 'wrap'\]: wrap is not there; choose from align, "):
+    with pytest.raises(SystemExit, match=r"^explain.py: operators=\['pool', 'wrap'\]: there is no operator wrap; choose from align, "):
         runpy.run_path(str(ROOT / "explain.py"), run_name="__main__")
 
 
@@ -159,8 +159,8 @@ def test_all_proposals_of_a_data_set(composed, tmp_path, capsys):
         ("output_size=0", r"output_size=0: expected a whole number above 0"),
         ("bin=[0,3]", r"bin=\[0, 3\]: expected \[row,column\], each from 0 to 2"),
         ("bin=0", r"bin=0: expected \[row,column\], each from 0 to 2"),
-        ("operators=[]", r"name one at least of align, "),
-        ("operators=rol", r"operators=\['rol'\]: rol is not there; choose from align, "),
+        ("operators=[]", "name one at least, such as "),
+        ("operators=rol", r"operators=\['rol'\]: there is no operator rol; choose from align, "),
     ],
 )
 def test_mistakes_are_named(composed, override, message):

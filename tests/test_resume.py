@@ -124,12 +124,23 @@ def test_sigterm_and_ctrl_c_leave_a_checkpoint(whole, data, tmp_path, accident, 
 
 
 def test_a_run_that_begins_anew_in_its_folder_removes_what_it_replaces(data, tmp_path, accident):
-    for name in ("step_0000005.ckpt", "step_0000006.ckpt", "last.ckpt"):
+    for name in ("step_0000005.ckpt", "step_0000006.ckpt", "last.ckpt", "metrics.json", "results.json", "cross.json"):
         (tmp_path / name).touch()
     accident(2, power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(tmp_path, data))
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["best.ckpt", "step_0000001.ckpt", "step_0000002.ckpt"]
+    assert not list(tmp_path.glob("*.json")), "it is not taken for a finished run"
+
+
+def test_a_finished_run_that_is_trained_on_in_its_folder_keeps_its_end_until_there_is_another(data, tmp_path, accident, monkeypatch):
+    """Hydra's folder is absolute, what people type is not."""
+    monkeypatch.chdir(tmp_path)
+    train(configuration(tmp_path / "run", data))
+    accident(6, power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(configuration(tmp_path / "run", data, "trainer.max_epochs=4", "checkpoint.every_n_steps=100", "resume=run/last.ckpt"))
+    assert (tmp_path / "run" / "last.ckpt").is_file()
 
 
 class TestWhichRunGoesOn:
@@ -194,7 +205,8 @@ class TestWhichRunGoesOn:
             train(configuration(run, "data", "resume=auto"))
         assert len(recent_checkpoints(run)) == 2 and OmegaConf.load(run / "config.yaml").seed == 1
         (run / "metrics.json").touch()
-        check_no_other(run, {"seed": 0})
+        with pytest.raises(ValueError, match=r"a finished run of another configuration.*resume=.*last\.ckpt and another folder"):
+            check_no_other(run, {"seed": 0})
 
     def test_a_wrong_path_says_what_is_expected(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no such run folder or checkpoint; resume=auto"):

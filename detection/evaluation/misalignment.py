@@ -80,6 +80,12 @@ def rule_of(operator: Operator) -> LatticeRule | None:
     raise TypeError(f"{operator!r}: where this operator looks is not known; expected one of configs/roi (ops.lattice_pool, ops.prroi_pool)")
 
 
+def is_known(operator: Operator) -> bool:
+    """Whether `rule_of` can tell where it looks."""
+    function = operator.func if isinstance(operator, partial) else operator
+    return function in (ops.lattice_pool, ops.prroi_pool)
+
+
 def map_size(image_size: Sequence[int], stride: int) -> tuple[int, int]:
     """(height, width) of the map in cells: the detector pads images to multiples of the stride."""
     return -(-image_size[0] // stride), -(-image_size[1] // stride)

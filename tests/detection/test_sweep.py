@@ -25,7 +25,7 @@ def sweep(folder, *overrides):
 def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_with_another(tmp_path):
     folder = tmp_path / "runs" / "quantization_embedded_stride16"
     align, pool = folder / "align_seed5", folder / "pool_seed5"
-    (pool / "results.json").mkdir(parents=True)  # so that this run cannot write its results
+    (pool / "detections.png").mkdir(parents=True)  # so that this run cannot write its results
 
     first = sweep(tmp_path)
     assert first.returncode == 1 and "1 of 2 runs failed" in first.stderr
@@ -38,7 +38,7 @@ def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_wi
     assert "average precision" in (align / "train.log").read_text() and "average precision" not in first.stdout
     assert (folder / "report" / "report.html").is_file()
 
-    (pool / "results.json").rmdir()
+    (pool / "detections.png").rmdir()
     before = {path: path.stat().st_mtime_ns for path in align.iterdir()}
     second = sweep(tmp_path)
     assert second.returncode == 0, second.stderr
@@ -56,12 +56,28 @@ def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_wi
     assert "optim.groups.lr was 0.003 and is 0.5" in third.stderr and "hydra.sweep.dir=runs/<name>" in third.stderr
 
 
+def test_runs_that_would_share_a_folder_are_refused(tmp_path):
+    ended = sweep(tmp_path, "roi.sampling_ratio=1,2")
+    assert ended.returncode == 1
+    assert "have the folder runs/quantization_embedded_stride16/align_seed5: roi.sampling_ratio was 1 and is 2" in ended.stderr
+    assert not list(tmp_path.glob("runs/*/align_seed5"))
+
+
+def test_a_sweep_that_fills_two_folders_writes_two_reports(tmp_path):
+    ended = sweep(tmp_path, "backbone.stride=16,32", "trainer.max_epochs=1", "cross=[]")
+    assert ended.returncode == 0, ended.stderr
+    for stride in (16, 32):
+        report = (tmp_path / f"runs/quantization_embedded_stride{stride}" / "report" / "report.md").read_text()
+        assert f"{stride} pixels a cell" in report and "2 operators, 1 seed, 2 finished runs" in report
+        assert "not finished" not in report
+
+
 @pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
 def test_other_launchers_run_the_same_sweep(tmp_path, launcher):
     if launcher != "basic":
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher: the extra `slurm`")
     folder = tmp_path / "runs" / "quantization_embedded_stride16"
-    (folder / "pool_seed5" / "results.json").mkdir(parents=True)  # so that this run cannot write its results
+    (folder / "pool_seed5" / "detections.png").mkdir(parents=True)  # so that this run cannot write its results
     ended = sweep(tmp_path, f"hydra/launcher={launcher}", "trainer.max_epochs=1", "cross=[]")
     assert ended.returncode == 1 and "1 of 2 runs failed" in ended.stderr, ended.stderr
     assert (folder / "align_seed5" / "metrics.json").is_file()

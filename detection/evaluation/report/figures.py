@@ -229,9 +229,9 @@ def misalignment(found: Findings) -> Drawing | None:
     def draw(theme: Theme) -> Figure:
         looks = _looks(found, theme)
         figure, (axes,) = _new(3.8)
-        x = {arm: found.misalignment[arm]["iou"] for arm in found.arms}
-        y = {arm: found.means["AP75"][arm].value for arm in found.arms}
-        for arm in found.arms:
+        x = {arm: row["iou"] for arm, row in found.misalignment.items()}
+        y = {arm: found.means["AP75"][arm].value for arm in x}
+        for arm in x:
             axes.plot(x[arm], y[arm], linestyle="", markersize=7, **looks[arm].point)
         margin = 0.08 * (max(x.values()) - min(x.values()) + 1e-3)
         axes.set_xlim(min(x.values()) - margin, max(x.values()) + margin)

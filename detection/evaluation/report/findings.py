@@ -2,19 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import hydra.utils
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from tqdm import tqdm
 
 from detection.evaluation.bootstrap import MatchedDetections, over_images
 from detection.evaluation.localisation import Localisation, localisation
 from detection.evaluation.matching import match, percent
-from detection.evaluation.misalignment import summarise
+from detection.evaluation.misalignment import Operator, is_known, rule_of, summarise
 from detection.evaluation.sizes import average_precision_by_cells, resize_scales
 from detection.evaluation.statistics import Combination, Estimate, TwoByTwo, difference, over_seeds
 from detection.evaluation.sweep import Run, Sweep
@@ -173,7 +172,10 @@ class Findings:
 
     @cached_property
     def misalignment(self) -> dict[str, dict[str, float]]:
-        """arm -> how what its operator reads differs from the RoI, mean over the RoIs that the reference's detections came from."""
+        """arm -> how what its operator reads differs from the RoI, mean over the RoIs that the reference's detections came from.
+
+        Without the operators that are not this project's: where they look is not known.
+        """
         proposals: dict[int, list[np.ndarray]] = {}
         for found in self.located(self.reference):
             if found.proposal is None:
@@ -186,22 +188,29 @@ class Findings:
             boxes.append((torch.from_numpy(np.array(some)).float(), (round(image["height"] * scale), round(image["width"] * scale))))
         if not boxes:
             return {}
-        operators = {arm: hydra.utils.instantiate(self.runs(arm)[0].config.roi) for arm in self.arms}
+        operators = {arm: operator for arm, operator in self.operators.items() if is_known(operator)}
         size = self.sweep.finished[0].config.head.extractor.output_size
         return {row["operator"]: row for row in summarise(operators, boxes, [self.stride], size) if row["size"] == "all"}
 
+    @cached_property
+    def operators(self) -> dict[str, Operator]:
+        return {arm: hydra.utils.instantiate(self.runs(arm)[0].config.roi) for arm in self.arms}
+
     def knobs(self, arm: str) -> tuple[str, str, str]:
-        """What an arm does to the RoI, to its bins, and how it reduces a bin, in words."""
-        return knobs(self.runs(arm)[0].config.roi)
+        """What an arm does to the RoI, to its bins, and how it reduces a bin, in words; of an operator not of this project its name."""
+        operator = self.operators[arm]
+        return knobs(operator) if is_known(operator) else (self.runs(arm)[0].config.roi._target_, "-", "-")
 
 
-def knobs(roi: DictConfig) -> tuple[str, str, str]:
+def knobs(operator: Operator) -> tuple[str, str, str]:
     """In words: the RoI, its bins, the reduction."""
-    half = "" if roi.half_pixel else ", half a pixel off"
-    if not roi._target_.endswith("lattice_pool"):
+    rule, given = rule_of(operator), operator.keywords if isinstance(operator, partial) else {}
+    half = "" if (given.get("half_pixel", False) if rule is None else rule.half_pixel) else ", half a pixel off"
+    if rule is None:
         return f"exact{half}", "exact", "integral"
-    rounding = {"none": "exact", "round": "rounded", "floor": "floored"}[roi.quantize_roi] + (", + 1" if roi.inclusive_end else "")
-    if roi.quantize_bins != "none":
-        return rounding, {"cover": "whole cells", "truncate": "whole cells, rest lost"}[roi.quantize_bins], roi.reduce
-    samples = "adaptive" if roi.sampling_ratio <= 0 else f"{roi.sampling_ratio} x {roi.sampling_ratio}"
-    return f"{rounding}{half}", f"exact, {samples} samples", roi.reduce
+    rounding = {"none": "exact", "round": "rounded", "floor": "floored"}[rule.quantize_roi] + (", + 1" if rule.inclusive_end else "")
+    reduce = given.get("reduce", "mean")
+    if rule.quantize_bins != "none":
+        return rounding, {"cover": "whole cells", "truncate": "whole cells, rest lost"}[rule.quantize_bins], reduce
+    samples = "adaptive" if rule.sampling_ratio <= 0 else f"{rule.sampling_ratio} x {rule.sampling_ratio}"
+    return f"{rounding}{half}", f"exact, {samples} samples", reduce

@@ -236,7 +236,7 @@ def misalignment_table(found: Findings) -> Table | None:
         return None
     keys = {"iou": 3, "bin_iou": 3, "lost": 1, "gained": 1, "shift_x": 1, "shift_y": 1, "distance": 1}
     names = ("IoU of RoI", "IoU of bins", "lost, %", "gained, %", "right, px", "down, px", "centre off, px")
-    rows = [(arm, *(found.misalignment[arm][key] for key in keys), found.means["AP75"][arm].value) for arm in found.arms]
+    rows = [(arm, *(found.misalignment[arm][key] for key in keys), found.means["AP75"][arm].value) for arm in found.misalignment]
     columns = [Column(n, number(d, n.endswith("px") and "centre" not in n)) for n, d in zip(names, keys.values(), strict=True)]
     boxes = next(iter(found.misalignment.values()))["boxes"]
     return Table(

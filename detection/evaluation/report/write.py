@@ -2,12 +2,13 @@
 
 import base64
 import shutil
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from detection.evaluation.files import write_whole
@@ -101,10 +102,9 @@ def _made_from(found: Findings) -> list[tuple[str, str]]:
     data = starts[-1]["data"] if starts else {}
     truth = found.sweep.annotations
     evaluated = f"{len(truth.imgs)} images, {len(truth.anns)} objects of {len(truth.cats)} categories"
-    length = f"{config.trainer.max_epochs} epochs" if config.trainer.max_steps < 0 else f"{config.trainer.max_steps} steps"
     facts = [("data", str(config.data.root)), *((f"data: {split}", words) for split, words in data.items())]
     facts += [("evaluated on", evaluated), ("stride", f"{found.stride} pixels a cell"), ("seeds", ", ".join(map(str, found.seeds)))]
-    facts += [("training", f"{length} of {config.data.batch_size} images a step, rate {config.optim.groups.lr:g}, the same for all")]
+    facts += [("training", _training([run.config for run in found.sweep.finished]))]
     commits = dict.fromkeys(start["commit"] for start in starts) or [f"{commit()} (of this report; the sweep's was not written down)"]
     used = starts[-1]["versions"] if starts else versions()
     facts += [("commit", ", ".join(commits)), ("versions", ", ".join(f"{name} {number}" for name, number in used.items()))]
@@ -112,3 +112,17 @@ def _made_from(found: Findings) -> list[tuple[str, str]]:
         facts += [("machine", starts[-1]["machine"]), ("started", starts[0]["time"])]
         facts += [("command", command) for command in dict.fromkeys(start["command"] for start in starts)]
     return [*facts, ("report", date.today().isoformat())]
+
+
+def _training(configs: Sequence[DictConfig]) -> str:
+    """Length, batch and rate, each with all the values that runs had."""
+
+    def values(*of_runs: str) -> str:
+        return " or ".join(dict.fromkeys(of_runs))
+
+    limits = [(c.trainer.get("max_epochs") or -1, c.trainer.get("max_steps") or -1) for c in configs]
+    length = values(*(f"{epochs} epochs" if steps < 0 else f"{steps} steps" for epochs, steps in limits))
+    images = values(*(str(c.data.batch_size) for c in configs))
+    rate = values(*(f"{c.optim.groups.lr:g}" for c in configs))
+    alike = ", the same for all" if " or " not in length + images + rate else ""
+    return f"{length} of {images} images a step, rate {rate}{alike}"

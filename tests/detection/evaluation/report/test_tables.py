@@ -2,12 +2,10 @@
 
 import math
 
-from omegaconf import OmegaConf
-
 from detection.evaluation.report.findings import knobs
 from detection.evaluation.report.tables import Column, Table, estimate, number, p_value
 from detection.evaluation.statistics import Estimate
-from tests.ops.presets import PRESETS
+from tests.ops.presets import PRESETS, preset
 
 
 def test_an_interval_is_shown_by_its_half_width_or_by_its_ends():
@@ -28,7 +26,7 @@ def test_csv_has_an_estimate_in_five_columns_and_nothing_for_nan():
 
 
 def test_operators_in_words():
-    words = {name: knobs(OmegaConf.load(path)) for name, path in PRESETS.items()}
+    words = {name: knobs(preset(name)) for name in PRESETS}
     assert words["align"] == ("exact", "exact, 2 x 2 samples", "mean")
     assert words["pool"] == ("rounded, + 1", "whole cells", "max")
     assert words["pool_floor"] == ("floored", "whole cells, rest lost", "max")

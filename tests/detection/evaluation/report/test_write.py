@@ -7,6 +7,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+from omegaconf import OmegaConf
 
 from detection.evaluation.report import write_report
 from tests.detection.evaluation.fake_sweep import SCATTER, write_fake_sweep
@@ -19,6 +20,30 @@ def sweep(tmp_path_factory):
     write_fake_sweep(folder, seeds=(0, 1), images=30, failed=["pool_floor_seed1"], missing=["prroi_seed0"])
     write_report(folder)
     return folder
+
+
+def test_an_operator_of_somebody_else_is_in_the_report(tmp_path):
+    """Where it looks is not known; what it scores is."""
+    folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "pool": 7.5, "warp": 6.0}, seeds=(0, 1), images=10)
+    for run in folder.glob("warp_seed*"):
+        config = OmegaConf.load(run / "config.yaml")
+        config.roi = {"_target_": "torchvision.ops.roi_align", "_partial_": True}
+        OmegaConf.save(config, run / "config.yaml")
+    write_report(folder)
+    main = table(folder, "main")
+    assert main["warp"]["RoI"] == "torchvision.ops.roi_align" and float(main["warp"]["AP75"]) > 0
+    assert list(table(folder, "misalignment")) == ["align", "pool"]
+
+
+def test_runs_that_were_trained_otherwise_are_not_said_to_be_alike(tmp_path):
+    folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "pool": 7.5}, seeds=(0,), images=10)
+    write_report(folder)
+    assert "8 epochs of 4 images a step, rate 0.003, the same for all" in text(folder, "report.md")
+    config = OmegaConf.load(folder / "pool_seed0" / "config.yaml")
+    config.optim.groups.lr = 0.001
+    OmegaConf.save(config, folder / "pool_seed0" / "config.yaml")
+    write_report(folder)
+    assert "rate 0.003 or 0.001" in text(folder, "report.md") and "the same for all" not in text(folder, "report.md")
 
 
 def text(folder, name):

@@ -3,7 +3,6 @@
 Prints every step in numbers and draws it; `image=` on a real image, `data=` for all proposals of a data set. See `--help`.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from detection.evaluation.explanation import Explanation, table, tell
 from detection.evaluation.explanation import explain as explain_operator
 from detection.evaluation.explanation_figure import Photograph, draw
 from detection.evaluation.misalignment import Operator, format_summary, is_known, rule_of, summarise
+from detection.messages import message_alone
 
 
 def explain(cfg: DictConfig) -> list[Explanation]:
@@ -111,10 +111,8 @@ def photograph(image: Tensor, explanations: list[Explanation], cfg: DictConfig) 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="explain")
 def main(cfg: DictConfig) -> None:
-    try:
+    with message_alone("explain.py"):
         explain(cfg) if cfg.get("data") is None else explain_data(cfg)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"explain.py: {error}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from detection.data.proposal_file import ProposalFile
 from detection.data.proposals import Proposals
 from detection.evaluation.coco import to_coco_results, write_results
 from detection.evaluation.figures import detections_picture
-from detection.evaluation.files import write_whole
+from detection.files import write_whole
+from detection.messages import message_alone
 from detection.module import DetectionModule
 from detection.run import begin, progress_bar
 
@@ -89,10 +90,8 @@ def tell(found: Mapping, classes: Mapping[int, str], threshold: float) -> str:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="predict")
 def main(cfg: DictConfig) -> None:
-    try:
+    with message_alone("predict.py"):
         predict(cfg)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"predict.py: {error}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """How well proposals cover the objects of a data set: `python recall.py data=voc_animals data.root=... proposals=selective_search`."""
 
-import sys
-
 import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from detection.build import instantiate
 from detection.data.recall import format_recall, recall_table
+from detection.messages import message_alone
 
 
 def tabulate(cfg: DictConfig) -> list[dict]:
@@ -35,10 +34,8 @@ def tabulate(cfg: DictConfig) -> list[dict]:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="recall")
 def main(cfg: DictConfig) -> None:
-    try:
+    with message_alone("recall.py"):
         tabulate(cfg)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"recall.py: {error}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from detection.build import build_detector, instantiate
 from detection.cross import check_operators, cross_evaluate
 from detection.data.same_data import SameData
 from detection.lock import only_process
+from detection.messages import message_alone
 from detection.module import DetectionModule
 from detection.processes import before_launch, cluster_plugins
 from detection.recent import RecentCheckpoints, WholeCheckpointIO
@@ -83,7 +84,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float:
-    with handed_on():
+    with message_alone("train.py"), handed_on():
         if cfg.arm is not None:
             metrics = run_in_sweep(train, cfg)
         else:

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ops
-from detection.evaluation.files import write_whole
+from detection.files import write_whole
 
 
 class Shape(NamedTuple):

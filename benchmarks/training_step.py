@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from detection.build import build_detector, instantiate
 from detection.detector import FastRCNN
-from detection.evaluation.files import write_whole
+from detection.files import write_whole
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DETECTOR = ["backbone=vgg16", "backbone.frozen_blocks=2", "head=two_fc", "optim=sgd"]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from detection.evaluation.files import NotWrittenError
+from detection.files import NotWrittenError
 from detection.processes import is_first
 
 try:

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from detection.evaluation.files import write_whole
+from detection.files import write_whole
 
 FINISHED = "metrics.json"  # the last file of a run: with it the run is finished
 RESULTS = (FINISHED, "results.json", "cross.json")

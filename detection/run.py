@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from detection.evaluation.coco import Metrics, format_table, write_metrics, write_results
 from detection.evaluation.figures import curves, detections_sheet
-from detection.evaluation.files import write_whole
+from detection.files import write_whole
 from detection.module import LOGGED, DetectionModule
 from detection.processes import is_first
 from detection.progress import TimeLeft

@@ -16,7 +16,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from detection.evaluation.files import FULL, NotWrittenError, write_whole
+from detection.files import FULL, NotWrittenError, write_whole
 from detection.recent import recent_checkpoints
 
 log = logging.getLogger(__name__)

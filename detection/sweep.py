@@ -27,9 +27,9 @@ from tqdm import tqdm
 from detection.build import instantiate
 from detection.configuration import differences, shorten
 from detection.data.module import describe
-from detection.evaluation.files import write_whole
 from detection.evaluation.report import write_report
 from detection.evaluation.report.origin import add_origin
+from detection.files import write_whole
 from detection.lock import AtWork, is_running, only_process
 from detection.processes import is_first, several
 from detection.recent import FINISHED

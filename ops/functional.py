@@ -7,6 +7,7 @@ elsewhere, and for float64 on a GPU, plain PyTorch does (`ops/eager.py`), and a 
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
@@ -45,7 +46,7 @@ def lattice_pool(
 
     Args:
         features: `[N, C, H, W]`.
-        boxes: see above.
+        boxes: `(x1, y1, x2, y2)` in pixels of the image: a list of `[L, 4]`, one for each image, or `[K, 5]` with the image's index before.
         output_size: bins along height and width.
         spatial_scale: cells a pixel, such as 1/16.
         quantize_roi: what happens to the projected edges: `none`, `round` (halves away from zero, as Caffe) or `floor`.
@@ -62,6 +63,10 @@ def lattice_pool(
 
     Returns:
         `[K, C, P, P]`. Differentiable in the features, and in the boxes where bins are not quantized, straight through a quantized RoI.
+
+    Raises:
+        TypeError, ValueError: an argument of another shape, type or range; a box that is NaN or infinite, or of an image that is not there
+            (on a CPU; on a GPU, where looking would stall the stream, its output is NaN); boxes that want a gradient where there is none.
     """
     if reduce not in ("mean", "max"):
         raise ValueError(f"reduce={reduce!r}: expected one of mean, max")
@@ -82,6 +87,8 @@ def roi_pool(features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: f
     """RoIPool: RoI rounded (and Caffe's `+ 1`), bins from floor to ceil, the largest cell of each.
 
     Girshick, "Fast R-CNN", 2015. Equal to `torchvision.ops.roi_pool`, gradients included. No gradient for the boxes: asking is an error.
+
+    Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
     return lattice_pool(
         features,
@@ -110,6 +117,8 @@ def roi_align(
     He et al., "Mask R-CNN", 2017. Equal to `torchvision.ops.roi_align`, defaults included: `aligned=False` and adaptive samples are
     torchvision's old ways; what is called RoIAlign today is `aligned=True, sampling_ratio=2`. `reduce="max"` takes the largest interpolated
     sample. Differentiable in the boxes too.
+
+    Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
     return lattice_pool(features, boxes, output_size, spatial_scale, half_pixel=aligned, sampling_ratio=sampling_ratio, reduce=reduce)
 
@@ -127,6 +136,8 @@ def roi_warp(
 
     Dai et al., "Multi-task Network Cascades", 2016; He et al., "Mask R-CNN", section 3 and table 2. Differentiable in the boxes, straight
     through the rounding. The layer that was released with MNC is `configs/roi/warp_mnc.yaml`.
+
+    Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
     return lattice_pool(
         features, boxes, output_size, spatial_scale, quantize_roi="round", half_pixel=aligned, sampling_ratio=sampling_ratio, reduce=reduce
@@ -138,6 +149,8 @@ def prroi_pool(features: Tensor, boxes: Boxes, output_size: Size, spatial_scale:
 
     Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection" (IoU-Net), 2018, equation 5. The map is 0 beyond
     its outermost cells; a bin without area is 0. `half_pixel=False` is the released layer. Differentiable in the boxes too.
+
+    Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
     rule = IntegralRule(half_pixel)
     image, y, x = _place(rule, spatial_scale, features, *prepare(features, boxes, output_size, differentiable_boxes=True))
@@ -150,6 +163,8 @@ def _place(
     rule: LatticeRule | IntegralRule, spatial_scale: float, features: Tensor, image: Tensor, box: Tensor, bins: tuple[int, int]
 ) -> tuple[Tensor, Axis, Axis] | tuple[Tensor, Bounds, Bounds]:
     """The image of each box, and where its bins look along y and along x."""
+    if not 0 < spatial_scale < math.inf:
+        raise ValueError(f"spatial_scale={spatial_scale!r}: expected cells a pixel, above 0, such as 1/16")
     # a compiled function keeps its tensors for one backward pass alone, and someone may want another (retain_graph=True)
     wants_gradient = box.requires_grad and torch.is_grad_enabled()
     fuse = features.is_cuda and library.supports(features) and not wants_gradient and not torch.compiler.is_compiling()

@@ -59,6 +59,12 @@ class LatticeRule:
         for knob, choices in (("quantize_roi", ("none", "round", "floor")), ("quantize_bins", ("none", "cover", "truncate"))):
             if getattr(self, knob) not in choices:
                 raise ValueError(f"{knob}={getattr(self, knob)!r}: expected one of {', '.join(choices)}")
+        if self.sampling_ratio != int(self.sampling_ratio):
+            raise ValueError(f"sampling_ratio={self.sampling_ratio!r}: expected a whole number of samples, or 0 for an adaptive one")
+        for knob, low in (("sample_offset", -math.inf), ("border", 0.0), ("min_extent", 0.0)):
+            value = getattr(self, knob)
+            if value is not None and not value >= low:
+                raise ValueError(f"{knob}={value!r}: expected a number{' of 0 at least' if low == 0 else ''}")
 
     def axis(self, x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, size: int) -> Axis:
         """Lattice of `bins` bins a RoI on an axis of `size` cells.

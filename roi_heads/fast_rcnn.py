@@ -122,12 +122,12 @@ class FastRCNNHeads(RoIHeads):
         lengths = [len(boxes) for boxes in proposals]
         candidates = zip(scores.softmax(-1).split(lengths), self.box_coder.decode(deltas, proposals).split(lengths), strict=True)
         detections = []
-        for boxes, scores, labels, own, (all_scores, all_boxes), shape in zip(*found, proposals, candidates, image_shapes, strict=True):
+        for boxes, sure, labels, own, (all_scores, all_boxes), shape in zip(*found, proposals, candidates, image_shapes, strict=True):
             source = boxes
             if len(boxes):  # torchvision forgets which proposal a detection comes from: the one that has its very score and its very box
-                same = (all_scores[:, labels] == scores) & (clip_boxes_to_image(all_boxes[:, labels], shape) == boxes).all(-1)
+                same = (all_scores[:, labels] == sure) & (clip_boxes_to_image(all_boxes[:, labels], shape) == boxes).all(-1)
                 source = own[same.int().argmax(0)]
-            detections.append({"boxes": boxes, "scores": scores, "labels": labels, "proposals": source})
+            detections.append({"boxes": boxes, "scores": sure, "labels": labels, "proposals": source})
         return detections
 
     def sample(self, proposals: list[Tensor], targets: list[dict], epoch: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -13,9 +13,9 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from detection import files
 from detection.checkpoint import load_checkpoint
-from detection.evaluation import files
-from detection.evaluation.files import NotWrittenError
+from detection.files import NotWrittenError
 from detection.recent import recent_checkpoints
 from detection.stop import FiniteLoss, handed_on
 from tests.faults import full_disk, power_cut

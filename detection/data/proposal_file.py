@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detection.data.images import ImageRecord
 from detection.data.proposal_formats import read_detectron, read_mat
-from detection.evaluation.files import whole_file
+from detection.files import whole_file
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from detection.data.images import decode
-from detection.evaluation.files import write_whole
+from detection.files import write_whole
 
 SPLITS = ("train", "val", "trainval", "test")  # of ImageSets/Main; its other lists are of single classes
 

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from detection.evaluation.explanation import Explanation, describe, places, shift, unseen
-from detection.evaluation.files import write_whole
 from detection.evaluation.misalignment import Span
+from detection.files import write_whole
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; hatched differently besides, for those who print in grey.
 LOST = {"facecolor": "#F0A579", "edgecolor": "#A34400", "hatch": "////"}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from detection.data.coco import CocoDetection
 from detection.data.images import ImageRecord, read_image
-from detection.evaluation.files import write_whole
+from detection.files import write_whole
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 DPI = 130

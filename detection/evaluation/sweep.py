@@ -133,7 +133,7 @@ class Sweep:
 
     @cached_property
     def scales(self) -> dict[int, float] | None:
-        """Image id -> pixels of the network's input to one of the image, as `sizes` takes it."""
+        """Image id -> pixels of the network's input to one of the image, as `sizes` takes it; None where images keep their size."""
         transform = self.finished[0].config.data.eval_transform
         return resize_scales(self.annotations, transform.short_side, transform.max_side)
 

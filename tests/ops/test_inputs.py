@@ -49,6 +49,23 @@ def test_an_unknown_reduction_names_the_choices():
         ops.roi_align(F, BOX, 2, reduce="median")
 
 
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"sampling_ratio": 2.5}, "sampling_ratio=2.5: expected a whole number"),
+        ({"border": float("nan")}, "border=nan: expected a number of 0 at least"),
+        ({"border": -1.0}, "border=-1.0: expected a number of 0 at least"),
+        ({"min_extent": -1.0}, "min_extent=-1.0: expected a number of 0 at least"),
+        ({"sample_offset": float("nan")}, "sample_offset=nan: expected a number"),
+        ({"spatial_scale": 0.0}, "spatial_scale=0.0: expected cells a pixel, above 0"),
+        ({"spatial_scale": float("nan")}, "spatial_scale=nan: expected cells a pixel, above 0"),
+    ],
+)
+def test_a_knob_out_of_its_range_is_named(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        ops.lattice_pool(F, BOX, 2, **knobs)
+
+
 def test_elsewhere_a_box_that_is_no_box_becomes_not_a_number_and_reads_nothing_out_of_bounds():
     """What other devices do, where looking would stall the stream; traced here, where looking is impossible too."""
     boxes = torch.tensor([[0.0, 1, 1, 3, 3], [0, torch.nan, 1, 3, 3], [7, 1, 1, 3, 3], [0, 1, 1, torch.inf, 3]])

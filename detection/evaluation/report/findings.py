@@ -14,7 +14,7 @@ from detection.evaluation.bootstrap import MatchedDetections, over_images
 from detection.evaluation.localisation import Localisation, localisation
 from detection.evaluation.matching import match, percent
 from detection.evaluation.misalignment import Operator, is_known, rule_of, summarise
-from detection.evaluation.sizes import average_precision_by_cells, resize_scales
+from detection.evaluation.sizes import average_precision_by_cells
 from detection.evaluation.statistics import Combination, Estimate, TwoByTwo, difference, over_seeds
 from detection.evaluation.sweep import Run, Sweep
 
@@ -111,12 +111,6 @@ class Findings:
     def image_ids(self) -> list[int]:
         return sorted(self.sweep.annotations.imgs)
 
-    @cached_property
-    def scales(self) -> dict[int, float] | None:
-        """Image id -> pixels of the network's input to a pixel of the image; None where images keep their size."""
-        transform = self.sweep.finished[0].config.data.eval_transform
-        return resize_scales(self.sweep.annotations, transform.short_side, transform.max_side)
-
     def _of_run(self, run: Run) -> OfRun:
         results = run.results()
         truth = self.sweep.annotations
@@ -125,7 +119,7 @@ class Findings:
         return OfRun(
             localisation=localisation(truth, results, self.image_ids),
             by_threshold=np.array([percent(precision) for precision in thresholds.eval["precision"][..., 0, -1]]),
-            by_cells=average_precision_by_cells(truth, results, self.image_ids, run.stride, self.scales),
+            by_cells=average_precision_by_cells(truth, results, self.image_ids, run.stride, self.sweep.scales),
         )
 
     @cached_property
@@ -176,15 +170,15 @@ class Findings:
 
         Without the operators that are not this project's: where they look is not known.
         """
-        proposals: dict[int, list[np.ndarray]] = {}
+        proposals, scales = {}, self.sweep.scales
         for found in self.located(self.reference):
             if found.proposal is None:
                 return {}
             for image_id, box in zip(found.image_id.tolist(), found.proposal, strict=True):
-                proposals.setdefault(image_id, []).append(box * (self.scales[image_id] if self.scales else 1))
+                proposals.setdefault(image_id, []).append(box * (scales[image_id] if scales else 1))
         boxes = []
         for image_id, some in proposals.items():
-            image, scale = self.sweep.annotations.imgs[image_id], self.scales[image_id] if self.scales else 1
+            image, scale = self.sweep.annotations.imgs[image_id], scales[image_id] if scales else 1
             boxes.append((torch.from_numpy(np.array(some)).float(), (round(image["height"] * scale), round(image["width"] * scale))))
         if not boxes:
             return {}

@@ -11,7 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from detection.evaluation.files import write_whole
 from detection.evaluation.report import prose
 from detection.evaluation.report.figures import Drawing, all_drawings
 from detection.evaluation.report.findings import Findings
@@ -19,6 +18,7 @@ from detection.evaluation.report.origin import commit, read_origin, versions
 from detection.evaluation.report.style import DARK, LIGHT, rendered
 from detection.evaluation.report.tables import Table, all_tables
 from detection.evaluation.sweep import Sweep, read_sweep
+from detection.files import write_whole
 
 WITH_NUMBERS = {"differences", "localisation", "sizes", "misalignment", "cross"}  # figures that have a table of the same name
 

@@ -11,7 +11,7 @@ from PIL import Image
 from detection.data import embedded
 from detection.data.annotations import read_instances
 from detection.data.embedded import SHAPES, EmbeddedSet
-from detection.evaluation.files import NotWrittenError
+from detection.files import NotWrittenError
 from tests.faults import full_disk
 
 SMALL = EmbeddedSet(train=6, val=3, test=2)

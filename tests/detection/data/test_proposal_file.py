@@ -10,7 +10,7 @@ import pytest
 
 from detection.data.images import ImageRecord
 from detection.data.proposal_file import ProposalFile, read_proposals, write_proposals
-from detection.evaluation.files import NotWrittenError
+from detection.files import NotWrittenError
 from tests.faults import full_disk
 
 ONE, TWO, NONE = (ImageRecord(i, Path(f"{name}.png"), 60, 40) for i, name in ((1, "one"), (2, "two"), (9, "none")))

@@ -42,6 +42,15 @@ def test_windows_lie_inside_and_have_area(size):
     assert (windows[:, 2:] <= torch.tensor(size) + 1e-3).all()
 
 
+def test_a_long_and_narrow_image_has_no_more_windows_than_it_may():
+    grid = Grid(scales=[0.14, 0.21, 0.31, 0.46], step=0.33, most=1000)
+    windows = grid(image(4000, 200))
+    assert 800 < len(windows) <= 1000
+    assert windows[:, 2].max() == 4000 and windows[:, 3].max() == 200 and windows[:, :2].min() == 0
+    with pytest.raises(ValueError, match="most=3: expected one window at least of each of 4"):
+        Grid(scales=[0.14, 0.21, 0.31, 0.46], most=3)
+
+
 def test_scales_must_be_positive():
     with pytest.raises(ValueError, match="must be positive"):
         Grid(scales=[0.5, 0])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from detection.evaluation.files import NotWrittenError, whole_file, write_whole
+from detection.files import NotWrittenError, whole_file, write_whole
 from tests.conftest import ROOT
 from tests.faults import full_disk
 
@@ -37,7 +37,7 @@ def test_an_error_while_it_is_written_leaves_what_was_there(tmp_path):
 
 READ_ONLY = """
 import sys
-from detection.evaluation.files import write_whole
+from detection.files import write_whole
 from detection.lock import is_running, only_process
 
 run = sys.argv[1]

@@ -9,7 +9,7 @@ from detection.build import build_detector, instantiate
 from detection.checkpoint import check_categories, load_checkpoint, load_weights, offer_checkpoint
 from detection.messages import message_alone
 from detection.module import DetectionModule
-from detection.processes import before_launch, cluster_plugins
+from detection.processes import before_launch, cluster_plugins, quiet_others
 from detection.run import begin, progress_bar, report
 from detection.stop import told_plainly
 
@@ -43,6 +43,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="eval")
 def main(cfg: DictConfig) -> float:
+    quiet_others()
     with message_alone("eval.py"):
         return evaluate(cfg)[f"{cfg.split}/AP"]
 

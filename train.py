@@ -12,7 +12,7 @@ from detection.data.same_data import SameData
 from detection.lock import only_process
 from detection.messages import message_alone
 from detection.module import DetectionModule
-from detection.processes import before_launch, cluster_plugins
+from detection.processes import before_launch, cluster_plugins, quiet_others
 from detection.recent import RecentCheckpoints, WholeCheckpointIO
 from detection.resume import checkpoint_to_resume
 from detection.run import begin, check_metric, draw_curves, progress_bar, report, report_cross
@@ -84,6 +84,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float:
+    quiet_others()
     with message_alone("train.py"), handed_on():
         if cfg.arm is not None:
             metrics = run_in_sweep(train, cfg)

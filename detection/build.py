@@ -6,6 +6,7 @@ from typing import Any
 import hydra.utils
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobRuntime
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
@@ -32,7 +33,7 @@ def read_operator(name: str) -> DictConfig:
     holder = GlobalHydra.instance()
     application, holder.hydra = holder.hydra, None  # inside of a script that Hydra started it refuses to compose anything else
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=JobRuntime.instance().get("name")):
             return compose(f"roi/{name}").roi
     finally:
         GlobalHydra.instance().hydra = application

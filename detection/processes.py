@@ -1,5 +1,6 @@
 """Which of several processes this one is, told by the environment alone: Lightning knows it only when training begins."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,12 @@ _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
 def is_first() -> bool:
     """Whether this process is the one that writes: the only one, or the first of those that work together."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
+
+
+def quiet_others() -> None:
+    """In all processes of a run but the first nothing is logged but warnings: the first tells the rest for all."""
+    if not is_first():
+        logging.getLogger().setLevel(logging.WARNING)
 
 
 def several() -> bool:

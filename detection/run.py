@@ -31,8 +31,6 @@ def begin(cfg: DictConfig) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     if is_first():
         write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
-    else:
-        logging.getLogger().setLevel(logging.WARNING)  # what the first process tells
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
         if cfg.trainer.get("strategy", "auto") != "auto":

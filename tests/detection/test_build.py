@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.utils import JobRuntime
 
 from detection.build import read_operator
 from detection.configuration import CONFIGS
@@ -22,8 +23,9 @@ def test_an_operator_may_build_on_another_file(tmp_path, monkeypatch):
     (configs / "roi" / "align_3.yaml").write_text("defaults: [align, _self_]\nsampling_ratio: 3\n")
     monkeypatch.setattr("detection.build.CONFIGS", configs)
     assert dict(read_operator("align_3")) == dict(read_operator("align")) | {"sampling_ratio": 3}
-    with initialize_config_dir(str(configs), version_base="1.3"):
+    with initialize_config_dir(str(configs), version_base="1.3", job_name="train"):
         assert read_operator("align_3").sampling_ratio == 3
+        assert JobRuntime.instance().get("name") == "train", "by which Hydra names the log of a run"
         assert compose("train", overrides=["roi=align_3"]).roi == read_operator("align_3"), "Hydra goes on as before"
 
 

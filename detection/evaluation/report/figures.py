@@ -71,7 +71,7 @@ def forest(found: Findings) -> Drawing | None:
         return figure
 
     caption = f"How far each operator is from {found.reference}, with the 95 % interval of the paired difference over {found.over}. "
-    caption += "An interval that leaves out 0 is a difference that was shown."
+    caption += "An interval that excludes 0 is a difference that was shown."
     return Drawing("differences", f"Difference to {found.reference}", caption, draw)
 
 

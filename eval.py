@@ -16,6 +16,8 @@ from detection.stop import told_plainly
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluates `cfg.ckpt` on `cfg.split` and fills `cfg.run_dir`. Returns the metrics: `test/AP`, `test/AP50`, ... in percent."""
+    if cfg.split not in ("test", "val"):
+        raise ValueError(f"split={cfg.split}: expected test or val")
     run_dir = begin(cfg)
     data = instantiate(cfg.data)
     data.prepare_data()

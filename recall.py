@@ -11,6 +11,8 @@ from detection.messages import message_alone
 
 def tabulate(cfg: DictConfig) -> list[dict]:
     """Prints the recall of `cfg.proposals` on `cfg.split` of `cfg.data`, by object size and number of windows, and returns its rows."""
+    if cfg.split not in ("train", "val", "test"):
+        raise ValueError(f"split={cfg.split}: expected train, val or test")
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup({"train": "fit", "val": "validate", "test": "test"}[cfg.split])

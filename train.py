@@ -35,7 +35,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup()
-    mode = check_metric(cfg.optimized_metric, validates=data.val is not None)
+    objects = 0 if data.val is None else len(data.val.coco.anns)
+    mode = check_metric(cfg.optimized_metric, validates=data.val is not None, objects=objects)
     module = DetectionModule(
         build_detector(cfg, num_classes=len(data.categories) + 1),
         **instantiate(cfg.optim),

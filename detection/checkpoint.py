@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ def load_checkpoint(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; train.py leaves best.ckpt and last.ckpt in its run folder")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()  # torch.load looks at no checksum
+            if damaged:
+                raise ValueError(f"{damaged} does not fit its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is no whole checkpoint, or holds more than tensors and plain containers: none of that was run") from error

@@ -98,7 +98,10 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
         return chosen
     given = Path(cfg.resume)
     if given.is_file():
-        if differ := differences(load_checkpoint(given)["config"], OmegaConf.to_container(cfg)):
+        checkpoint = load_checkpoint(given)
+        if "optimizer_states" not in checkpoint:
+            raise ValueError(f"resume={given}: it holds weights alone; last.ckpt and step_*.ckpt hold what training needs to go on")
+        if differ := differences(checkpoint["config"], OmegaConf.to_container(cfg)):
             log.warning("%s had another configuration: %s. The rates of its optimizer are kept", given, shorten(differ))
         return given
     check_unfinished(given, _resolved(cfg, cfg.run_dir))
@@ -134,7 +137,7 @@ def _checkpoints(run: Path) -> list[Path]:
 
 def _read_config(run: Path) -> dict[str, Any] | None:
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = yaml.safe_load((run / "config.yaml").read_bytes())
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return config if isinstance(config, dict) else None

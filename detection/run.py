@@ -78,15 +78,20 @@ def check_precision(trainer: DictConfig) -> None:
         )
 
 
-def check_metric(name: str, validates: bool) -> str:
+def check_metric(name: str, validates: bool, objects: int = 1) -> str:
     """Whether a checkpoint is the better one for more of `optimized_metric` or for less: "max" or "min", as `ModelCheckpoint` has it.
 
+    Args:
+        objects: annotated on the val split.
+
     Raises:
-        ValueError: there are validations, and none of them has this metric.
+        ValueError: there are validations, and none of them has this metric, or all have it undefined.
     """
     known = [f"val/{logged}" for logged in LOGGED]
     if validates and name not in known:
         raise ValueError(f"optimized_metric={name}: the best checkpoint is chosen on the val split, by one of {', '.join(known)}")
+    if validates and "AP" in name and objects == 0:
+        raise ValueError(f"optimized_metric={name}: the val split has no objects, so no checkpoint is the best by AP. val/loss chooses one")
     return "min" if "loss" in name else "max"
 
 

@@ -130,9 +130,16 @@ class FiniteLoss(pl.Callback):
 
 @contextmanager
 def told_plainly(run_dir: str | Path) -> Iterator[None]:
-    """Around training and evaluation: what to do about a loading process that died, a full disk, and a run folder that is gone."""
+    """Around training and evaluation: what to do about a loading process that died, a full disk, and a run folder that is gone.
+
+    Where SIGTERM ends an evaluation the exit status is 143 and not Lightning's 0, which would read as success.
+    """
     try:
         yield
+    except SIGTERMException as stop:
+        if stop.code is None:
+            stop.code = 128 + signal.SIGTERM
+        raise
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise

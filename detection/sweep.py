@@ -38,6 +38,7 @@ from detection.resume import check_no_other
 log = logging.getLogger(__name__)
 
 FAILED = "failed.txt"
+SWEEP = "ROI_SWEEP_PROCESS"  # in the environment of a sweep's processes, its own number: it may be gone before they ask for their parent
 
 
 def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfig) -> dict[str, float]:
@@ -90,7 +91,7 @@ def _end_with_parent(every: float = 2.0) -> None:
     """In a process of joblib's, which would outlive a sweep that is killed and write into its runs: ends when the sweep does."""
     if multiprocessing.current_process().name == "MainProcess":
         return
-    parent = os.getppid()
+    parent = int(os.environ.get(SWEEP, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -175,6 +176,7 @@ class SweepCallback(Callback):
                     add_origin(folder, described, [(run["arm"], run["seed"]) for run_dir, run in runs.items() if run_dir.parent == folder])
         except (OSError, ValueError) as error:
             sys.exit(f"train.py: {error}")  # Hydra would turn any other exception of a callback into a warning
+        os.environ[SWEEP] = str(os.getpid())
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that joblib ends its processes before it goes
         self.progress = Progress(runs)
         self.progress.start()

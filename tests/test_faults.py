@@ -17,7 +17,8 @@ from detection import files
 from detection.checkpoint import load_checkpoint
 from detection.files import NotWrittenError
 from detection.recent import recent_checkpoints
-from detection.stop import FiniteLoss, handed_on
+from detection.run import check_metric
+from detection.stop import FiniteLoss, handed_on, told_plainly
 from tests.faults import full_disk, power_cut
 from tests.trainings import configuration, remains
 from train import train
@@ -130,6 +131,18 @@ def test_what_would_be_noticed_when_training_is_over_is_noticed_before_it(data, 
         with pytest.raises(ValueError, match=message):
             train(configuration(tmp_path, data, override))
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_without_objects_to_find_no_checkpoint_is_the_best_by_ap():
+    assert check_metric("val/loss", validates=True, objects=0) == "min"
+    with pytest.raises(ValueError, match="the val split has no objects"):
+        check_metric("val/AP", validates=True, objects=0)
+
+
+def test_an_evaluation_that_is_stopped_is_no_success(tmp_path):
+    with pytest.raises(SIGTERMException) as ended, told_plainly(tmp_path):
+        raise SIGTERMException
+    assert ended.value.code == 143
 
 
 def test_a_stop_outside_of_training_passes_on():

@@ -94,6 +94,23 @@ def test_a_truncated_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, 
     assert remains(tmp_path) == whole
 
 
+def test_a_checkpoint_with_damaged_bytes_is_noticed_as_well(whole, data, tmp_path, accident, caplog):
+    """Of its full length, and `torch.load` reads it: only its checksums tell."""
+    accident(4, power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(configuration(tmp_path, data))
+    newest, before = recent_checkpoints(tmp_path)
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+    newest.write_bytes(content)
+    torch.load(newest, weights_only=True)
+
+    with caplog.at_level(logging.INFO):
+        train(configuration(tmp_path, data, "resume=auto"))
+    assert f"{newest} is no whole checkpoint" in caplog.text and f"Goes on from {before}" in caplog.text
+    assert remains(tmp_path) == whole
+
+
 @pytest.mark.parametrize(
     "knobs", [["average=ema"], ["data.batch_size=2", "trainer.accumulate_grad_batches=2"]], ids=["averaged", "accumulated"]
 )
@@ -207,6 +224,11 @@ class TestWhichRunGoesOn:
         (run / "metrics.json").touch()
         with pytest.raises(ValueError, match=r"a finished run of another configuration.*resume=.*last\.ckpt and another folder"):
             check_no_other(run, {"seed": 0})
+
+    def test_weights_alone_are_nothing_to_go_on_from(self, tmp_path):
+        torch.save({"state_dict": {}, "config": {}, "categories": []}, tmp_path / "best.ckpt")
+        with pytest.raises(ValueError, match=r"it holds weights alone; last\.ckpt"):
+            checkpoint_to_resume(configuration(tmp_path, "data", f"resume={tmp_path / 'best.ckpt'}"))
 
     def test_a_wrong_path_says_what_is_expected(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no such run folder or checkpoint; resume=auto"):

@@ -1,14 +1,17 @@
 """A sweep of two tiny runs, through the command line: one fails, the sweep goes on without it and is completed by the same command."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from omegaconf import OmegaConf
 
-from detection.sweep import check_same, run_in_sweep, share_done
+from detection.sweep import SWEEP as SWEEP_PROCESS
+from detection.sweep import _end_with_parent, check_same, run_in_sweep, share_done
 from tests.configuration import ROOT
 from tests.fake_slurm import install
 from tests.trainings import TINY
@@ -115,6 +118,22 @@ def test_a_run_that_another_process_is_at_is_left_alone(tmp_path, caplog):
     assert result["val/AP"] != result["val/AP"], "not a number"
     assert f"another process is at work in {tmp_path}" in caplog.text
     assert not (tmp_path / "failed.txt").exists() and not (tmp_path / "train.log").exists()
+
+
+def at_work():
+    _end_with_parent(every=0.05)
+    time.sleep(60)
+
+
+def test_a_worker_whose_sweep_was_gone_before_it_asked_ends(monkeypatch):
+    """Its parent is then another process, which adopted it, and stays."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setenv(SWEEP_PROCESS, str(gone.pid))
+    worker = multiprocessing.get_context("spawn").Process(target=at_work)
+    worker.start()
+    worker.join(50)
+    assert worker.exitcode == 1
 
 
 def config_of(folder, **more):

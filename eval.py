@@ -1,17 +1,21 @@
 """Evaluate a checkpoint of train.py: `python eval.py ckpt=runs/<run>/best.ckpt`, also with another operator: `roi=pool`. See `--help`."""
 
+import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
+
+# isort: split
 import sys
 
 import hydra
 from omegaconf import DictConfig
 
-from detection.build import build_detector, instantiate
-from detection.checkpoint import check_categories, load_checkpoint, load_weights, offer_checkpoint
-from detection.messages import message_alone
-from detection.module import DetectionModule
-from detection.processes import before_launch, cluster_plugins, quiet_others
-from detection.run import begin, progress_bar, report
-from detection.stop import told_plainly
+from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.model.build import build_detector, instantiate
+from roi_quantization.detection.model.lightning_module import DetectionModule
+from roi_quantization.detection.runs.checkpoint import check_categories, load_checkpoint, load_weights, offer_checkpoint
+from roi_quantization.detection.runs.distributed import before_launch, cluster_plugins, quiet_others
+from roi_quantization.detection.runs.errors import message_alone
+from roi_quantization.detection.runs.interruption import told_plainly
+from roi_quantization.detection.runs.run import begin, progress_bar, report
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
@@ -43,7 +47,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     return {f"{cfg.split}/{name}": value for name, value in module.metrics.stats.items()}
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="eval")
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")
 def main(cfg: DictConfig) -> float:
     quiet_others()
     with message_alone("eval.py"):

@@ -3,6 +3,9 @@
 Prints every step in numbers and draws it; `image=` on a real image, `data=` for all proposals of a data set. See `--help`.
 """
 
+import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
+
+# isort: split
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,16 +15,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from detection.backbone import VGG16
-from detection.build import instantiate, read_operator
-from detection.data.images import decode
-from detection.detector import FastRCNN
-from detection.evaluation.bin_figure import draw_bin, tell_bin
-from detection.evaluation.explanation import Explanation, table, tell
-from detection.evaluation.explanation import explain as explain_operator
-from detection.evaluation.explanation_figure import Photograph, draw
-from detection.evaluation.misalignment import Operator, format_summary, is_known, rule_of, summarise
-from detection.messages import message_alone
+from roi_quantization.detection.alignment.bin_figure import draw_bin, tell_bin
+from roi_quantization.detection.alignment.explanation import Explanation, table, tell
+from roi_quantization.detection.alignment.explanation import explain as explain_operator
+from roi_quantization.detection.alignment.explanation_figure import Photograph, draw
+from roi_quantization.detection.alignment.misalignment import Operator, format_summary, is_known, rule_of, summarise
+from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.data.images import decode
+from roi_quantization.detection.model.build import instantiate, read_operator
+from roi_quantization.detection.model.fast_rcnn import FastRCNN
+from roi_quantization.detection.model.vgg16 import VGG16
+from roi_quantization.detection.runs.errors import message_alone
 
 
 def explain(cfg: DictConfig) -> list[Explanation]:
@@ -109,7 +113,7 @@ def photograph(image: Tensor, explanations: list[Explanation], cfg: DictConfig) 
     return Photograph(image, features[0].mean(0), pooled)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="explain")
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="explain")
 def main(cfg: DictConfig) -> None:
     with message_alone("explain.py"):
         explain(cfg) if cfg.get("data") is None else explain_data(cfg)

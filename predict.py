@@ -1,5 +1,8 @@
 """Detect objects in any picture or folder of pictures: `python predict.py ckpt=runs/<run>/best.ckpt image=dog.jpg`. See `--help`."""
 
+import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
+
+# isort: split
 import json
 import sys
 from collections.abc import Mapping
@@ -10,19 +13,20 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from detection.build import build_detector, instantiate
-from detection.checkpoint import load_checkpoint, load_weights, offer_checkpoint
-from detection.data.coco import collate
-from detection.data.images import ImageRecord, decode
-from detection.data.pictures import Pictures, find_pictures, read_pictures
-from detection.data.proposal_file import ProposalFile
-from detection.data.proposals import Proposals
-from detection.evaluation.coco import to_coco_results, write_results
-from detection.evaluation.figures import detections_picture
-from detection.files import write_whole
-from detection.messages import message_alone
-from detection.module import DetectionModule
-from detection.run import begin, progress_bar
+from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.data.coco import collate
+from roi_quantization.detection.data.image_folder import Pictures, find_pictures, read_pictures
+from roi_quantization.detection.data.images import ImageRecord, decode
+from roi_quantization.detection.data.proposals.file import ProposalFile
+from roi_quantization.detection.data.proposals.grid import Proposals
+from roi_quantization.detection.evaluation.coco import to_coco_results, write_results
+from roi_quantization.detection.evaluation.figures import detections_picture
+from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.model.build import build_detector, instantiate
+from roi_quantization.detection.model.lightning_module import DetectionModule
+from roi_quantization.detection.runs.checkpoint import load_checkpoint, load_weights, offer_checkpoint
+from roi_quantization.detection.runs.errors import message_alone
+from roi_quantization.detection.runs.run import begin, progress_bar
 
 
 def predict(cfg: DictConfig) -> list[dict]:
@@ -88,7 +92,7 @@ def tell(found: Mapping, classes: Mapping[int, str], threshold: float) -> str:
     return ", ".join(f"{classes[label]} {score:.2f}" for label, score in pairs if score >= threshold) or f"nothing above {threshold:g}"
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="predict")
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="predict")
 def main(cfg: DictConfig) -> None:
     with message_alone("predict.py"):
         predict(cfg)

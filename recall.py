@@ -1,12 +1,16 @@
 """How well proposals cover the objects of a data set: `python recall.py data=voc_animals data.root=... proposals=selective_search`."""
 
+import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from detection.build import instantiate
-from detection.data.recall import format_recall, recall_table
-from detection.messages import message_alone
+from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.data.proposals.recall import format_recall, recall_table
+from roi_quantization.detection.model.build import instantiate
+from roi_quantization.detection.runs.errors import message_alone
 
 
 def tabulate(cfg: DictConfig) -> list[dict]:
@@ -34,7 +38,7 @@ def tabulate(cfg: DictConfig) -> list[dict]:
     return rows
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="recall")
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="recall")
 def main(cfg: DictConfig) -> None:
     with message_alone("recall.py"):
         tabulate(cfg)

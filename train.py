@@ -1,24 +1,28 @@
 """Train and evaluate a Fast R-CNN with the RoI operator of your choice: `python train.py roi=align`. `--help` tells what can be chosen."""
 
+import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
+
+# isort: split
 import logging
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from detection.build import build_detector, instantiate
-from detection.cross import check_operators, cross_evaluate
-from detection.data.same_data import SameData
-from detection.lock import only_process
-from detection.messages import message_alone
-from detection.module import DetectionModule
-from detection.processes import before_launch, cluster_plugins, quiet_others
-from detection.recent import RecentCheckpoints, WholeCheckpointIO
-from detection.resume import checkpoint_to_resume
-from detection.run import begin, check_metric, draw_curves, progress_bar, report, report_cross
-from detection.stop import CleanStop, FiniteLoss, handed_on, told_plainly
-from detection.sweep import run_in_sweep
-from detection.waiting import Waiting
+from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.data.data_fingerprint import SameData
+from roi_quantization.detection.data.loading_time import Waiting
+from roi_quantization.detection.model.build import build_detector, instantiate
+from roi_quantization.detection.model.lightning_module import DetectionModule
+from roi_quantization.detection.runs.cross_evaluation import check_operators, cross_evaluate
+from roi_quantization.detection.runs.distributed import before_launch, cluster_plugins, quiet_others
+from roi_quantization.detection.runs.errors import message_alone
+from roi_quantization.detection.runs.interruption import CleanStop, FiniteLoss, handed_on, told_plainly
+from roi_quantization.detection.runs.lock import only_process
+from roi_quantization.detection.runs.resume import checkpoint_to_resume
+from roi_quantization.detection.runs.run import begin, check_metric, draw_curves, progress_bar, report, report_cross
+from roi_quantization.detection.runs.sweep import run_in_sweep
+from roi_quantization.detection.runs.training_checkpoints import RecentCheckpoints, WholeCheckpointIO
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +87,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return {cfg.optimized_metric: score} | {f"{split}/{name}": value for name, value in module.metrics.stats.items()}
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(cfg: DictConfig) -> float:
     quiet_others()
     with message_alone("train.py"), handed_on():

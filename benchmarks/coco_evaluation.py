@@ -28,9 +28,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from detection.evaluation.coco import evaluate
-from detection.evaluation.matching import Evaluator, SilentCOCOeval, faster_coco_eval
-from detection.files import write_whole
+from roi_quantization.detection.evaluation.coco import evaluate
+from roi_quantization.detection.evaluation.matching import Evaluator, SilentCOCOeval, faster_coco_eval
+from roi_quantization.detection.files import write_whole
 
 CLASSES, OBJECTS, DETECTIONS = 80, 7.2, 100  # per image
 WIDTH, HEIGHT = 640, 480

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytorch_lightning as pl
 
-from detection.files import write_whole
+from roi_quantization.detection.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = "memory.json"  # in the run folder

@@ -28,8 +28,8 @@ from results import picture, table
 from torch import Tensor
 from tqdm import tqdm
 
-import ops
-from detection.files import write_whole
+from roi_quantization import ops
+from roi_quantization.detection.files import write_whole
 
 
 class Shape(NamedTuple):

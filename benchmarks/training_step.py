@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 from tqdm import tqdm
 
-from detection.build import build_detector, instantiate
-from detection.detector import FastRCNN
-from detection.files import write_whole
+from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.model.build import build_detector, instantiate
+from roi_quantization.detection.model.fast_rcnn import FastRCNN
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DETECTOR = ["backbone=vgg16", "backbone.frozen_blocks=2", "head=two_fc", "optim=sgd"]

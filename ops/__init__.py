@@ -1,6 +1,6 @@
 """RoI operators: RoIPool, RoIWarp, RoIAlign, PrRoIPool, and every point between them. Knows tensors only."""
 
-from ops.functional import lattice_pool, prroi_pool, roi_align, roi_pool, roi_warp
-from ops.modules import PrRoIPool, RoIAlign, RoIPool, RoIWarp
+from roi_quantization.ops.functional import lattice_pool, prroi_pool, roi_align, roi_pool, roi_warp
+from roi_quantization.ops.modules import PrRoIPool, RoIAlign, RoIPool, RoIWarp
 
 __all__ = ["PrRoIPool", "RoIAlign", "RoIPool", "RoIWarp", "lattice_pool", "prroi_pool", "roi_align", "roi_pool", "roi_warp"]

@@ -7,7 +7,7 @@ bin.
 import torch
 from torch import Tensor
 
-from ops.geometry import Axis, Bounds
+from roi_quantization.ops.geometry import Axis, Bounds
 
 
 def lattice_pool(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str) -> Tensor:

@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ops import eager, library
-from ops.geometry import Axis, Bounds, IntegralRule, LatticeRule
-from ops.inputs import prepare, without_bad
+from roi_quantization.ops import eager, library
+from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule
+from roi_quantization.ops.inputs import prepare, without_bad
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ops.geometry import Axis, Bounds
+from roi_quantization.ops.geometry import Axis, Bounds
 
 _NONE = torch.Size([0])
 _DEVICES = ("cpu", "cuda")
@@ -19,7 +19,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 def kernels(device: torch.device) -> ModuleType:
     """The module with the kernels of a device; loaded when first used, as Triton is not everywhere."""
-    return importlib.import_module(f"ops.{device.type}")
+    return importlib.import_module(f"roi_quantization.ops.{device.type}.kernels")
 
 
 def supports(features: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ops import functional
+from roi_quantization.ops import functional
 
 
 class _RoIModule(nn.Module):

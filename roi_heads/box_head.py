@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 
-from roi_heads.weights import load_vgg16
+from roi_quantization.roi_heads.weights import load_vgg16
 
 log = logging.getLogger(__name__)
 

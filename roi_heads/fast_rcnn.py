@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from roi_heads.extractor import RoIExtractor
+from roi_quantization.roi_heads.extractor import RoIExtractor
 
 IGNORED = -1  # the label that torchvision's sampler passes over
 

@@ -78,7 +78,7 @@ def whole(data, tmp_path_factory) -> dict:
 @pytest.fixture
 def accident(monkeypatch):
     """A function that lets something happen in the middle of a step: `accident(step, what)`, steps counted from 0."""
-    from detection.module import DetectionModule
+    from roi_quantization.detection.model.lightning_module import DetectionModule
 
     training_step = DetectionModule.training_step
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from detection.build import build_detector
-from detection.checkpoint import load_checkpoint, load_weights
-from detection.module import DetectionModule
+from roi_quantization.detection.model.build import build_detector
+from roi_quantization.detection.model.lightning_module import DetectionModule
+from roi_quantization.detection.runs.checkpoint import load_checkpoint, load_weights
+from roi_quantization.scripts.train import train
 from tests.configuration import composed
 from tests.trainings import TINY, run_eval
-from train import train
 
 DECAY = 0.75
 WEIGHT = "roi_heads.box_predictor.cls_score.weight"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detection.build import build_detector
+from roi_quantization.detection.model.build import build_detector
 from tests.configuration import ROOT, composed
 
 

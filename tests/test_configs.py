@@ -9,9 +9,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
-from detection.build import build_detector, instantiate
-from detection.data.transforms import drawn_from
-from detection.run import check_accelerator
+from roi_quantization.detection.data.transforms import drawn_from
+from roi_quantization.detection.model.build import build_detector, instantiate
+from roi_quantization.detection.runs.run import check_accelerator
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SMALL = ["head.box_head.hidden=8", "backbone.width=0.0625", "backbone.weights=null"]  # the layout, not the size

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection.evaluation.bin_figure import TAP
-from detection.evaluation.explanation_figure import GAINED, LOST
-from explain import explain, explain_data, load_operators
+from roi_quantization.detection.alignment.bin_figure import TAP
+from roi_quantization.detection.alignment.explanation_figure import GAINED, LOST
+from roi_quantization.scripts.explain import explain, explain_data, load_operators
 from tests import configuration
 from tests.configuration import ROOT
 

@@ -13,15 +13,15 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from detection import files
-from detection.checkpoint import load_checkpoint
-from detection.files import NotWrittenError
-from detection.recent import recent_checkpoints
-from detection.run import check_metric
-from detection.stop import FiniteLoss, handed_on, told_plainly
+from roi_quantization.detection import files
+from roi_quantization.detection.files import NotWrittenError
+from roi_quantization.detection.runs.checkpoint import load_checkpoint
+from roi_quantization.detection.runs.interruption import FiniteLoss, handed_on, told_plainly
+from roi_quantization.detection.runs.run import check_metric
+from roi_quantization.detection.runs.training_checkpoints import recent_checkpoints
+from roi_quantization.scripts.train import train
 from tests.faults import full_disk, power_cut
 from tests.trainings import configuration, remains
-from train import train
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from roi_quantization.scripts.train import train
 from tests.faults import power_cut
 from tests.trainings import configuration, remains
-from train import train
 
 pytestmark = [
     pytest.mark.gpu,

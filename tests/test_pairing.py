@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from detection.detector import FastRCNN
-from roi_heads import FastRCNNHeads
+from roi_quantization.detection.model.fast_rcnn import FastRCNN
+from roi_quantization.roi_heads import FastRCNNHeads
+from roi_quantization.scripts.train import train
 from tests.configuration import composed
 from tests.trainings import TINY
-from train import train
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from detection.lock import is_running, only_process
-from detection.processes import is_first, new_folder
-from detection.recent import recent_checkpoints
+from roi_quantization.detection.runs.distributed import is_first, new_folder
+from roi_quantization.detection.runs.lock import is_running, only_process
+from roi_quantization.detection.runs.training_checkpoints import recent_checkpoints
 from tests.configuration import ROOT
 from tests.trainings import TINY, remains, run_eval, run_train
 
@@ -130,7 +130,7 @@ def test_processes_stop_together_and_go_on_to_the_same_end(trained, data, tmp_pa
 
 THIRD_STEP = """
 import os, runpy, signal, sys
-from detection.detector import FastRCNN
+from roi_quantization.detection.model.fast_rcnn import FastRCNN
 
 forward, steps = FastRCNN.forward, 0
 
@@ -223,7 +223,7 @@ def test_processes_that_are_not_told_a_common_folder_want_one(place):
 
 
 def test_to_ask_for_a_lock_does_not_give_ones_own_back(tmp_path):
-    ask = "import sys; from detection.lock import is_running; sys.exit(is_running(sys.argv[1]))"
+    ask = "import sys; from roi_quantization.detection.runs.lock import is_running; sys.exit(is_running(sys.argv[1]))"
     with only_process(tmp_path):
         assert not is_running(tmp_path), "this is no other process"
         assert subprocess.run([sys.executable, "-c", ask, str(tmp_path)], cwd=ROOT).returncode == 1

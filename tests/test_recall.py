@@ -2,7 +2,7 @@
 
 import pytest
 
-from recall import tabulate
+from roi_quantization.scripts.recall import tabulate
 from tests import configuration
 
 TINY = ["data.source.train=1", "data.source.val=1", "data.source.test=3", "data.source.image_size=96", "data.source.sides=[24,48]"]

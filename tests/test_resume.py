@@ -12,13 +12,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from detection.lock import only_process
-from detection.recent import recent_checkpoints
-from detection.resume import check_no_other, checkpoint_to_resume, run_folder
+from roi_quantization.detection.runs.lock import only_process
+from roi_quantization.detection.runs.resume import check_no_other, checkpoint_to_resume, run_folder
+from roi_quantization.detection.runs.training_checkpoints import recent_checkpoints
+from roi_quantization.scripts.train import train
 from tests.configuration import ROOT
 from tests.faults import power_cut
 from tests.trainings import SHORT, configuration, remains
-from train import train
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
@@ -31,7 +31,7 @@ def test_the_same_command_is_the_same_run_with_any_number_of_workers(whole, data
 
 KILLED = """
 import os, random, runpy, signal, sys
-from detection.detector import FastRCNN
+from roi_quantization.detection.model.fast_rcnn import FastRCNN
 from torch.optim import AdamW
 
 moment, countdown = sys.argv[1], int(sys.argv[2])
@@ -186,7 +186,8 @@ class TestWhichRunGoesOn:
         (tmp_path / "damaged" / "step_0000001.ckpt").touch()
         assert run_folder(new, _root_=cfg) == str(newest)
 
-        hold = "import sys; from detection.lock import only_process\nwith only_process(sys.argv[1]): print('holds', flush=True); input()"
+        hold = "import sys; from roi_quantization.detection.runs.lock import only_process\n"
+        hold += "with only_process(sys.argv[1]): print('holds', flush=True); input()"
         command = [sys.executable, "-c", hold, str(newest)]
         with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "holds\n"

@@ -11,8 +11,8 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from PIL import Image
 
-from detection.checkpoint import load_checkpoint, offer_checkpoint, offer_parts
-from predict import predict
+from roi_quantization.detection.runs.checkpoint import load_checkpoint, offer_checkpoint, offer_parts
+from roi_quantization.scripts.predict import predict
 from tests.configuration import ROOT, composed
 from tests.trainings import run_eval, run_train
 

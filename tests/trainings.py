@@ -6,10 +6,10 @@ import json
 
 import torch
 
-from detection.checkpoint import load_checkpoint, offer_parts
-from eval import evaluate
+from roi_quantization.detection.runs.checkpoint import load_checkpoint, offer_parts
+from roi_quantization.scripts.eval import evaluate
+from roi_quantization.scripts.train import train
 from tests.configuration import composed
-from train import train
 
 TINY = [
     "trainer=cpu",

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from detection.data.images import check_size
-from detection.garbage import without_garbage_collection
+from roi_quantization.detection.data.garbage_collection import without_garbage_collection
+from roi_quantization.detection.data.images import check_size
 
 log = logging.getLogger(__name__)
 

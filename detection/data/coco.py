@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from detection.data.annotations import LAYOUT, as_coco, choose_images, read_instances, restrict
-from detection.data.images import ImageRecord, read_image
-from detection.data.proposals import Proposals
-from detection.data.transforms import drawn_from
+from roi_quantization.detection.data.annotations import LAYOUT, as_coco, choose_images, read_instances, restrict
+from roi_quantization.detection.data.images import ImageRecord, read_image
+from roi_quantization.detection.data.proposals.grid import Proposals
+from roi_quantization.detection.data.transforms import drawn_from
 
 
 class CocoDetection(Dataset):

@@ -19,7 +19,7 @@ from filelock import FileLock
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from detection.files import NotWrittenError
+from roi_quantization.detection.files import NotWrittenError
 
 log = logging.getLogger(__name__)
 

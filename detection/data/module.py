@@ -13,11 +13,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from detection.data.annotations import LAYOUT
-from detection.data.coco import CocoDetection, collate
-from detection.data.proposals import Proposals
-from detection.data.recall import recall
-from detection.waiting import TimedLoader
+from roi_quantization.detection.data.annotations import LAYOUT
+from roi_quantization.detection.data.coco import CocoDetection, collate
+from roi_quantization.detection.data.loading_time import TimedLoader
+from roi_quantization.detection.data.proposals.grid import Proposals
+from roi_quantization.detection.data.proposals.recall import recall
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class DetectionData(pl.LightningDataModule):
             it is that part of their images (see `CocoDetection`): a validation set can be held out of the training images. `"subset"` and
             `"ids"` are those of this split alone.
         proposals: one provider for all splits, or one for each: `{"train": ..., "val": ..., "test": ...}`.
-        train_transform, eval_transform: see `detection.data.transforms`.
+        train_transform, eval_transform: see `roi_quantization.detection.data.transforms`.
         batch_size, eval_batch_size: images in a batch of each process.
         num_workers: processes that load; 0 loads in the training process.
         seed: of the order of images and of random transforms.

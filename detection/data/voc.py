@@ -1,4 +1,5 @@
-"""PASCAL VOC's XML annotations -> COCO's layout: `python -m detection.data.voc VOCdevkit/VOC2007 data/voc2007`, then `data=voc`.
+"""PASCAL VOC's XML annotations -> COCO's layout, for `data=voc`:
+`python -m roi_quantization.detection.data.voc VOCdevkit/VOC2007 data/voc2007`.
 
 VOC counts pixels from 1 and a box ends with its last pixel inside; COCO's boxes are continuous: (xmin, ymin, xmax, ymax) becomes
 `[xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1]`. Objects marked `difficult`, which VOC's evaluation ignores, become crowd regions
@@ -17,8 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from detection.data.images import decode
-from detection.files import write_whole
+from roi_quantization.detection.data.images import decode
+from roi_quantization.detection.files import write_whole
 
 SPLITS = ("train", "val", "trainval", "test")  # of ImageSets/Main; its other lists are of single classes
 
@@ -126,7 +127,9 @@ def place_images(source: Path, target: Path, copy: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m detection.data.voc", description="Converts a folder of PASCAL VOC to COCO's layout.")
+    parser = argparse.ArgumentParser(
+        prog="python -m roi_quantization.detection.data.voc", description="Converts a folder of PASCAL VOC to COCO's layout."
+    )
     parser.add_argument("root", help="the folder with JPEGImages/, Annotations/ and ImageSets/, such as VOCdevkit/VOC2007")
     parser.add_argument("out", help="the folder to write: images/ and annotations/instances_<split>.json")
     parser.add_argument("--copy", action="store_true", help="copy the images instead of linking to their folder")

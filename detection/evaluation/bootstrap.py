@@ -14,8 +14,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from scipy import stats
 
-from detection.evaluation.matching import IOU50, IOU75, match
-from detection.evaluation.statistics import Combination, Estimate
+from roi_quantization.detection.evaluation.matching import IOU50, IOU75, match
+from roi_quantization.detection.evaluation.statistics import Combination, Estimate
 
 METRICS = ("AP", "AP50", "AP75")
 _ALL_SIZES = {"all": (0.0, 1e10)}
@@ -35,7 +35,7 @@ class _Class:
 class MatchedDetections:
     """Detections of a set of images, matched to the objects there, whose AP can be had for any weights of the images.
 
-    Arguments as those of `detection.evaluation.coco.evaluate`.
+    Arguments as those of `roi_quantization.detection.evaluation.coco.evaluate`.
     """
 
     def __init__(self, coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int = 100):
@@ -80,7 +80,7 @@ def over_images(
 
     arms: the matched detections of each arm, or those of its seeds, whose APs are averaged. All of the same images, and all are resampled
         together, so that differences between arms are paired.
-    combinations: see `detection.evaluation.statistics`.
+    combinations: see `roi_quantization.detection.evaluation.statistics`.
 
     method: of `scipy.stats.bootstrap`. AP comes out higher on resamples than on the images themselves, so that percentile intervals lie too
         high: in a simulation with 100 images and the detections of two real runs, 87 to 92 % of the 95 % intervals held the true value. Of

@@ -1,4 +1,4 @@
-"""Detections -> COCO results -> COCO's metrics, as files and as a table. The matching is in `detection.evaluation.matching`."""
+"""Detections -> COCO results -> COCO's metrics, as files and as a table. The matching is in `matching.py`."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from detection.evaluation.matching import IOU50, IOU75, Evaluator, SilentCOCOeval, match, percent
-from detection.files import write_whole
+from roi_quantization.detection.evaluation.matching import IOU50, IOU75, Evaluator, SilentCOCOeval, match, percent
+from roi_quantization.detection.files import write_whole
 
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # and of its size ranges: small is below 32^2 pixels, large above 96^2
 _NAME = 15  # columns for a class name in the table, so that two classes side by side fit 80 columns

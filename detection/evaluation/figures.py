@@ -19,9 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from detection.data.coco import CocoDetection
-from detection.data.images import ImageRecord, read_image
-from detection.files import write_whole
+from roi_quantization.detection.data.coco import CocoDetection
+from roi_quantization.detection.data.images import ImageRecord, read_image
+from roi_quantization.detection.files import write_whole
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 DPI = 130

@@ -15,7 +15,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.garbage import without_garbage_collection
+from roi_quantization.detection.data.garbage_collection import without_garbage_collection
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 import numpy as np
 from pycocotools.coco import COCO
 
-from detection.data.annotations import as_coco
-from detection.evaluation.matching import IOU50, IOU75, match, percent
+from roi_quantization.detection.data.annotations import as_coco
+from roi_quantization.detection.evaluation.matching import IOU50, IOU75, match, percent
 
 CELLS = (2.0, 6.0)
 
@@ -61,7 +61,7 @@ def average_precision_by_cells(
 def resize_scales(coco_gt: COCO, short_side: int | None, max_side: int | None = None) -> dict[int, float] | None:
     """Image id -> pixels of the resized image to one of the original; None where images keep their size.
 
-    Resizing as `detection.data.transforms.resize_and_flip` does, but for the rounding to whole pixels.
+    Resizing as `roi_quantization.detection.data.transforms.resize_and_flip` does, but for the rounding to whole pixels.
     """
     if short_side is None:
         return None

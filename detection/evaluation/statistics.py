@@ -2,7 +2,7 @@
 
 Everything that is asked of an ablation is a weighted sum of its arms: an arm alone `{arm: 1}`, a difference `{arm: 1, reference: -1}`, a
 cost, an interaction. Within a seed all arms share initial weights, images and sampled RoIs, so the sum is taken seed by seed first and only
-then over the seeds: what a seed does to all arms alike cancels. `detection.evaluation.bootstrap` estimates the same sums over images.
+then over the seeds: what a seed does to all arms alike cancels. `bootstrap.py` estimates the same sums over images.
 """
 
 import math

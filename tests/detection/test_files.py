@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from detection.files import NotWrittenError, whole_file, write_whole
+from roi_quantization.detection.files import NotWrittenError, whole_file, write_whole
 from tests.conftest import ROOT
 from tests.faults import full_disk
 
@@ -37,8 +37,8 @@ def test_an_error_while_it_is_written_leaves_what_was_there(tmp_path):
 
 READ_ONLY = """
 import sys
-from detection.files import write_whole
-from detection.lock import is_running, only_process
+from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.runs.lock import is_running, only_process
 
 run = sys.argv[1]
 print(is_running(run))

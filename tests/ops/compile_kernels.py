@@ -2,7 +2,7 @@
 
     python -m tests.ops.compile_kernels [float32] [float16] [bfloat16]
 
-It calls the functions of `ops/cuda.py` as they are, with a launch that compiles and goes no further.
+It calls the functions of `ops/cuda/kernels.py` as they are, with a launch that compiles and goes no further.
 """
 
 import json
@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from ops import cuda
-from ops.geometry import IntegralRule, LatticeRule
+from roi_quantization.ops.cuda import kernels as cuda
+from roi_quantization.ops.geometry import IntegralRule, LatticeRule
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 

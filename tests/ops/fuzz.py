@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-import ops
+from roi_quantization import ops
 
 from .test_against_reference import assert_same, oracle, results
 

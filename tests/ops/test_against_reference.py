@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import ops
-from ops import eager, library, reference
-from ops.geometry import IntegralRule, LatticeRule
-from ops.inputs import prepare, without_bad
+from roi_quantization import ops
+from roi_quantization.ops import eager, library, reference
+from roi_quantization.ops.geometry import IntegralRule, LatticeRule
+from roi_quantization.ops.inputs import prepare, without_bad
 
 from .presets import AWKWARD, PRESETS, WITHOUT_BOX_GRADIENT, preset, random_boxes
 

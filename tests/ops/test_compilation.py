@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-import ops
-from ops.functional import fused
-from ops.geometry import IntegralRule, LatticeRule
+from roi_quantization import ops
+from roi_quantization.ops.functional import fused
+from roi_quantization.ops.geometry import IntegralRule, LatticeRule
 
 from .presets import AWKWARD, PRESETS, WITHOUT_BOX_GRADIENT, preset, random_boxes
 from .test_against_reference import feature_map

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops import cuda, library
+from roi_quantization.ops import library
+from roi_quantization.ops.cuda import kernels as cuda
 
 from .presets import AWKWARD, preset, random_boxes
 from .test_against_reference import KNOBS, assert_same, feature_map, has_box_gradient, oracle, results

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-import ops
+from roi_quantization import ops
 
 from .presets import AWKWARD, preset, random_boxes
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ops.geometry import IntegralRule, LatticeRule, divide_in_double, round_half_away
+from roi_quantization.ops.geometry import IntegralRule, LatticeRule, divide_in_double, round_half_away
 
 POOL = LatticeRule(quantize_roi="round", inclusive_end=True, half_pixel=False, quantize_bins="cover")
 POOL_FLOOR = LatticeRule(quantize_roi="floor", half_pixel=False, quantize_bins="truncate")

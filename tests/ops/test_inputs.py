@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import ops
-from ops import eager
-from ops.geometry import LatticeRule
-from ops.inputs import prepare, without_bad
+from roi_quantization import ops
+from roi_quantization.ops import eager
+from roi_quantization.ops.geometry import LatticeRule
+from roi_quantization.ops.inputs import prepare, without_bad
 
 F = torch.zeros(2, 3, 4, 4)
 BOX = torch.tensor([[0.0, 1.0, 1.0, 3.0, 3.0]])

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torchvision
 
-import ops
-from ops.functional import fused
+from roi_quantization import ops
+from roi_quantization.ops.functional import fused
 
 from .presets import AWKWARD, PRESETS, WITHOUT_BOX_GRADIENT, preset, random_boxes
 from .test_against_reference import KNOBS, assert_same, has_box_gradient, results

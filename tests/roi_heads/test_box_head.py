@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from roi_heads import BoxPredictor, TwoFCHead, box_head
-from roi_heads.weights import load_vgg16
+from roi_quantization.roi_heads import BoxPredictor, TwoFCHead, box_head
+from roi_quantization.roi_heads.weights import load_vgg16
 
 
 def test_shapes():

@@ -7,7 +7,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import roi_align
 
-from roi_heads import RoIExtractor
+from roi_quantization.roi_heads import RoIExtractor
 
 align = partial(roi_align, sampling_ratio=2, aligned=True)
 

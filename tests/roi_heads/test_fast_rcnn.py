@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torchvision.ops import roi_align
 
-from roi_heads import FastRCNNHeads, RoIExtractor
-from roi_heads.fast_rcnn import overlap
+from roi_quantization.roi_heads import FastRCNNHeads, RoIExtractor
+from roi_quantization.roi_heads.fast_rcnn import overlap
 
 OBJECT = [0.0, 0.0, 10.0, 10.0]
 PROPOSALS = torch.tensor(

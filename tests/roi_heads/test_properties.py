@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torchvision.ops import box_area, box_iou
 
-from roi_heads.fast_rcnn import IGNORED, overlap
+from roi_quantization.roi_heads.fast_rcnn import IGNORED, overlap
 
 from .test_fast_rcnn import make
 

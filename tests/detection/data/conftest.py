@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection.data.proposals import Grid
+from roi_quantization.detection.data.proposals.grid import Grid
 
 
 class SmallSet:

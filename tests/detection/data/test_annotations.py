@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from detection.data.annotations import as_coco, choose_ids, read_instances, restrict
+from roi_quantization.detection.data.annotations import as_coco, choose_ids, read_instances, restrict
 
 
 def test_missing_fields_that_can_be_known_are_filled_in(small_set):

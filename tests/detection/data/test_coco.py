@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from detection.data.coco import CocoDetection, collate
-from detection.data.proposals import Grid
-from detection.data.transforms import resize_and_flip
+from roi_quantization.detection.data.coco import CocoDetection, collate
+from roi_quantization.detection.data.proposals.grid import Grid
+from roi_quantization.detection.data.transforms import resize_and_flip
 
 
 def test_an_item_holds_float_boxes_contiguous_labels_and_crowd_apart(small_set):

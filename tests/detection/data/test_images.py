@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image
 
-from detection.data.images import ImageRecord, read_image
+from roi_quantization.detection.data.images import ImageRecord, read_image
 
 
 def save(path, image, width=4, height=2, **options):

@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch.utils.data import BatchSampler
 
-from detection.data.embedded import EmbeddedSet
-from detection.data.module import DetectionData, EpochSampler, WholeBatchSampler, describe
-from detection.data.proposals import Grid
-from detection.data.transforms import resize_and_flip
+from roi_quantization.detection.data.embedded import EmbeddedSet
+from roi_quantization.detection.data.module import DetectionData, EpochSampler, WholeBatchSampler, describe
+from roi_quantization.detection.data.proposals.grid import Grid
+from roi_quantization.detection.data.transforms import resize_and_flip
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SPLITS = {name: {"images": name, "annotations": f"annotations/instances_{name}.json"} for name in ("train", "val", "test")}

@@ -14,13 +14,13 @@ from torch.testing import assert_close
 from torchvision import tv_tensors
 from torchvision.ops import box_iou
 
-from detection.data.annotations import choose_ids, choose_part
-from detection.data.coco import CocoDetection
-from detection.data.images import ImageRecord
-from detection.data.proposal_file import ProposalFile, write_proposals
-from detection.data.proposals import Grid
-from detection.data.transforms import drawn_from, resize_and_flip
-from detection.data.voc import convert
+from roi_quantization.detection.data.annotations import choose_ids, choose_part
+from roi_quantization.detection.data.coco import CocoDetection
+from roi_quantization.detection.data.images import ImageRecord
+from roi_quantization.detection.data.proposals.file import ProposalFile, write_proposals
+from roi_quantization.detection.data.proposals.grid import Grid
+from roi_quantization.detection.data.transforms import drawn_from, resize_and_flip
+from roi_quantization.detection.data.voc import convert
 
 from .test_voc import xml
 

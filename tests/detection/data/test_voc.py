@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection.data.coco import CocoDetection
-from detection.data.proposals import Grid
-from detection.data.voc import convert, main
+from roi_quantization.detection.data.coco import CocoDetection
+from roi_quantization.detection.data.proposals.grid import Grid
+from roi_quantization.detection.data.voc import convert, main
 
 OBJECT = """<object><name>{name}</name><truncated>0</truncated><difficult>{difficult}</difficult>
     <bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox>

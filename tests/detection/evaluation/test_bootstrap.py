@@ -8,9 +8,9 @@ import pytest
 from pytest import approx
 from scipy import stats
 
-from detection.evaluation.bootstrap import METRICS, MatchedDetections, over_images
-from detection.evaluation.coco import evaluate
-from detection.evaluation.statistics import difference
+from roi_quantization.detection.evaluation.bootstrap import METRICS, MatchedDetections, over_images
+from roi_quantization.detection.evaluation.coco import evaluate
+from roi_quantization.detection.evaluation.statistics import difference
 from tests.detection.evaluation.coco_sets import CAT, DOG, annotation, coco, random_set, result
 
 
@@ -64,7 +64,7 @@ def test_many_resamples_are_worked_off_in_parts(monkeypatch):
     matched = MatchedDetections(coco(*annotations, images=range(1, 13)), results, range(1, 13))
     weights = np.random.default_rng(1).integers(0, 3, size=(7, 12))
     whole = matched.average_precision(weights)
-    monkeypatch.setattr("detection.evaluation.bootstrap._CHUNK", 100)
+    monkeypatch.setattr("roi_quantization.detection.evaluation.bootstrap._CHUNK", 100)
     for name, values in matched.average_precision(weights).items():
         np.testing.assert_array_equal(values, whole[name])
 

@@ -13,8 +13,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
-from detection.evaluation.coco import evaluate
-from detection.evaluation.matching import SilentCOCOeval, faster_coco_eval, match
+from roi_quantization.detection.evaluation.coco import evaluate
+from roi_quantization.detection.evaluation.matching import SilentCOCOeval, faster_coco_eval, match
 from tests.detection.evaluation.coco_sets import annotation, coco, result
 
 

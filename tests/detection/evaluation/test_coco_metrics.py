@@ -12,7 +12,7 @@ import torch
 from pycocotools.coco import COCO
 from pytest import approx
 
-from detection.evaluation.coco import evaluate, format_table, to_coco_results, write_metrics, write_results
+from roi_quantization.detection.evaluation.coco import evaluate, format_table, to_coco_results, write_metrics, write_results
 from tests.detection.evaluation.coco_sets import CAT, DOG, annotation, coco, result
 
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger
 
-from detection.data.coco import CocoDetection
-from detection.data.proposals import Grid
-from detection.evaluation.figures import COLOURS, curves, detections_sheet
+from roi_quantization.detection.data.coco import CocoDetection
+from roi_quantization.detection.data.proposals.grid import Grid
+from roi_quantization.detection.evaluation.figures import COLOURS, curves, detections_sheet
 
 PAPER = [(200, 30, 30), (30, 130, 60), (40, 40, 190), (90, 90, 90), (150, 60, 170)]  # five images of one colour each; none is in COLOURS
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pytest import approx
 
-from detection.evaluation.localisation import common, localisation
+from roi_quantization.detection.evaluation.localisation import common, localisation
 from tests.detection.evaluation.coco_sets import CAT, DOG, annotation, coco, result
 
 OBJECT = [100, 100, 100, 100]  # xywh: its edges are 100, 100, 200, 200

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torchvision.ops import box_convert
 
-from detection.evaluation.coco import evaluate, to_coco_results
+from roi_quantization.detection.evaluation.coco import evaluate, to_coco_results
 
 from .coco_sets import CAT, DOG, coco, random_set
 

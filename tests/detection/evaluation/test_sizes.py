@@ -7,9 +7,9 @@ import pytest
 import torch
 from pytest import approx
 
-from detection.data.transforms import resize_and_flip
-from detection.evaluation.coco import evaluate
-from detection.evaluation.sizes import average_precision_by_cells, resize_scales
+from roi_quantization.detection.data.transforms import resize_and_flip
+from roi_quantization.detection.evaluation.coco import evaluate
+from roi_quantization.detection.evaluation.sizes import average_precision_by_cells, resize_scales
 from tests.detection.evaluation.coco_sets import annotation, coco, random_set, result
 
 NAMES = ["< 2 cells", "2 to 6 cells", "> 6 cells"]

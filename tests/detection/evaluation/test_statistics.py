@@ -8,7 +8,15 @@ import pytest
 from pytest import approx
 from scipy import stats
 
-from detection.evaluation.statistics import Estimate, TwoByTwo, difference, differences, mean, over_seeds, quantization_costs
+from roi_quantization.detection.evaluation.statistics import (
+    Estimate,
+    TwoByTwo,
+    difference,
+    differences,
+    mean,
+    over_seeds,
+    quantization_costs,
+)
 
 VALUES = {"align": {0: 70.0, 1: 72.0, 2: 74.0}, "pool": {0: 60.0, 1: 61.0, 2: 65.0}}  # the differences are -10, -11, -9
 

@@ -1,5 +1,0 @@
-"""The report on a sweep: what the quantization of RoI coordinates costs, how sure that is, and why."""
-
-from detection.evaluation.report.write import write_report
-
-__all__ = ["write_report"]

@@ -1,0 +1,62 @@
+"""From a configuration to a detector, or to an operator alone."""
+
+import copy
+from typing import Any
+
+import hydra.utils
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobRuntime
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig
+
+from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.model.fast_rcnn import FastRCNN
+
+
+def instantiate(node: DictConfig, **more: Any) -> Any:
+    """`hydra.utils.instantiate`, except that an error in what is built comes as it is, not quoted inside Hydra's own."""
+    try:
+        return hydra.utils.instantiate(node, **more)
+    except InstantiationException as error:
+        cause = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise cause from None
+
+
+def read_operator(name: str) -> DictConfig:
+    """`configs/roi/<name>.yaml` as Hydra composes it, with the files that it builds on; ValueError with the choices where there is none."""
+    known = sorted(path.stem for path in (CONFIGS / "roi").glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"there is no operator {name}; choose from {', '.join(known)} (configs/roi)")
+    holder = GlobalHydra.instance()
+    application, holder.hydra = holder.hydra, None  # inside of a script that Hydra started it refuses to compose anything else
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=JobRuntime.instance().get("name")):
+            return compose(f"roi/{name}").roi
+    finally:
+        GlobalHydra.instance().hydra = application
+
+
+def build_detector(cfg: DictConfig, num_classes: int, pretrained: bool = True) -> FastRCNN:
+    """The detector that `cfg.backbone`, `cfg.roi` and `cfg.head` draw.
+
+    Args:
+        cfg: with `backbone`, `roi`, `head` and `channels_last`.
+        num_classes: background included.
+        pretrained: whether parts with a setting `weights` start from those; a checkpoint, which has all weights, wants none of them.
+    """
+    if not pretrained:
+        cfg = copy.deepcopy(cfg)
+        for part in (cfg.backbone, cfg.head.get("box_head", {})):
+            if "weights" in part:
+                part.weights = None
+    backbone = instantiate(cfg.backbone)
+    roi_heads = instantiate(
+        cfg.head,
+        extractor={"spatial_scale": 1 / backbone.stride},
+        box_head={"in_channels": backbone.out_channels},
+        box_predictor={"num_classes": num_classes},
+    )
+    return FastRCNN(backbone, roi_heads, channels_last=cfg.channels_last)

@@ -1,0 +1,62 @@
+"""The detector: images and proposals in; losses, or boxes in the images' own pixels out."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
+
+from roi_quantization.roi_heads import FastRCNNHeads
+
+
+class FastRCNN(nn.Module):
+    """Fast R-CNN (Girshick, 2015): a backbone over the whole image, RoI features of each proposal, two-FC head.
+
+    Args:
+        backbone: `[N, 3, H, W] -> [N, C, H // stride, W // stride]`, with attributes `stride`, `mean` and `std` (of RGB in [0, 1]).
+        roi_heads: sampling, losses and post-processing.
+        channels_last: memory format of the backbone and its maps; the same numbers, another speed.
+    """
+
+    def __init__(self, backbone: nn.Module, roi_heads: FastRCNNHeads, channels_last: bool = False):
+        super().__init__()
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.backbone = backbone.to(memory_format=self.memory_format)
+        self.roi_heads = roi_heads
+        self.register_buffer("mean", 255 * torch.tensor(backbone.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(backbone.std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: list[Tensor], targets: list[dict]) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """
+        Args:
+            images: uint8 RGB `[3, H, W]`, of any sizes.
+            targets: one dict an image with `proposals` [L, 4] in the image's pixels, `image_id`, `original_size` (height, width), and for
+                losses `boxes` [G, 4], `labels` [G] and, where there are any, `crowd` [M, 4].
+
+        Returns:
+            `(detections, losses)`. In training no detections. In evaluation a dict an image of `boxes` [D, 4] in pixels of the *original*
+            image, `scores` [D], highest first, `labels` [D], and `proposals` [D, 4], from which the boxes were regressed, in the same
+            pixels; losses where all targets have `boxes`.
+        """
+        shapes = [(image.shape[1], image.shape[2]) for image in images]
+        proposals = [target["proposals"] for target in targets]
+        features = self.backbone(self.batch(images))
+        with_losses = self.training or all("boxes" in target for target in targets)
+        detections, losses = self.roi_heads(features, proposals, shapes, targets if with_losses else None)
+        for detection, target, shape in zip(detections, targets, shapes, strict=not self.training):
+            for name in ("boxes", "proposals"):
+                detection[name] = to_original(detection[name], shape, target["original_size"])
+        return detections, losses
+
+    def batch(self, images: list[Tensor]) -> Tensor:
+        """Normalised images in one `[N, 3, H, W]`, padded with zeros (the mean colour) right and below to multiples of the stride."""
+        stride = self.backbone.stride
+        height, width = (-(-max(image.shape[axis] for image in images) // stride) * stride for axis in (1, 2))
+        batch = torch.zeros(len(images), 3, height, width, device=self.mean.device).contiguous(memory_format=self.memory_format)
+        for filled, image in zip(batch, images, strict=True):
+            filled[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
+        return batch
+
+
+def to_original(boxes: Tensor, shape: tuple[int, int], original: tuple[int, int]) -> Tensor:
+    """Boxes `[D, 4]` from pixels of an image resized to `shape` to pixels of the original; both sizes are (height, width)."""
+    scale = boxes.new_tensor([original[1] / shape[1], original[0] / shape[0]]).repeat(2)
+    return clip_boxes_to_image(boxes * scale, original)

@@ -1,0 +1,156 @@
+"""Training and evaluation of a detector as Lightning runs them."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
+
+from roi_quantization.detection.evaluation.coco import Metrics, evaluate, to_coco_results
+from roi_quantization.detection.evaluation.matching import Evaluator, SilentCOCOeval
+
+Batch = tuple[list[Tensor], list[dict]]
+LOGGED = ("AP", "AP50", "AP75", "loss", "loss_classifier", "loss_box")  # of a validation
+
+
+class DetectionModule(pl.LightningModule):
+    """Trains a detector; after each pass over a validation or test set holds what it found there and what COCO says of it.
+
+    Args:
+        detector: `(images, targets) -> (detections, losses)`, see `FastRCNN`.
+        groups: `model -> parameter groups`.
+        optimizer: `groups -> Optimizer`.
+        schedule: `(optimizer, total_steps) -> LRScheduler`, stepped once a training step; None keeps the rate.
+        categories: `{"id", "name"}` of the data, in the order of the labels 1..C. Kept in the checkpoint.
+        config: plain containers from which the detector can be built again. Kept in the checkpoint.
+        seed: of what a training step draws, with the epoch and the step.
+        coco_eval: what computes COCO's metrics, see `roi_quantization.detection.evaluation.coco.evaluate`.
+        average: `detector -> AveragedModel`, which is updated after each step of the optimizer; its weights are then what is evaluated.
+
+    Attributes:
+        evaluated: the detector that validation and test use: `detector` itself, or the averaged one.
+        results: detections of the last evaluation in COCO's results format, in the images' own pixels.
+        metrics: of the same, see `roi_quantization.detection.evaluation.coco`.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        groups: Callable[[nn.Module], Iterable[dict]] | None = None,
+        optimizer: Callable[[Iterable[dict]], Optimizer] | None = None,
+        schedule: Callable[[Optimizer, int], LRScheduler] | None = None,
+        categories: list[dict] = (),
+        config: dict[str, Any] | None = None,
+        seed: int = 0,
+        coco_eval: Evaluator = SilentCOCOeval,
+        average: Callable[[nn.Module], AveragedModel] | None = None,
+    ):
+        super().__init__()
+        self.detector = detector
+        self.averaged = None if average is None else average(detector).requires_grad_(False)
+        self.groups, self.optimizer, self.schedule = groups, optimizer, schedule
+        self.categories = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
+        self.config = config or {}
+        self.seed = seed
+        self.coco_eval = coco_eval
+        self.detections: dict[int, dict[str, Tensor]] = {}
+        self.losses: dict[int, tuple[int, dict[str, float]]] = {}
+        self.results: list[dict] = []
+        self.metrics: Metrics | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.detector if self.averaged is None else self.averaged.module
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.groups(self.detector))
+        if self.schedule is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError(
+                "the schedule has to know how long training is: give trainer.max_epochs or trainer.max_steps, or optim.schedule=null"
+            )
+        scheduler = self.schedule(optimizer, total_steps=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, targets = batch
+        self.detector.roi_heads.epoch = self.current_epoch
+        # what a step draws, dropout above all, depends on its place and not on what was drawn before: a run that goes on draws the same
+        torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)))
+        _, losses = self.detector(images, targets)
+        loss = sum(losses.values())
+        self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(images))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(images))
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.detector)
+
+    def on_validation_epoch_start(self) -> None:
+        self.detections, self.losses = {}, {}
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        self._step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._evaluate("val", self.trainer.val_dataloaders.dataset)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def test_step(self, batch: Batch, _: int) -> None:
+        self._step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._evaluate("test", self.trainer.test_dataloaders.dataset)
+
+    def predict_step(self, batch: Batch, _: int) -> dict[int, dict[str, Tensor]]:
+        """Image id -> what was found in it, of images without annotations."""
+        images, targets = batch
+        detections, _ = self.evaluated(images, targets)
+        return {
+            int(target["image_id"]): {name: value.float().cpu() for name, value in detection.items()}
+            for target, detection in zip(targets, detections, strict=True)
+        }
+
+    def _step(self, batch: Batch) -> None:
+        images, targets = batch
+        detections, losses = self.evaluated(images, targets)
+        for target, detection in zip(targets, detections, strict=True):
+            self.detections[int(target["image_id"])] = {name: value.float().cpu() for name, value in detection.items()}
+        losses = {name: float(value) for name, value in losses.items()}
+        self.losses[int(targets[0]["image_id"])] = len(images), losses | {"loss": sum(losses.values())}
+
+    def _evaluate(self, split: str, dataset: Any) -> None:
+        """Keyed by image id, and losses by the first of a batch, so that what was evaluated twice counts once (see `WholeBatchSampler`).
+
+        Every process computes the same, and the same as one process alone: sums go in the order of the ids.
+        """
+        if self.trainer.world_size > 1:
+            parts = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, (self.detections, self.losses))
+            for detections, losses in parts:
+                self.detections |= detections
+                self.losses |= losses
+        batches = [self.losses[first] for first in sorted(self.losses)]
+        images = sum(count for count, _ in batches)
+        losses = {f"{split}/{name}": sum(count * loss[name] for count, loss in batches) / images for name in batches[0][1]}
+        self.results = to_coco_results(self.detections, dataset.label_to_category_id)
+        self.metrics = evaluate(dataset.coco, self.results, sorted(self.detections), coco_eval=self.coco_eval)
+        shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in LOGGED}
+        together = {"sync_dist": True, "reduce_fx": "max"}  # equal everywhere, and a maximum leaves each as it is; Lightning warns without
+        self.log_dict(losses, **together)
+        self.log_dict(shown, prog_bar=True, **together)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"], checkpoint["categories"] = self.config, self.categories

@@ -1,0 +1,210 @@
+"""Everything that the report says of a sweep, computed once: metrics, differences, costs, localisation, sizes, misalignment."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import hydra.utils
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from roi_quantization.detection.alignment.misalignment import Operator, is_known, rule_of, summarise
+from roi_quantization.detection.evaluation.bootstrap import MatchedDetections, over_images
+from roi_quantization.detection.evaluation.localisation import Localisation, localisation
+from roi_quantization.detection.evaluation.matching import match, percent
+from roi_quantization.detection.evaluation.sizes import average_precision_by_cells
+from roi_quantization.detection.evaluation.statistics import Combination, Estimate, TwoByTwo, difference, over_seeds
+from roi_quantization.detection.report.sweep import Run, Sweep
+
+METRICS = ("AP", "AP50", "AP75")
+PIXELS = {"AP_small": "< 32 px", "AP_medium": "32 to 96 px", "AP_large": "> 96 px"}
+
+
+@dataclass(frozen=True)
+class OfRun:
+    """What is computed from a run's detections."""
+
+    localisation: Localisation
+    by_threshold: np.ndarray  # [10] AP in percent at IoU 0.5, 0.55 ... 0.95
+    by_cells: dict[str, dict[str, float]]
+
+
+class Findings:
+    """Numbers of a sweep, arm by arm. Estimates are over seeds; with one seed the intervals are over images, and `over` says so.
+
+    Args:
+        reference: the arm that others are held against; where it has no finished run, the first arm that has one.
+    Raises:
+        ValueError: no run is finished.
+    """
+
+    def __init__(self, sweep: Sweep, reference: str = "align"):
+        if not sweep.finished:
+            why = f"; {len(sweep.failed)} failed, see {sweep.failed[0].folder / 'failed.txt'}" if sweep.failed else ""
+            raise ValueError(f"{sweep.folder} has no finished run to report on{why}")
+        self.sweep = sweep
+        self.values = {metric: sweep.values(metric) for metric in (*METRICS, *PIXELS)}
+        self.arms = tuple(self.values["AP"])
+        self.reference = reference if reference in self.arms else self.arms[0]
+        self.seeds = sorted({run.seed for run in sweep.finished})
+        self.over = "seeds" if len(self.seeds) > 1 else "images"
+        self.of_run = {run.folder: self._of_run(run) for run in tqdm(sweep.finished, desc="reading runs", unit="run", leave=False)}
+
+    def runs(self, arm: str) -> list[Run]:
+        return [run for run in self.sweep.finished if run.arm == arm]
+
+    @cached_property
+    def others(self) -> tuple[str, ...]:
+        return tuple(arm for arm in self.arms if arm != self.reference)
+
+    @cached_property
+    def means(self) -> dict[str, dict[str, Estimate]]:
+        """metric -> arm -> estimate."""
+        return self._estimates({arm: {arm: 1} for arm in self.arms})
+
+    @cached_property
+    def differences(self) -> dict[str, dict[str, Estimate]]:
+        """metric -> arm -> estimate of the arm minus the reference; arms that share no seed with it are left out."""
+        return self._estimates({arm: difference(arm, self.reference) for arm in self.others if self._paired_seeds(arm)})
+
+    @cached_property
+    def differences_over_images(self) -> dict[str, dict[str, Estimate]]:
+        """As `differences`, of the same runs, but with intervals over images."""
+        found = {}
+        for arm in tqdm(self.differences["AP"], desc="resampling images", unit="operator", leave=False):
+            seeds = self._paired_seeds(arm)
+            pair = {name: [self._matched[run.folder] for run in self.runs(name) if run.seed in seeds] for name in (arm, self.reference)}
+            found |= over_images(pair, {arm: difference(arm, self.reference)})
+        return {metric: {arm: of_arm[metric] for arm, of_arm in found.items()} for metric in METRICS}
+
+    def _paired_seeds(self, arm: str) -> set[int]:
+        """Those that the arm has in common with the reference."""
+        return {run.seed for run in self.runs(arm)} & {run.seed for run in self.runs(self.reference)}
+
+    @cached_property
+    def costs(self) -> dict[str, dict[str, Estimate]]:
+        """metric -> projection, bins, both, interaction -> estimate; empty where the four arms of the 2 x 2 have no seed in common."""
+        cells = TwoByTwo()
+        seeds = [{run.seed for run in self.runs(arm)} for arm in cells.arms]
+        common = set.intersection(*seeds)
+        return self._estimates(cells.costs(), common) if common else {}
+
+    def _estimates(self, combinations: Mapping[str, Combination], seeds: set[int] | None = None) -> dict[str, dict[str, Estimate]]:
+        if not combinations:
+            return {metric: {} for metric in METRICS}
+        if self.over == "images":
+            found = over_images({arm: [self._matched[run.folder] for run in self.runs(arm)] for arm in self.arms}, combinations)
+            return {metric: {name: found[name][metric] for name in combinations} for metric in METRICS}
+        values = {
+            metric: {arm: {seed: v for seed, v in of_arm.items() if seeds is None or seed in seeds} for arm, of_arm in by_arm.items()}
+            for metric, by_arm in self.values.items()
+        }
+        return {metric: {name: over_seeds(values[metric], sums) for name, sums in combinations.items()} for metric in METRICS}
+
+    @cached_property
+    def _matched(self) -> dict[Path, MatchedDetections]:
+        return {run.folder: MatchedDetections(self.sweep.annotations, run.results(), self.image_ids) for run in self.sweep.finished}
+
+    @cached_property
+    def image_ids(self) -> list[int]:
+        return sorted(self.sweep.annotations.imgs)
+
+    def _of_run(self, run: Run) -> OfRun:
+        results = run.results()
+        truth = self.sweep.annotations
+        thresholds = match(truth, results, self.image_ids, areas={"all": (0.0, 1e10)})
+        thresholds.accumulate()
+        return OfRun(
+            localisation=localisation(truth, results, self.image_ids),
+            by_threshold=np.array([percent(precision) for precision in thresholds.eval["precision"][..., 0, -1]]),
+            by_cells=average_precision_by_cells(truth, results, self.image_ids, run.stride, self.sweep.scales),
+        )
+
+    @cached_property
+    def stride(self) -> int:
+        return self.sweep.finished[0].stride
+
+    @cached_property
+    def curves(self) -> dict[str, np.ndarray]:
+        """arm -> `[10]` AP at the IoU thresholds, mean over seeds."""
+        return {arm: np.mean([self.of_run[run.folder].by_threshold for run in self.runs(arm)], axis=0) for arm in self.arms}
+
+    @cached_property
+    def by_cells(self) -> dict[str, dict[str, float]]:
+        """arm -> size in cells -> AP, mean over seeds."""
+        sizes = next(iter(self.of_run.values())).by_cells
+        return {
+            arm: {s: float(np.mean([self.of_run[run.folder].by_cells[s]["AP"] for run in self.runs(arm)])) for s in sizes}
+            for arm in self.arms
+        }
+
+    @cached_property
+    def by_pixels(self) -> dict[str, dict[str, float]]:
+        """arm -> size in pixels -> AP, mean over seeds."""
+        return {arm: {name: float(np.mean(list(self.values[key][arm].values()))) for key, name in PIXELS.items()} for arm in self.arms}
+
+    def located(self, arm: str) -> list[Localisation]:
+        """What was found, one for each seed."""
+        return [self.of_run[run.folder].localisation for run in self.runs(arm)]
+
+    @cached_property
+    def cross(self) -> dict[str, dict[str, dict[str, float]]]:
+        """metric -> arm trained with -> operator tested with -> mean over seeds. Empty where nothing was cross-evaluated."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for metric in METRICS:
+            for arm in self.arms:
+                several = [
+                    {other: m.stats[metric] for other, m in run.cross().items()} | {arm: run.metrics.stats[metric]}
+                    for run in self.runs(arm)
+                ]
+                common = set.intersection(*map(set, several))
+                if common - {arm}:
+                    found.setdefault(metric, {})[arm] = {other: float(np.mean([s[other] for s in several])) for other in common}
+        return found
+
+    @cached_property
+    def misalignment(self) -> dict[str, dict[str, float]]:
+        """arm -> how what its operator reads differs from the RoI, mean over the RoIs that the reference's detections came from.
+
+        Without the operators that are not this project's: where they look is not known.
+        """
+        proposals, scales = {}, self.sweep.scales
+        for found in self.located(self.reference):
+            if found.proposal is None:
+                return {}
+            for image_id, box in zip(found.image_id.tolist(), found.proposal, strict=True):
+                proposals.setdefault(image_id, []).append(box * (scales[image_id] if scales else 1))
+        boxes = []
+        for image_id, some in proposals.items():
+            image, scale = self.sweep.annotations.imgs[image_id], scales[image_id] if scales else 1
+            boxes.append((torch.from_numpy(np.array(some)).float(), (round(image["height"] * scale), round(image["width"] * scale))))
+        if not boxes:
+            return {}
+        operators = {arm: operator for arm, operator in self.operators.items() if is_known(operator)}
+        size = self.sweep.finished[0].config.head.extractor.output_size
+        return {row["operator"]: row for row in summarise(operators, boxes, [self.stride], size) if row["size"] == "all"}
+
+    @cached_property
+    def operators(self) -> dict[str, Operator]:
+        return {arm: hydra.utils.instantiate(self.runs(arm)[0].config.roi) for arm in self.arms}
+
+    def knobs(self, arm: str) -> tuple[str, str, str]:
+        """What an arm does to the RoI, to its bins, and how it reduces a bin, in words; of an operator not of this project its name."""
+        operator = self.operators[arm]
+        return knobs(operator) if is_known(operator) else (self.runs(arm)[0].config.roi._target_, "-", "-")
+
+
+def knobs(operator: Operator) -> tuple[str, str, str]:
+    """In words: the RoI, its bins, the reduction."""
+    rule, given = rule_of(operator), operator.keywords if isinstance(operator, partial) else {}
+    half = "" if (given.get("half_pixel", False) if rule is None else rule.half_pixel) else ", half a pixel off"
+    if rule is None:
+        return f"exact{half}", "exact", "integral"
+    rounding = {"none": "exact", "round": "rounded", "floor": "floored"}[rule.quantize_roi] + (", + 1" if rule.inclusive_end else "")
+    reduce = given.get("reduce", "mean")
+    if rule.quantize_bins != "none":
+        return rounding, {"cover": "whole cells", "truncate": "whole cells, rest lost"}[rule.quantize_bins], reduce
+    samples = "adaptive" if rule.sampling_ratio <= 0 else f"{rule.sampling_ratio} x {rule.sampling_ratio}"
+    return f"{rounding}{half}", f"exact, {samples} samples", reduce

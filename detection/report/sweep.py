@@ -1,0 +1,213 @@
+"""A folder of finished, failed and missing runs, read into one structure: what the statistics and the report work on.
+
+<sweep>/<arm>_seed<seed>/config.yaml    what was run: arm, seed, backbone.stride, data ...
+                         metrics.json   of the test split; written last, so that its presence means "finished"
+                         results.json   the detections, each with the `proposal` that it was regressed from
+                         cross.json     metrics of the same weights with other operators
+                         failed.txt     why there is no metrics.json
+<sweep>/multirun.yaml                   Hydra's: what was planned
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from pycocotools.coco import COCO
+
+from roi_quantization.detection.data.annotations import as_coco, choose_images, read_instances, restrict
+from roi_quantization.detection.evaluation.coco import Metrics
+from roi_quantization.detection.evaluation.sizes import resize_scales
+
+_FOLDER = re.compile(r"(?P<arm>.+)_seed(?P<seed>\d+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm trained with one seed.
+
+    metrics: of the test split (of val where the data has no test); None while the run is not finished.
+    error: the traceback of a run that failed; None otherwise.
+    """
+
+    arm: str
+    seed: int
+    folder: Path
+    metrics: Metrics | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.metrics is not None
+
+    @property
+    def failed(self) -> bool:
+        return not self.finished and self.error is not None
+
+    @cached_property
+    def config(self) -> DictConfig:
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there: is {self.folder} the folder of a run of train.py?")
+        config = OmegaConf.load(path)
+        for key, said in (("arm", self.arm), ("seed", self.seed)):
+            if config.get(key) not in (None, said):
+                raise ValueError(f"{path} has {key}={config[key]}, but the folder says {said}: was it renamed or copied?")
+        return config
+
+    @property
+    def stride(self) -> int:
+        return int(self.config.backbone.stride)
+
+    def results(self) -> list[dict]:
+        """COCO results of the evaluated split, boxes in pixels of the original images."""
+        return _read_json(self.folder / "results.json", list)
+
+    def cross(self) -> dict[str, Metrics]:
+        """The same weights with other operators: arm -> metrics; empty where that was not evaluated."""
+        path = self.folder / "cross.json"
+        if not path.is_file():
+            return {}
+        return {arm: _metrics(path, content) for arm, content in _read_json(path, dict).items()}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """runs: those that have a folder. arms, seeds: in the order of the plan, those that nobody planned behind."""
+
+    folder: Path
+    runs: tuple[Run, ...]
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def finished(self) -> tuple[Run, ...]:
+        return tuple(run for run in self.runs if run.finished)
+
+    @property
+    def failed(self) -> tuple[Run, ...]:
+        return tuple(run for run in self.runs if run.failed)
+
+    @property
+    def missing(self) -> tuple[tuple[str, int], ...]:
+        """(arm, seed) of every run that neither finished nor failed: never begun, going on, or killed."""
+        settled = {(run.arm, run.seed) for run in self.runs if run.finished or run.failed}
+        return tuple((arm, seed) for arm in self.arms for seed in self.seeds if (arm, seed) not in settled)
+
+    def run(self, arm: str, seed: int) -> Run:
+        for run in self.runs:
+            if (run.arm, run.seed) == (arm, seed):
+                return run
+        raise KeyError(f"{self.folder} has no run {arm}_seed{seed}")
+
+    def values(self, metric: str) -> dict[str, dict[int, float]]:
+        """arm -> seed -> the metric (`AP`, `AP75`, `AP_small` ...) in percent, finished runs only: what `statistics` takes."""
+        values: dict[str, dict[int, float]] = {arm: {} for arm in self.arms}
+        for run in self.finished:
+            if metric not in run.metrics.stats:
+                raise KeyError(f"there is no metric {metric!r} in {run.folder / 'metrics.json'}; there are {', '.join(run.metrics.stats)}")
+            values[run.arm][run.seed] = run.metrics.stats[metric]
+        return {arm: dict(sorted(by_seed.items())) for arm, by_seed in values.items() if by_seed}
+
+    @cached_property
+    def annotations(self) -> COCO:
+        """Of exactly the images that the finished runs were evaluated on. A relative `data.root` is taken from the working folder.
+
+        ValueError where the runs do not agree on the images.
+        """
+        evaluated = {_evaluated(run) for run in self.finished}
+        if not evaluated:
+            raise ValueError(f"{self.folder} has no finished run")
+        if len(evaluated) > 1:
+            which = "; ".join(
+                f"{path} (part={part}, subset={subset}, ids={ids})" for path, part, subset, ids, _ in sorted(evaluated, key=str)
+            )
+            raise ValueError(f"{self.folder}: the runs were evaluated on different data: {which}")
+        path, part, subset, ids, subset_seed = evaluated.pop()
+        instances = read_instances(path)
+        return as_coco(restrict(instances, choose_images(instances, part, subset=subset, ids=ids, seed=subset_seed)))
+
+    @cached_property
+    def scales(self) -> dict[int, float] | None:
+        """Image id -> pixels of the network's input to one of the image, as `sizes` takes it; None where images keep their size."""
+        transform = self.finished[0].config.data.eval_transform
+        return resize_scales(self.annotations, transform.short_side, transform.max_side)
+
+
+def read_sweep(folder: Path | str, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> Sweep:
+    """Reads `<arm>_seed<seed>` folders; others are passed over.
+
+    arms, seeds: what was planned, which is what `missing` goes by. Where empty, they are taken from Hydra's multirun.yaml, or else from the
+        folders themselves.
+    Raises FileNotFoundError where there is no such folder and ValueError that names the file where one cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there: expected the folder of a sweep, with a folder <arm>_seed<seed> for each run")
+    runs = tuple(_read_run(path, *match.group("arm", "seed")) for path, match in _run_folders(folder))
+    planned_arms, planned_seeds = _plan(folder / "multirun.yaml")
+    arms = (*(arms or planned_arms), *sorted(run.arm for run in runs))
+    seeds = (*(seeds or planned_seeds), *sorted(run.seed for run in runs))
+    return Sweep(folder, runs, tuple(dict.fromkeys(arms)), tuple(dict.fromkeys(map(int, seeds))))
+
+
+def _run_folders(folder: Path) -> list[tuple[Path, re.Match]]:
+    matches = [(path, _FOLDER.fullmatch(path.name)) for path in sorted(folder.iterdir()) if path.is_dir()]
+    return [(path, match) for path, match in matches if match]
+
+
+def _read_run(folder: Path, arm: str, seed: str) -> Run:
+    metrics, failed = folder / "metrics.json", folder / "failed.txt"
+    return Run(
+        arm,
+        int(seed),
+        folder,
+        _metrics(metrics, _read_json(metrics, dict)) if metrics.is_file() else None,
+        failed.read_text() if failed.is_file() else None,
+    )
+
+
+def _plan(path: Path) -> tuple[list[str], list[int]]:
+    """What `roi` and `seed` were to be swept over: Hydra keeps the sweeper's parameters apart from the command line, which goes before."""
+    if not path.is_file():
+        return [], []
+    config = OmegaConf.load(path)
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    lines = [f"{key}={value}" for key, value in params.items()] + list(OmegaConf.select(config, "hydra.overrides.task") or [])
+    planned: dict[str, list] = {"roi": [], "seed": []}
+    for override in OverridesParser.create().parse_overrides(lines):
+        if override.key_or_group in planned:
+            swept = override.is_sweep_override()
+            planned[override.key_or_group] = list(override.sweep_iterator()) if swept else [override.value()]
+    return [str(arm) for arm in planned["roi"]], [int(seed) for seed in planned["seed"]]
+
+
+def _evaluated(run: Run) -> tuple:
+    """(annotations, part, subset, ids, subset_seed): what decides on which images a run was evaluated."""
+    data = run.config.data
+    split = data.test if data.test is not None else data.val
+    part, ids = (tuple(value) if OmegaConf.is_list(value) else value for value in (split.get("part"), split.get("ids", data.ids)))
+    return Path(data.root) / split.annotations, part, split.get("subset", data.subset), ids, data.subset_seed
+
+
+def _read_json(path: Path, kind: type) -> list | dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: a finished run has it")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a json file, or was cut short: {error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a {kind.__name__}")
+    return content
+
+
+def _metrics(path: Path, content: dict) -> Metrics:
+    try:
+        return Metrics.from_json(content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold metrics ({error!r}): expected stats and per_class, as train.py writes them") from error

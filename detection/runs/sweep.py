@@ -1,0 +1,254 @@
+"""Many runs in one folder: which are to be run, how far they are, what becomes of those that fail, and the report at the end."""
+
+import contextlib
+import csv
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+from tqdm import tqdm
+
+from roi_quantization.detection.configuration import differences, shorten
+from roi_quantization.detection.data.module import describe
+from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.model.build import instantiate
+from roi_quantization.detection.report import write_report
+from roi_quantization.detection.report.origin import add_origin
+from roi_quantization.detection.runs.distributed import is_first, several
+from roi_quantization.detection.runs.lock import AtWork, is_running, only_process
+from roi_quantization.detection.runs.resume import check_no_other
+from roi_quantization.detection.runs.training_checkpoints import FINISHED
+
+log = logging.getLogger(__name__)
+
+FAILED = "failed.txt"
+SWEEP = "ROI_SWEEP_PROCESS"  # in the environment of a sweep's processes, its own number: it may be gone before they ask for their parent
+
+
+def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfig) -> dict[str, float]:
+    """`train(cfg)`, unless this very run is finished, or on its way in a job that outlived the command that had queued it.
+
+    What it prints goes to train.log, and if it fails failed.txt says why.
+
+    Returns:
+        What `train` returns; `cfg.optimized_metric` is NaN where nothing was trained.
+    Raises:
+        ValueError: the folder holds a finished run of another configuration.
+        Exception: where several processes train together, for the others wait and are ended when one ends with an error.
+    """
+    _end_with_parent()
+    run_dir = Path(cfg.run_dir)
+    nothing = {cfg.optimized_metric: math.nan}
+    if (run_dir / FINISHED).is_file():
+        check_same(run_dir, OmegaConf.to_container(cfg, resolve=True))
+        return nothing
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(only_process(run_dir))
+        except AtWork as error:
+            if several():
+                raise
+            log.warning("%s", error)
+            return nothing
+        if is_first():
+            (run_dir / FAILED).unlink(missing_ok=True)
+        file = stack.enter_context(open(run_dir / "train.log", "a", buffering=1))
+        stack.enter_context(contextlib.redirect_stdout(file))
+        stack.enter_context(contextlib.redirect_stderr(file))
+        try:
+            metrics = train(cfg)
+        except Exception as error:
+            log.exception("This run failed")
+            write_whole(run_dir / FAILED, traceback.format_exc().encode())
+            if several():
+                raise
+            traceback.clear_frames(error.__traceback__)  # which would hold on to the weights of this run during the next
+            return nothing
+        if is_first():
+            (run_dir / "last.ckpt").unlink(missing_ok=True)  # to go on from; there is nothing left to do, and there may be many runs
+        return metrics
+
+
+@cache
+def _end_with_parent(every: float = 2.0) -> None:
+    """In a process of joblib's, which would outlive a sweep that is killed and write into its runs: ends when the sweep does."""
+    if multiprocessing.current_process().name == "MainProcess":
+        return
+    parent = int(os.environ.get(SWEEP, os.getppid()))
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def check_same(run_dir: Path, config: dict) -> None:
+    """Raises ValueError where the finished run in `run_dir` had another configuration than the resolved `config`."""
+    differ = differences(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")), config)
+    if differ:
+        raise ValueError(
+            f"{run_dir} holds a finished run of another configuration: {shorten(differ)}. Runs of one sweep must not be mixed: "
+            "choose another folder with hydra.sweep.dir=runs/<name>, or remove this one"
+        )
+
+
+def planned_runs(config: DictConfig) -> dict[Path, dict]:
+    """The run folders that a Hydra sweep is going to fill, each with its resolved configuration.
+
+    Args:
+        config: of the sweep, as Hydra's callbacks get it: with `hydra`.
+
+    Raises:
+        ValueError: two runs would fill the same folder: one of them would be taken for the other.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    lines = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()] + list(config.hydra.overrides.task)
+    ((*jobs,),) = BasicSweeper.split_arguments(OverridesParser.create(loader).parse_overrides(lines), max_batch_size=None)
+    runs = {}
+    for job in jobs:
+        cfg = loader.load_sweep_config(config, job)
+        HydraConfig.instance().set_config(cfg)  # for ${hydra:...}
+        run_dir = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
+        with open_dict(cfg):
+            cfg.run_dir = str(run_dir)
+            del cfg["hydra"]
+        run = OmegaConf.to_container(cfg, resolve=True)
+        if run_dir in runs:
+            differ = shorten(differences(runs[run_dir], run)) or "they are the same"
+            raise ValueError(
+                f"two runs of this sweep have the folder {run_dir}: {differ}. It is named by `arm` and `seed`: name in `arm` what they "
+                "differ in, such as 'arm=${hydra:runtime.choices.roi}_${roi.sampling_ratio}'"
+            )
+        runs[run_dir] = run
+    HydraConfig.instance().set_config(config)
+    return runs
+
+
+def sweep_folders(runs: Mapping[Path, dict]) -> list[Path]:
+    """Where the reports go: the folder that all runs are in, or several where its name has in it what is swept, such as the stride."""
+    return list(dict.fromkeys(run_dir.parent for run_dir in runs))
+
+
+class SweepCallback(Callback):
+    """Of a Hydra sweep: sees to the data and to what is there already, shows one progress bar for all runs, and writes the report."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+
+    def __getstate__(self) -> dict:
+        return {"progress": None}  # runs in other processes get a copy of this callback, and have no use for the bar
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            runs = planned_runs(config)
+            finished = [run_dir for run_dir in runs if (run_dir / FINISHED).is_file()]
+            for run_dir, run in runs.items():
+                if run_dir in finished:
+                    check_same(run_dir, run)
+                elif run.get("resume") == "auto":
+                    check_no_other(run_dir, run)
+            if len(finished) < len(runs):  # what the runs share is made once, by all cores, and a mistake in it is told once
+                data = instantiate(config.data)
+                data.prepare_data()
+                data.setup()
+                splits = {name: split for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}
+                described = {name: describe(split) for name, split in splits.items()}
+                for folder in sweep_folders(runs):
+                    add_origin(folder, described, [(run["arm"], run["seed"]) for run_dir, run in runs.items() if run_dir.parent == folder])
+        except (OSError, ValueError) as error:
+            sys.exit(f"train.py: {error}")  # Hydra would turn any other exception of a callback into a warning
+        os.environ[SWEEP] = str(os.getpid())
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that joblib ends its processes before it goes
+        self.progress = Progress(runs)
+        self.progress.start()
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        self.progress.stop()
+        runs = self.progress.runs
+        for folder in sweep_folders(runs):
+            try:
+                print(f"The report: {write_report(folder)}")
+            except Exception:
+                traceback.print_exc()
+                sys.exit(f"The runs are there, their report is not; `python -m roi_quantization.detection.report {folder}` tries again")
+        elsewhere = [str(run_dir) for run_dir in runs if not (run_dir / FINISHED).is_file() and is_running(run_dir)]
+        if elsewhere:
+            print(f"{len(elsewhere)} of {len(runs)} runs, such as {elsewhere[0]}, are at work in other processes and not in it yet")
+        failed = [str(path) for run_dir in runs if (path := run_dir / FAILED).is_file()]
+        if failed:
+            sys.exit(f"{len(failed)} of {len(runs)} runs failed; {failed[0]} says why. The same command tries them again")
+
+
+class Progress:
+    """A bar that counts the runs that are finished or failed in their folders, and those that are on their way by their epochs or steps."""
+
+    def __init__(self, runs: Mapping[Path, dict], every: float = 2.0):
+        self.runs = runs
+        self.every = every  # seconds
+        for run_dir in runs:
+            (run_dir / FAILED).unlink(missing_ok=True)  # it is going to be tried again
+        shown = "{l_bar}{bar}| {n:.1f} of {total} runs, {elapsed}, {remaining} left{postfix}"
+        self.bar = tqdm(total=len(runs), initial=self.done(), bar_format=shown)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.thread.join()
+        self._show()
+        self.bar.close()
+
+    def done(self) -> float:
+        return sum(share_done(run_dir, config["trainer"]) for run_dir, config in self.runs.items())
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(self.every):
+            self._show()
+
+    def _show(self) -> None:
+        failed = sum((run_dir / FAILED).is_file() for run_dir in self.runs)
+        if failed:
+            self.bar.set_postfix_str(f"{failed} failed", refresh=False)
+        self.bar.n = self.done()
+        self.bar.refresh()
+
+
+def share_done(run_dir: Path, trainer: Mapping[str, Any]) -> float:
+    """0 to 1. A run on its way counts by the epoch or the step that its metrics.csv has come to, whichever of `trainer`'s limits is nearer;
+    evaluation at the end is taken for a tenth more."""
+    if any((run_dir / name).is_file() for name in (FINISHED, FAILED)):
+        return 1.0
+    logged = run_dir / "metrics.csv"
+    if not logged.is_file():
+        return 0.0
+    with open(logged, newline="") as file:
+        rows = list(csv.DictReader(file))
+    come_to = {"max_epochs": "epoch", "max_steps": "step"}
+    shares = [
+        max((int(row[column]) for row in rows if (row.get(column) or "").isdigit()), default=0) / trainer[limit]
+        for limit, column in come_to.items()
+        if (trainer.get(limit) or -1) > 0
+    ]
+    return min(max(shares, default=0.0), 1.0) / 1.1

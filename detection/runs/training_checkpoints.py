@@ -1,0 +1,152 @@
+"""Checkpoints of the whole training, written while it goes on, so that a run that is killed can go on from there."""
+
+import csv
+import errno
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from roi_quantization.detection.files import write_whole
+
+FINISHED = "metrics.json"  # the last file of a run: with it the run is finished
+RESULTS = (FINISHED, "results.json", "cross.json")
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, syncs and renames it; Lightning's own goes through /tmp, from where a move may be a copy."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if not Path(path).parent.is_dir():  # to make it anew would tear the run in two
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(Path(path).parent))
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        with buffer.getbuffer() as content:  # given back also where writing fails: Python 3.12.1 crashes when it collects one that is held
+            write_whole(path, content)
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        """On the CPU, and whatever Lightning would do with a file from elsewhere, never with code in it."""
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def recent_checkpoints(folder: str | Path) -> list[Path]:
+    """The `step_<n>.ckpt` of a run folder, newest first."""
+    return sorted(Path(folder).glob("step_*.ckpt"), reverse=True)
+
+
+class RecentCheckpoints(Checkpoint):
+    """Saves the state of training as `step_<n>.ckpt` every so many steps, and where SIGTERM ends it; keeps the newest ones.
+
+    It saves between two steps: when all that follows from the last one is done, the validation above all, and nothing of the next is begun.
+    Lightning's `ModelCheckpoint(every_n_train_steps=...)` saves before the validation, which the run that goes on would then leave out.
+
+    Args:
+        folder: the run folder.
+        every_n_steps: optimizer steps.
+        keep: so many files; with two or more there is one left when the newest turns out to be damaged.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int, keep: int = 2):
+        super().__init__()
+        if every_n_steps < 1 or keep < 1:
+            raise ValueError(f"expected checkpoint.every_n_steps and checkpoint.keep of 1 at least, got {every_n_steps} and {keep}")
+        self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
+        self._saved_step = 0  # there is nothing to keep of a training that has not begun
+        self._logged: list[dict[str, str]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            for half in self.folder.glob(".*.ckpt.*.tmp"):  # of a process that was killed while it wrote
+                half.unlink()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            for logger in _csv_loggers(trainer):
+                logger.experiment.metrics[:0] = self._logged  # CSVLogger has deleted them: it begins a file anew
+                logger.save()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Removes checkpoints of later steps, and results: they are damaged, or of a run that this one replaces in its folder."""
+        now = self.folder / f"step_{trainer.global_step:07d}.ckpt"
+        outdated = [path for path in recent_checkpoints(self.folder) if path > now]
+        outdated += [self.folder / name for name in ("last.ckpt", *RESULTS)]
+        if trainer.is_global_zero:
+            for path in outdated:
+                if path.resolve() != Path(trainer.ckpt_path or "").resolve():
+                    path.unlink(missing_ok=True)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        # by this loggers number their rows; after some resumptions Lightning counts one too many
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        if trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A stop takes effect between two batches. Any other exception comes in the middle of one, and what it leaves is no state."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if isinstance(exception, SIGTERMException) and trainer.training and batches % trainer.accumulate_grad_batches == 0:
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Saves unless the step is saved already, then removes what is too old."""
+        if trainer.global_step == self._saved_step:
+            return
+        self._saved_step = trainer.global_step
+        for logger in _csv_loggers(trainer):
+            logger.save()
+        trainer.save_checkpoint(self.folder / f"step_{self._saved_step:07d}.ckpt")
+        if trainer.is_global_zero:
+            for old in recent_checkpoints(self.folder)[self.keep :]:
+                old.unlink()
+
+    def clear(self, trainer: pl.Trainer) -> None:
+        """Removes all: training is over."""
+        if trainer.is_global_zero:
+            for path in recent_checkpoints(self.folder):
+                path.unlink()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tells the place in the epoch as it is between two steps: Lightning has counted the next batch when it is fetched."""
+        loops = checkpoint["loops"]["fit_loop"]
+        batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+        for count in (batches["total"], batches["current"]):
+            count["ready"] = count["completed"]
+        if epochs["current"]["completed"] == epochs["current"]["ready"]:  # between two epochs
+            batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A run folder may have been moved since: `ModelCheckpoint` would forget which one was the best, and write over it. That of another
+        run it would take for its own."""
+        here = self.folder.resolve()
+        of_another_run = Path(trainer.ckpt_path).resolve().parent != here
+        for state in checkpoint["callbacks"].values():
+            if "best_k_models" in state and of_another_run:
+                state["best_model_path"] = ""
+            elif "best_k_models" in state:
+                state["dirpath"] = str(here)
+                for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                    state[key] = state[key] and str(here / Path(state[key]).name)
+                state["best_k_models"] = {str(here / Path(path).name): score for path, score in state["best_k_models"].items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the rows of metrics.csv, so that the curves of a run that went on are whole."""
+        path = self.folder / "metrics.csv"
+        if not path.is_file():
+            return {"step": self._saved_step, "logged": []}
+        with open(path, newline="") as file:
+            return {"step": self._saved_step, "logged": list(csv.DictReader(file))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._saved_step, self._logged = state["step"], state["logged"]
+
+
+def _csv_loggers(trainer: pl.Trainer) -> list[CSVLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]

@@ -1,0 +1,189 @@
+"""Numba kernels of a bin's mean, of samples or as the exact integral.
+
+It is the outer product of a window of weights in y and one in x, which costs far fewer reads than the samples one by one. The transpose is
+the gradient of the features; one kernel more gives that of the weights, from which that of the lattice follows.
+"""
+
+import numpy as np
+
+from roi_quantization.ops.cpu.loops import (
+    add,
+    cell_below,
+    channels_first,
+    channels_last,
+    clamp,
+    compile_kernel,
+    compile_sums,
+    dot,
+    inline,
+    read_tile,
+    write_tile,
+)
+
+
+@compile_kernel
+def lattice_windows(first, step, count, total, size):
+    """The mean over `count` interpolated samples as weights of neighbouring cells: start and number of cells, and their weights."""
+    rois, bins = first.shape
+    start, cells = np.zeros((rois, bins), np.int32), np.zeros((rois, bins), np.int32)
+    longest = 1
+    for k in range(rois):
+        for p in range(bins):
+            if count[k, p] > 0:
+                a, b = first[k, p], first[k, p] + (count[k, p] - 1) * step[k, p]
+                low, high = cell_below(min(a, b), size), cell_below(max(a, b), size)
+                start[k, p], cells[k, p] = low, min(high + 2, size) - low
+                longest = max(longest, cells[k, p])
+    weights = np.zeros((rois, bins, longest), first.dtype)
+    for k in range(rois):
+        for p in range(bins):
+            for i in range(count[k, p]):
+                position = clamp(first[k, p] + i * step[k, p], size)
+                low = cell_below(position, size)
+                share = 1 / total[k, p]
+                weights[k, p, low - start[k, p]] += (1 - (position - low)) * share
+                if low + 1 < size:
+                    weights[k, p, low + 1 - start[k, p]] += (position - low) * share
+    return start, cells, weights
+
+
+@compile_kernel
+def lattice_gradient(first, step, count, total, size, start, grad_weights):
+    """Transpose of the derivative of `lattice_windows`: gradients of `first` and `step`."""
+    grad_first, grad_step = np.zeros_like(first), np.zeros_like(step)
+    for k in range(first.shape[0]):
+        for p in range(first.shape[1]):
+            for i in range(count[k, p]):
+                position = first[k, p] + i * step[k, p]
+                if 0 <= position < size - 1:  # clamped elsewhere
+                    low = cell_below(position, size) - start[k, p]
+                    slope = (grad_weights[k, p, low + 1] - grad_weights[k, p, low]) / total[k, p]
+                    grad_first[k, p] += slope
+                    grad_step[k, p] += i * slope
+    return grad_first, grad_step
+
+
+@compile_kernel
+def integral_windows(low, high, size):
+    """The mean of the interpolated map between `low` and `high` as weights of neighbouring cells; 0 off the map."""
+    rois, bins = low.shape
+    start, cells = np.zeros((rois, bins), np.int32), np.zeros((rois, bins), np.int32)
+    longest = 1
+    for k in range(rois):
+        for p in range(bins):
+            if high[k, p] > low[k, p] and high[k, p] > -1 and low[k, p] < size:
+                start[k, p] = cell_below(low[k, p], size)
+                cells[k, p] = min(cell_below(high[k, p], size) + 2, size) - start[k, p]
+                longest = max(longest, cells[k, p])
+    weights = np.zeros((rois, bins, longest), low.dtype)
+    for k in range(rois):
+        for p in range(bins):
+            for i in range(cells[k, p]):
+                cell = start[k, p] + i
+                weights[k, p, i] = _hat_integral(low[k, p] - cell, high[k, p] - cell) / (high[k, p] - low[k, p])
+    return start, cells, weights
+
+
+@compile_kernel
+def integral_gradient(low, high, start, cells, weights, grad_weights):
+    """Transpose of the derivative of `integral_windows`: gradients of `low` and `high`."""
+    grad_low, grad_high = np.zeros_like(low), np.zeros_like(high)
+    for k in range(low.shape[0]):
+        for p in range(low.shape[1]):
+            for i in range(cells[k, p]):
+                cell, extent = start[k, p] + i, high[k, p] - low[k, p]
+                grad_high[k, p] += grad_weights[k, p, i] * (max(0, 1 - abs(high[k, p] - cell)) - weights[k, p, i]) / extent
+                grad_low[k, p] -= grad_weights[k, p, i] * (max(0, 1 - abs(low[k, p] - cell)) - weights[k, p, i]) / extent
+    return grad_low, grad_high
+
+
+@compile_kernel
+def _hat_integral(a, b):
+    """Integral of `max(0, 1 - |t|)` from a to b. On one side of 0 no digits may cancel, or a thin bin would have none left."""
+    a, b = min(max(a, -1), 1), min(max(b, -1), 1)
+    return (b - a) * (1 - abs(a + b) / 2) if a * b >= 0 else b - a - (a * a + b * b) / 2
+
+
+@compile_kernel
+def window_forward(features, image, ys, yn, yw, xs, xn, xw, out, c0, c1):
+    width, channels = features.shape[3], c1 - c0
+    cells = channels_last(features, c0, c1)
+    row = np.empty(width * channels, features.dtype)  # one bin's mean over y, for every x that the RoI touches
+    tile = np.zeros((ys.shape[1] * xs.shape[1], channels), features.dtype)
+    for k in range(len(image)):
+        left, length = _touched(xs, xn, k, channels)
+        for p in range(ys.shape[1]):
+            _pool_rows(cells, image[k] * features.shape[2] + ys[k, p], yn[k, p], yw[k, p], width, left, channels, row[:length])
+            for q in range(xs.shape[1]):
+                pooled = tile[p * xs.shape[1] + q]
+                pooled[:] = 0
+                for i in range(xn[k, q]):
+                    at = (xs[k, q] - left + i) * channels
+                    add(pooled, xw[k, q, i], row[at : at + channels])
+        write_tile(tile, out[k], c0)
+
+
+@compile_kernel
+def window_backward(grad, image, ys, yn, yw, xs, xn, xw, grad_features, c0, c1):
+    height, width, channels = grad_features.shape[2], grad_features.shape[3], c1 - c0
+    cells = np.zeros(grad_features.shape[0] * height * width * channels, grad_features.dtype)
+    row = np.empty(width * channels, grad_features.dtype)
+    tile = np.empty((ys.shape[1] * xs.shape[1], channels), grad_features.dtype)
+    for k in range(len(image)):
+        read_tile(grad[k], tile, c0)
+        left, length = _touched(xs, xn, k, channels)
+        for p in range(ys.shape[1]):
+            _spread_bins(tile, p, xs[k], xn[k], xw[k], left, channels, row[:length])
+            for i in range(yn[k, p]):
+                at = ((image[k] * height + ys[k, p] + i) * width + left) * channels
+                add(cells[at : at + length], yw[k, p, i], row[:length])
+    channels_first(cells, grad_features, c0, c1)
+
+
+@compile_sums
+def window_weight_gradient(features, grad, image, ys, yn, yw, xs, xn, xw, grad_yw, grad_xw, c0, c1):
+    """Gradients of the weights, summed over the channels of this block."""
+    height, width, channels = features.shape[2], features.shape[3], c1 - c0
+    cells = channels_last(features, c0, c1)
+    row = np.empty(width * channels, features.dtype)
+    tile = np.empty((ys.shape[1] * xs.shape[1], channels), features.dtype)
+    for k in range(len(image)):
+        read_tile(grad[k], tile, c0)
+        left, length = _touched(xs, xn, k, channels)
+        for p in range(ys.shape[1]):
+            _pool_rows(cells, image[k] * height + ys[k, p], yn[k, p], yw[k, p], width, left, channels, row[:length])
+            for q in range(xs.shape[1]):
+                for i in range(xn[k, q]):
+                    at = (xs[k, q] - left + i) * channels
+                    grad_xw[k, q, i] += dot(tile[p * xs.shape[1] + q], row[at : at + channels])
+            _spread_bins(tile, p, xs[k], xn[k], xw[k], left, channels, row[:length])
+            for i in range(yn[k, p]):
+                at = ((image[k] * height + ys[k, p] + i) * width + left) * channels
+                grad_yw[k, p, i] += dot(cells[at : at + length], row[:length])
+
+
+@inline
+def _pool_rows(cells, y, rows, weights, width, left, channels, row):
+    row[:] = 0
+    for i in range(rows):
+        at = ((y + i) * width + left) * channels
+        add(row, weights[i], cells[at : at + len(row)])
+
+
+@inline
+def _spread_bins(tile, p, start, count, weights, left, channels, row):
+    row[:] = 0
+    for q in range(len(start)):
+        for i in range(count[q]):
+            at = (start[q] - left + i) * channels
+            add(row[at : at + channels], weights[q, i], tile[p * len(start) + q])
+
+
+@compile_kernel
+def _touched(start, count, k, channels):
+    """First cell that the windows of RoI k touch, and how many elements of a channels-last row they span."""
+    left, right = 1 << 30, 0
+    for p in range(start.shape[1]):
+        if count[k, p] > 0:
+            left, right = min(left, start[k, p]), max(right, start[k, p] + count[k, p])
+    return min(left, right), max(right - left, 0) * channels

@@ -1,0 +1,32 @@
+"""What does quantizing RoI coordinates cost a detector? The operators, a Fast R-CNN that measures them, and their configurations.
+
+In a checkout the subpackages are folders of its top level, which the installation puts under this name (pyproject.toml).
+"""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+try:
+    __version__ = version("roi-quantization")
+except PackageNotFoundError:
+    __version__ = "0"  # not installed: the check below ends the program
+
+
+def _check_installed() -> None:
+    """End the program where the subpackages cannot be imported, or are those of another checkout."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "pyproject.toml").is_file():
+        return  # an installed copy: everything lies in this folder
+    found = find_spec(f"{__name__}.ops")
+    if found is None or found.origin is None:
+        sys.exit(f"roi_quantization is not installed. Run: pip install -e {checkout}")
+    if Path(found.origin).resolve().parents[1] != checkout:
+        sys.exit(
+            f"{checkout} is not the checkout that is installed, which is {Path(found.origin).resolve().parents[1]}. "
+            f"Run: pip install -e {checkout}"
+        )
+
+
+_check_installed()

@@ -1,0 +1,118 @@
+"""A sweep folder as train.py leaves it, from random numbers: arms whose boxes are off by a known number of pixels.
+
+`python -m tests.detection.report.fake_sweep FOLDER` writes one to look at.
+"""
+
+import json
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from roi_quantization.detection.data.annotations import as_coco
+from roi_quantization.detection.evaluation.coco import Metrics, evaluate, write_metrics, write_results
+from tests.configuration import composed
+
+SCATTER = {  # pixels by which an arm's edges are off, one standard deviation
+    "align": 3.0,
+    "pool": 7.5,
+    "warp": 6.0,
+    "align_max": 3.2,
+    "warp_max": 6.2,
+    "pool_bins": 4.6,
+    "pool_exclusive": 7.0,
+    "pool_floor": 9.0,
+    "prroi": 3.1,
+}
+CROSS = ("pool", "warp", "align")
+
+
+def write_fake_sweep(
+    folder: Path,
+    arms: Mapping[str, float] = SCATTER,
+    seeds: Sequence[int] = (0, 1, 2),
+    images: int = 100,
+    failed: Collection[str] = (),
+    missing: Collection[str] = (),
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Writes runs of all `arms` (name -> scatter) and `seeds` below `folder`; `failed` and `missing` name runs such as "pool_seed1"."""
+    rng = np.random.default_rng(0)
+    root = folder.parent / f"{folder.name}_data"
+    truth = {split: _instances(rng, images if split == "test" else 4) for split in ("train", "val", "test")}
+    for split, instances in truth.items():
+        path = root / "annotations" / f"instances_{split}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(instances))
+    folder.mkdir(parents=True, exist_ok=True)
+    params = {"roi": ",".join(arms), "seed": ",".join(map(str, seeds))}
+    OmegaConf.save({"hydra": {"sweeper": {"params": params}, "overrides": {"task": ["experiment=quantization"]}}}, folder / "multirun.yaml")
+    for arm, scatter in arms.items():
+        for seed in seeds:
+            name = f"{arm}_seed{seed}"
+            if name in missing:
+                continue
+            run = folder / name
+            run.mkdir(exist_ok=True)
+            config = composed("train", f"roi={arm}", f"seed={seed}", f"run_dir={run}", f"data.root={root}", *overrides)
+            config.arm = arm
+            OmegaConf.save(config, run / "config.yaml", resolve=True)
+            if name in failed:
+                (run / "failed.txt").write_text("Traceback (most recent call last):\n  ...\nRuntimeError: no memory left\n")
+                continue
+            found = _detect(truth["test"], scatter, seed)
+            write_results(run / "results.json", found)
+            cross = {
+                other: _metrics(truth["test"], _detect(truth["test"], scatter + 2 * (other != arm), seed)).as_json() for other in CROSS
+            }
+            (run / "cross.json").write_text(json.dumps(cross))
+            write_metrics(run / "metrics.json", _metrics(truth["test"], found))
+    return folder
+
+
+def _instances(rng: np.random.Generator, images: int) -> dict:
+    categories = [{"id": i, "name": name} for i, name in ((2, "disc"), (3, "ring"), (7, "square"))]
+    annotations = []
+    for image_id in range(1, images + 1):
+        for _ in range(rng.integers(1, 4)):
+            w, h = np.exp(rng.uniform(np.log(24), np.log(110), 2)).round(2).tolist()
+            box = [round(rng.uniform(0, 256 - w), 2), round(rng.uniform(0, 256 - h), 2), w, h]
+            annotations.append({"image_id": image_id, "category_id": int(rng.choice([2, 3, 7])), "bbox": box, "area": w * h, "iscrowd": 0})
+    annotations = [{"id": i, **annotation} for i, annotation in enumerate(annotations, 1)]
+    listed = [{"id": i, "file_name": f"{i}.png", "width": 256, "height": 256} for i in range(1, images + 1)]
+    return {"images": listed, "categories": categories, "annotations": annotations}
+
+
+def _detect(instances: dict, scatter: float, seed: int) -> list[dict]:
+    rng = np.random.default_rng([seed, 1])  # the same draws for each arm: runs of a seed are paired
+    skill = 1 + 0.1 * rng.normal()
+    found = []
+    for annotation in instances["annotations"]:
+        (x, y, w, h), unit, miss = annotation["bbox"], rng.normal(size=(2, 4)), rng.uniform()
+        edges = np.array([x, y, x + w, y + h])
+        box, proposal = (np.clip(edges + size * unit[i], 0, 256) for i, size in enumerate((scatter * skill, 12.0)))
+        score = float(np.clip(0.9 - 0.1 * abs(unit[0]).sum() / 4 + 0.05 * rng.normal(), 0.06, 1))
+        category = annotation["category_id"] if miss > 0.08 else 2
+        found.append(_result(annotation["image_id"], category, box, score, proposal))
+        for _ in range(4):  # and some that are nowhere near
+            corner = rng.uniform(0, 200, 2)
+            far = np.concatenate([corner, corner + 40])
+            found.append(_result(annotation["image_id"], int(rng.choice([2, 3, 7])), far, float(rng.uniform(0.05, 0.4)), far))
+    return found
+
+
+def _result(image_id: int, category_id: int, box: np.ndarray, score: float, proposal: np.ndarray) -> dict:
+    def xywh(edges):
+        return [*edges[:2].tolist(), *np.maximum(edges[2:] - edges[:2], 0.1).tolist()]
+
+    return {"image_id": image_id, "category_id": category_id, "bbox": xywh(box), "score": round(score, 6), "proposal": xywh(proposal)}
+
+
+def _metrics(instances: dict, results: list[dict]) -> Metrics:
+    return evaluate(as_coco(instances), results, [image["id"] for image in instances["images"]])
+
+
+if __name__ == "__main__":
+    write_fake_sweep(Path(sys.argv[1]), failed=["pool_floor_seed2"], missing=["prroi_seed1"])

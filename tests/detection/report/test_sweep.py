@@ -1,0 +1,185 @@
+"""A sweep's folder as a killed, failed or renamed run leaves it."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from roi_quantization.detection.data.coco import CocoDetection
+from roi_quantization.detection.data.proposals.grid import Grid
+from roi_quantization.detection.evaluation.coco import evaluate, write_metrics, write_results
+from roi_quantization.detection.report.sweep import read_sweep
+from tests.detection.evaluation.coco_sets import annotation, coco, result
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two arms, seeds 0 and 1: pool_seed1 failed, and Hydra's plan has a third arm that was never begun."""
+    gt = coco(annotation(1, id=1), annotation(2, id=2), images=(1, 2, 3))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.json").write_text(json.dumps(gt.dataset))
+    folder = tmp_path / "sweep"
+    found = {"align_seed0": [1, 2], "align_seed1": [1, 2], "pool_seed0": [1], "pool_seed1": None}
+    for name, ids in found.items():
+        arm, seed = name.split("_seed")
+        make_run(folder / name, tmp_path / "data", arm, int(seed))
+        if ids is None:
+            (folder / name / "failed.txt").write_text("Traceback ...\nMemoryError: too large\n")
+            continue
+        results = [result(i, proposal=[0, 0, 90, 90]) for i in ids]
+        write_results(folder / name / "results.json", results)
+        write_metrics(folder / name / "metrics.json", evaluate(gt, results, [1, 2, 3]))
+    (folder / "multirun.yaml").write_text(
+        "hydra: {sweeper: {params: {roi: 'align,pool,warp', seed: '0,1,2'}}, overrides: {task: ['experiment=q', 'seed=range(0,2)']}}"
+    )
+    (folder / ".submitit").mkdir()  # not a run
+    return folder
+
+
+def make_run(folder, root, arm, seed, **data):
+    folder.mkdir(parents=True)
+    data = {
+        "root": str(root), "val": None, "test": {"images": "test", "annotations": "test.json"},
+        "subset": None, "ids": None, "subset_seed": 0, "eval_transform": {"short_side": None, "max_side": None},
+    } | data  # fmt: skip
+    OmegaConf.save({"arm": arm, "seed": seed, "backbone": {"stride": 16}, "data": data}, folder / "config.yaml")
+
+
+def names(runs):
+    return [run.folder.name for run in runs]
+
+
+def test_finished_failed_and_missing(sweep):
+    read = read_sweep(sweep)
+    assert names(read.finished) == ["align_seed0", "align_seed1", "pool_seed0"]
+    assert names(read.failed) == ["pool_seed1"]
+    assert "MemoryError" in read.failed[0].error
+    assert read.missing == (("warp", 0), ("warp", 1))
+    assert (read.arms, read.seeds) == (("align", "pool", "warp"), (0, 1))  # seeds: the command line goes before the experiment
+
+
+def test_values_are_what_statistics_take(sweep):
+    share = 100 * 51 / 101  # one of two objects: 51 of the 101 recall levels
+    assert read_sweep(sweep).values("AP75") == {"align": {0: pytest.approx(100), 1: pytest.approx(100)}, "pool": {0: pytest.approx(share)}}
+    with pytest.raises(KeyError, match="no metric 'mAP'"):
+        read_sweep(sweep).values("mAP")
+
+
+def test_a_run_that_was_killed_is_missing(sweep):
+    (sweep / "align_seed1" / "metrics.json").unlink()
+    assert read_sweep(sweep).missing == (("align", 1), ("warp", 0), ("warp", 1))
+
+
+def test_a_run_that_failed_and_was_run_again_is_finished(sweep):
+    (sweep / "align_seed0" / "failed.txt").write_text("of the first attempt")
+    read = read_sweep(sweep)
+    assert "align_seed0" in names(read.finished)
+    assert names(read.failed) == ["pool_seed1"]
+
+
+def test_without_a_plan_the_folders_are_the_plan(sweep):
+    (sweep / "multirun.yaml").unlink()
+    read = read_sweep(sweep)
+    assert (read.arms, read.seeds, read.missing) == (("align", "pool"), (0, 1), ())
+    planned = read_sweep(sweep, arms=["pool", "align"], seeds=[0, 1, 2])
+    assert planned.arms == ("pool", "align")
+    assert planned.missing == (("pool", 2), ("align", 2))
+
+
+def test_a_run_knows_its_stride_results_and_other_operators(sweep):
+    run = read_sweep(sweep).run("pool", 0)
+    assert run.stride == 16
+    assert run.results()[0]["proposal"] == [0, 0, 90, 90]
+    assert run.cross() == {}
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    (run.folder / "cross.json").write_text(json.dumps({"align": metrics}))
+    assert run.cross()["align"].stats["AP"] == run.metrics.stats["AP"]
+    with pytest.raises(KeyError, match="no run pool_seed9"):
+        read_sweep(sweep).run("pool", 9)
+
+
+def test_annotations_are_of_the_evaluated_images(sweep, tmp_path):
+    assert sorted(read_sweep(sweep).annotations.imgs) == [1, 2, 3]
+    for name in ("align_seed0", "align_seed1", "pool_seed0"):
+        config = OmegaConf.load(sweep / name / "config.yaml")
+        config.data.ids = [1, 3]
+        OmegaConf.save(config, sweep / name / "config.yaml")
+    assert sorted(read_sweep(sweep).annotations.imgs) == [1, 3]
+    config.data.ids = [1]
+    OmegaConf.save(config, sweep / "pool_seed0" / "config.yaml")
+    with pytest.raises(ValueError, match="evaluated on different data"):
+        _ = read_sweep(sweep).annotations
+
+
+def test_annotations_are_of_the_part_that_was_held_out(sweep, tmp_path):
+    part = [0.0, 0.67]
+    for name in ("align_seed0", "align_seed1", "pool_seed0"):
+        config = OmegaConf.load(sweep / name / "config.yaml")
+        config.data.test.part = part
+        OmegaConf.save(config, sweep / name / "config.yaml")
+    (tmp_path / "data/test").mkdir()
+    for image in range(1, 4):
+        (tmp_path / f"data/test/{image}.jpg").touch()
+    evaluated = CocoDetection(tmp_path / "data/test", tmp_path / "data/test.json", Grid([0.5]), part=part)
+    assert sorted(read_sweep(sweep).annotations.imgs) == evaluated.image_ids
+    assert len(evaluated.image_ids) == 2
+
+
+def test_data_without_a_test_split_was_evaluated_on_val(sweep):
+    for name in ("align_seed0", "align_seed1", "pool_seed0"):
+        config = OmegaConf.load(sweep / name / "config.yaml")
+        config.data.val, config.data.test = config.data.test, None
+        OmegaConf.save(config, sweep / name / "config.yaml")
+    assert sorted(read_sweep(sweep).annotations.imgs) == [1, 2, 3]
+
+
+def test_scales_of_resized_images(sweep):
+    assert read_sweep(sweep).scales is None
+    config = OmegaConf.load(sweep / "align_seed0" / "config.yaml")
+    config.data.eval_transform.short_side = 960  # of images of 640 x 480
+    OmegaConf.save(config, sweep / "align_seed0" / "config.yaml")
+    assert read_sweep(sweep).scales == {1: 2.0, 2: 2.0, 3: 2.0}
+
+
+# --- errors name the file
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_sweep(tmp_path / "nowhere")
+
+
+def test_an_empty_sweep_can_be_read(tmp_path):
+    read = read_sweep(tmp_path)
+    assert (read.runs, read.missing, read.values("AP")) == ((), (), {})
+    with pytest.raises(ValueError, match="no finished run"):
+        _ = read.annotations
+
+
+@pytest.mark.parametrize("content", ['{"stats": {"AP": 1', "[]", '{"stats": {}}', '{"stats": {"AP": "high"}, "per_class": {}}'])
+def test_broken_metrics(sweep, content):
+    (sweep / "pool_seed0" / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=r"pool_seed0/metrics\.json"):
+        read_sweep(sweep)
+
+
+def test_a_run_that_was_renamed(sweep):
+    (sweep / "pool_seed0").rename(sweep / "warp_seed0")
+    with pytest.raises(ValueError, match=r"warp_seed0/config\.yaml has arm=pool, but the folder says warp"):
+        _ = read_sweep(sweep).run("warp", 0).stride
+
+
+def test_a_run_that_was_never_named_may_be_put_into_a_sweep(sweep):
+    config = OmegaConf.load(sweep / "pool_seed0" / "config.yaml")
+    OmegaConf.save({**config, "arm": None}, sweep / "pool_seed0" / "config.yaml")
+    assert read_sweep(sweep).run("pool", 0).stride == 16
+
+
+def test_files_that_a_finished_run_should_have(sweep):
+    run = read_sweep(sweep).run("pool", 0)
+    (run.folder / "results.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"pool_seed0/results\.json"):
+        run.results()
+    (run.folder / "config.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"pool_seed0/config\.yaml"):
+        _ = run.stride

@@ -1,0 +1,136 @@
+"""Checkpoints from a stranger: nothing in them is run."""
+
+import copy
+import os
+import pickle
+
+import pytest
+import torch
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from roi_quantization.detection.model.vgg16 import VGG16
+from roi_quantization.detection.runs.checkpoint import PARTS, load_checkpoint, offer_checkpoint
+from roi_quantization.detection.runs.config_security import check_trusted, known_targets
+from roi_quantization.detection.runs.training_checkpoints import WholeCheckpointIO
+from tests.configuration import composed
+
+
+class Runs:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "load",
+    [load_checkpoint, WholeCheckpointIO().load_checkpoint, lambda path: VGG16(weights=path)],
+    ids=["ckpt=, resume=", "Lightning", "backbone.weights="],
+)
+def test_a_pickle_inside_is_not_run(tmp_path, load, zipped):
+    path, trace = tmp_path / "evil.ckpt", tmp_path / "trace"
+    content = {"state_dict": {}, "config": {}, "categories": [], "features.0.weight": Runs(trace)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises((ValueError, pickle.UnpicklingError), match=r"more than tensors|Weights only load failed"):
+        load(path)
+    assert not trace.exists()
+
+
+@pytest.fixture(scope="module")
+def config():
+    """What train.py keeps in a checkpoint."""
+    return OmegaConf.to_container(composed("train"))
+
+
+def save(path, config, /, **more):
+    torch.save({"state_dict": {}, "config": config, "categories": [{"id": 1, "name": "disc"}]} | more, path)
+    return path
+
+
+def test_a_checkpoint_of_this_project_is_trusted(config, tmp_path):
+    offer_checkpoint([f"ckpt={save(tmp_path / 'best.ckpt', config)}"], "eval.py")
+    assert {f"roi_quantization.roi_heads.{name}" for name in ("RoIExtractor", "TwoFCHead")} < known_targets()
+
+
+def changed(config, change):
+    config = copy.deepcopy(config)
+    change(config)
+    return config
+
+
+def call(path):
+    return {"_target_": "os.system", "command": f"touch {path}"}
+
+
+def nested(levels):
+    inside = {}
+    for _ in range(levels):
+        inside = {"a": inside}
+    return inside
+
+
+def doubled():
+    """Thirty lists, each with the one before it twice."""
+    lists = []
+    for _ in range(30):
+        lists = [lists, lists]
+    return lists
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c, t: c.update(roi=call(t)), r"would call os\.system \(roi\._target_\)"),
+        (lambda c, t: c["data"].update(source=call(t)), r"would call os\.system \(data\.source\._target_\)"),
+        (lambda c, t: c["head"].update(_args_=[1, [call(t)]]), r"would call os\.system \(head\._args_\.1\.0\._target_\)"),
+        (
+            lambda c, t: c.update(roi=call(t) | {"_target_": "roi_quantization.detection.runs.lock.os.system"}),
+            r"would call roi_quantization\.detection\.runs\.lock\.os\.system",
+        ),
+        (lambda c, t: c.update(roi=call(t) | {"_target_": "${roi.command}"}), r"would call \$\{roi\.command\}"),
+        (lambda c, t: c.update(roi=call(t) | {"_target_": ["os.system"]}), "would call"),
+        (lambda c, t: c.update(roi="${oc.create:{_target_:os.system}}"), "its configuration has no roi"),
+        (lambda c, t: c["head"].update(extractor="${oc.create:{_target_:os.system}}"), r"head\.extractor=\$\{oc\.create"),
+        (lambda c, t: c["head"].update(x="${oc.env:A,${oc.decode:'{_target_: os.system}'}}"), r"expected no interpolation but"),
+        (lambda c, t: c["roi"].update(defaults=[{"override /hydra/job_logging": "x"}]), r"its configuration has roi\.defaults"),
+        (lambda c, t: c["roi"].update(a=nested(100)), "nested deeper than 50"),
+        (lambda c, t: c["roi"].update(a=doubled()), "has more than 10000 settings"),
+        (lambda c, t: c["roi"].update(a=torch.zeros(1)), r"has a Tensor \(roi\.a\); expected plain values"),
+        (lambda c, t: c.pop("head"), "its configuration has no head"),
+    ],
+)
+def test_a_configuration_that_would_call_something_else_is_refused(config, tmp_path, change, message):
+    trace = tmp_path / "trace"
+    before = {part: ConfigStore.instance().repo.get(part) for part in PARTS}
+    path = save(tmp_path / "evil.ckpt", changed(config, lambda c: change(c, trace)))
+    with pytest.raises(SystemExit, match=rf"eval\.py: \S*evil\.ckpt.*{message}"):
+        offer_checkpoint([f"ckpt={path}"], "eval.py")
+    assert not trace.exists()
+    assert {part: ConfigStore.instance().repo.get(part) for part in PARTS} == before, "nothing of it is offered to Hydra"
+
+
+def test_a_file_in_configs_is_how_a_target_is_trusted(config, tmp_path, monkeypatch):
+    own = {"_target_": "my.package.operator"}
+    with pytest.raises(ValueError, match=r"would call my\.package\.operator .*name it there yourself"):
+        check_trusted({"roi": own}, "best.ckpt")
+    (tmp_path / "roi").mkdir()
+    (tmp_path / "roi/mine.yaml").write_text(yaml.dump(own))
+    monkeypatch.setattr("roi_quantization.detection.runs.config_security.CONFIGS", tmp_path)
+    known_targets.cache_clear()
+    try:
+        check_trusted({"roi": own}, "best.ckpt")
+    finally:
+        known_targets.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"config": []}, {"categories": [{"id": 1}]}, {"categories": "disc"}, {"state_dict": {"a": 1}}, {"state_dict": torch.zeros(1)}],
+)
+def test_other_things_in_the_place_of_a_checkpoints_are_named(tmp_path, more):
+    with pytest.raises(ValueError, match=rf"evil\.ckpt was not written by train\.py: its {next(iter(more))} is something else"):
+        load_checkpoint(save(tmp_path / "evil.ckpt", {}, **more))

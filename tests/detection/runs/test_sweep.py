@@ -1,0 +1,186 @@
+"""A sweep of two tiny runs, through the command line: one fails, the sweep goes on without it and is completed by the same command."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from roi_quantization.detection.runs.sweep import SWEEP as SWEEP_PROCESS
+from roi_quantization.detection.runs.sweep import _end_with_parent, check_same, run_in_sweep, share_done
+from tests.configuration import ROOT
+from tests.fake_slurm import install
+from tests.trainings import TINY
+
+SWEEP = ["-m", "experiment=quantization_core", "roi=align,pool", "seed=5", "cross=[align,warp]", *TINY, "trainer.max_epochs=2"]
+
+
+def sweep(folder, *overrides):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
+    command = [sys.executable, str(ROOT / "train.py"), *SWEEP, *overrides]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_with_another(tmp_path):
+    folder = tmp_path / "runs" / "quantization_embedded_stride16"
+    align, pool = folder / "align_seed5", folder / "pool_seed5"
+    (pool / "detections.png").mkdir(parents=True)  # so that this run cannot write its results
+
+    first = sweep(tmp_path)
+    assert first.returncode == 1 and "1 of 2 runs failed" in first.stderr
+    assert "IsADirectoryError" in (pool / "failed.txt").read_text()
+    assert not (pool / "metrics.json").exists()
+    metrics = json.loads((align / "metrics.json").read_text())
+    cross = json.loads((align / "cross.json").read_text())
+    assert list(cross) == ["align", "warp"] and cross["align"] == metrics
+    assert OmegaConf.load(align / "config.yaml").arm == "align"
+    assert "average precision" in (align / "train.log").read_text() and "average precision" not in first.stdout
+    assert (folder / "report" / "report.html").is_file()
+
+    (pool / "detections.png").rmdir()
+    before = {path: path.stat().st_mtime_ns for path in align.iterdir()}
+    second = sweep(tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert (pool / "metrics.json").is_file() and not (pool / "failed.txt").exists()
+    assert {path: path.stat().st_mtime_ns for path in align.iterdir()} == before, "a finished run is left alone"
+
+    matrix = [
+        sys.executable,
+        "-m",
+        "roi_quantization.detection.runs.cross_evaluation",
+        str(folder),
+        "--operators",
+        "align",
+        "warp",
+        "prroi",
+    ]
+    subprocess.run(matrix, cwd=tmp_path, check=True, capture_output=True)
+    completed = json.loads((align / "cross.json").read_text())
+    assert list(completed) == ["align", "warp", "prroi"]
+    assert {name: completed[name] for name in cross} == cross, "what was there is left alone"
+
+    third = sweep(tmp_path, "optim.groups.lr=0.5")
+    assert third.returncode == 1
+    assert "optim.groups.lr was 0.003 and is 0.5" in third.stderr and "hydra.sweep.dir=runs/<name>" in third.stderr
+
+
+def test_runs_that_would_share_a_folder_are_refused(tmp_path):
+    ended = sweep(tmp_path, "roi.sampling_ratio=1,2")
+    assert ended.returncode == 1
+    assert "have the folder runs/quantization_embedded_stride16/align_seed5: roi.sampling_ratio was 1 and is 2" in ended.stderr
+    assert not list(tmp_path.glob("runs/*/align_seed5"))
+
+
+def test_a_sweep_that_fills_two_folders_writes_two_reports(tmp_path):
+    ended = sweep(tmp_path, "backbone.stride=16,32", "trainer.max_epochs=1", "cross=[]")
+    assert ended.returncode == 0, ended.stderr
+    for stride in (16, 32):
+        report = (tmp_path / f"runs/quantization_embedded_stride{stride}" / "report" / "report.md").read_text()
+        assert f"{stride} pixels a cell" in report and "2 operators, 1 seed, 2 finished runs" in report
+        assert "not finished" not in report
+
+
+@pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
+def test_other_launchers_run_the_same_sweep(tmp_path, launcher):
+    if launcher != "basic":
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher: the extra `slurm`")
+    folder = tmp_path / "runs" / "quantization_embedded_stride16"
+    (folder / "pool_seed5" / "detections.png").mkdir(parents=True)  # so that this run cannot write its results
+    ended = sweep(tmp_path, f"hydra/launcher={launcher}", "trainer.max_epochs=1", "cross=[]")
+    assert ended.returncode == 1 and "1 of 2 runs failed" in ended.stderr, ended.stderr
+    assert (folder / "align_seed5" / "metrics.json").is_file()
+    assert "IsADirectoryError" in (folder / "pool_seed5" / "failed.txt").read_text()
+    assert (folder / "report" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_on_slurm_a_run_that_has_to_leave_saves_is_queued_again_and_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher: the extra `slurm`")
+    bin = install(tmp_path / "bin")
+    folder = tmp_path / "runs" / "quantization_embedded_stride16"
+    monkeypatch.setenv("PATH", f"{bin}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM_PREEMPT", str(folder / "align_seed5" / "step_*.ckpt"))
+    slurm = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=null", "trainer.max_epochs=4"]
+    ended = sweep(tmp_path, *slurm, "checkpoint.every_n_steps=3")
+    assert ended.returncode == 0, ended.stderr + "".join(path.read_text() for path in folder.glob(".submitit/*/*.err"))
+    script = (bin / "script.sh").read_text()
+    assert all(f"#SBATCH --{flag}\n" in script for flag in ("partition=gpu", "requeue", "signal=USR2@120", "time=240", "mem=32GB"))
+
+    said = (folder / "align_seed5" / "train.log").read_text()
+    assert (bin / "0.told").exists() and "Stopped by SIGUSR2 after step" in said
+    assert f"Goes on from {folder / 'align_seed5' / 'step_'}" in said
+    assert all((folder / run / "metrics.json").is_file() for run in ("align_seed5", "pool_seed5"))
+    assert (folder / "report" / "report.html").is_file()
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(tmp_path, caplog):
+    hold = "import sys; from roi_quantization.detection.runs.lock import only_process\n"
+    hold += "with only_process(sys.argv[1]): print('holds', flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "holds\n"
+        result = run_in_sweep(lambda cfg: {"val/AP": 1.0}, config_of(tmp_path))
+        process.communicate("\n")
+    assert result["val/AP"] != result["val/AP"], "not a number"
+    assert f"another process is at work in {tmp_path}" in caplog.text
+    assert not (tmp_path / "failed.txt").exists() and not (tmp_path / "train.log").exists()
+
+
+def at_work():
+    _end_with_parent(every=0.05)
+    time.sleep(60)
+
+
+def test_a_worker_whose_sweep_was_gone_before_it_asked_ends(monkeypatch):
+    """Its parent is then another process, which adopted it, and stays."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setenv(SWEEP_PROCESS, str(gone.pid))
+    worker = multiprocessing.get_context("spawn").Process(target=at_work)
+    worker.start()
+    worker.join(50)
+    assert worker.exitcode == 1
+
+
+def config_of(folder, **more):
+    return OmegaConf.create({"run_dir": str(folder), "optimized_metric": "val/AP", "optim": {"lr": 0.1}, **more})
+
+
+def test_places_may_differ_settings_may_not(tmp_path):
+    OmegaConf.save(config_of("/elsewhere", data={"root": "/there", "subset": None}), tmp_path / "config.yaml")
+    check_same(tmp_path, {"run_dir": "here", "optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"root": "/here", "subset": None}})
+    with pytest.raises(ValueError, match=r"data.subset was None and is 5; cross was not there and is \['pool'\]\. Runs of one sweep"):
+        check_same(tmp_path, {"optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"subset": 5}, "cross": ["pool"]})
+
+
+def test_a_run_that_fails_says_why_and_raises_nothing(tmp_path, capsys):
+    def fail(cfg):
+        print("begun")
+        raise RuntimeError("no memory left")
+
+    result = run_in_sweep(fail, config_of(tmp_path))
+    assert result["val/AP"] != result["val/AP"], "not a number"
+    assert "RuntimeError: no memory left" in (tmp_path / "failed.txt").read_text()
+    assert (tmp_path / "train.log").read_text().startswith("begun") and capsys.readouterr().out == ""
+
+    assert run_in_sweep(lambda cfg: {"val/AP": 1.0}, config_of(tmp_path)) == {"val/AP": 1.0}
+    assert not (tmp_path / "failed.txt").exists(), "it was tried again"
+
+
+def test_the_share_of_a_run_that_is_done(tmp_path):
+    """Training is ten parts of eleven, evaluation the last."""
+    four_epochs, forty_steps = {"max_epochs": 4, "max_steps": -1}, {"max_epochs": -1, "max_steps": 40}
+    assert share_done(tmp_path, four_epochs) == share_done(tmp_path, forty_steps) == 0
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,9,1.5\n1,19,1.2\n,20,\n")
+    assert share_done(tmp_path, four_epochs) == pytest.approx(1 / 4 * 10 / 11)
+    assert share_done(tmp_path, forty_steps) == pytest.approx(20 / 40 * 10 / 11)
+    assert share_done(tmp_path, {"max_epochs": 2, "max_steps": 22}) == pytest.approx(20 / 22 * 10 / 11), "the nearer end"
+    assert share_done(tmp_path, {"max_epochs": None, "max_steps": -1}) == 0, "without end"
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n4,50,1.5\n")
+    assert share_done(tmp_path, four_epochs) == pytest.approx(10 / 11)
+    (tmp_path / "metrics.json").touch()
+    assert share_done(tmp_path, four_epochs) == 1

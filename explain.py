@@ -25,7 +25,7 @@ from roi_quantization.detection.data.images import decode
 from roi_quantization.detection.model.build import instantiate, read_operator
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 from roi_quantization.detection.model.vgg16 import VGG16
-from roi_quantization.detection.runs.errors import message_alone
+from roi_quantization.detection.runs.errors import exit_with_message
 
 
 def explain(cfg: DictConfig) -> list[Explanation]:
@@ -115,7 +115,7 @@ def photograph(image: Tensor, explanations: list[Explanation], cfg: DictConfig) 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="explain")
 def main(cfg: DictConfig) -> None:
-    with message_alone("explain.py"):
+    with exit_with_message("explain.py"):
         explain(cfg) if cfg.get("data") is None else explain_data(cfg)
 
 

@@ -15,36 +15,36 @@ from tqdm import tqdm
 
 from roi_quantization.detection.configuration import CONFIGS
 from roi_quantization.detection.data.coco import collate
-from roi_quantization.detection.data.image_folder import Pictures, find_pictures, read_pictures
+from roi_quantization.detection.data.image_folder import ImageFolder, find_images, read_images
 from roi_quantization.detection.data.images import ImageRecord, decode
 from roi_quantization.detection.data.proposals.file import ProposalFile
-from roi_quantization.detection.data.proposals.grid import Proposals
+from roi_quantization.detection.data.proposals.provider import ProposalProvider
 from roi_quantization.detection.evaluation.coco import to_coco_results, write_results
 from roi_quantization.detection.evaluation.figures import detections_picture
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
-from roi_quantization.detection.runs.checkpoint import load_checkpoint, load_weights, offer_checkpoint
-from roi_quantization.detection.runs.errors import message_alone
-from roi_quantization.detection.runs.run import begin, progress_bar
+from roi_quantization.detection.runs.checkpoint import load_checkpoint, load_weights, register_checkpoint
+from roi_quantization.detection.runs.errors import exit_with_message
+from roi_quantization.detection.runs.run import progress_bar, set_up_run
 
 
 def predict(cfg: DictConfig) -> list[dict]:
     """Finds objects in `cfg.image` and fills `cfg.run_dir`: results.json, instances.json and pictures/. Returns the results."""
     if cfg.image is None:
         raise ValueError("which picture, or folder of pictures? Say it with image=")
-    paths = find_pictures(cfg.image)
+    paths = find_images(cfg.image)
     bar = cfg.trainer.enable_progress_bar and len(paths) > 1
-    records, bad = read_pictures(paths, bar)
+    records, bad = read_images(paths, bar)
     if not records:
         raise ValueError(f"image={cfg.image}: none of {len(paths)} pictures can be read; {paths[0].name}: {bad[paths[0]]}")
-    run_dir = begin(cfg)
+    run_dir = set_up_run(cfg)
 
     checkpoint = load_checkpoint(cfg.ckpt)
     detector = build_detector(cfg, num_classes=len(checkpoint["categories"]) + 1, pretrained=False)
     load_weights(detector, checkpoint)
 
-    pictures = Pictures(records, provider(cfg), instantiate(cfg.data.eval_transform))
+    pictures = ImageFolder(records, provider(cfg), instantiate(cfg.data.eval_transform))
     loader = DataLoader(pictures, collate_fn=collate, num_workers=cfg.data.num_workers if len(records) > 1 else 0)
     callbacks = progress_bar(cfg.trainer) if bar else []
     trainer = instantiate(cfg.trainer, logger=False, callbacks=callbacks, enable_progress_bar=bool(bar), enable_checkpointing=False)
@@ -57,7 +57,7 @@ def predict(cfg: DictConfig) -> list[dict]:
     names = {record.id: name_of(record, cfg.image) for record in records}
     images = [{"id": r.id, "file_name": names[r.id], "width": r.width, "height": r.height} for r in records]
     instances = {"images": images, "annotations": [], "categories": checkpoint["categories"]}
-    write_whole(run_dir / "instances.json", json.dumps(instances, indent=1).encode())
+    atomic_write(run_dir / "instances.json", json.dumps(instances, indent=1).encode())
     write_results(run_dir / "results.json", results)
 
     classes = {label: category["name"] for label, category in categories.items()}
@@ -72,7 +72,7 @@ def predict(cfg: DictConfig) -> list[dict]:
     return results
 
 
-def provider(cfg: DictConfig) -> Proposals:
+def provider(cfg: DictConfig) -> ProposalProvider:
     """The proposals of `cfg`, those of its test split where the splits differ."""
     proposals = instantiate(cfg.proposals)
     proposals = proposals["test"] if isinstance(proposals, Mapping) else proposals
@@ -94,10 +94,10 @@ def tell(found: Mapping, classes: Mapping[int, str], threshold: float) -> str:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="predict")
 def main(cfg: DictConfig) -> None:
-    with message_alone("predict.py"):
+    with exit_with_message("predict.py"):
         predict(cfg)
 
 
 if __name__ == "__main__":
-    offer_checkpoint(sys.argv[1:], "predict.py")
+    register_checkpoint(sys.argv[1:], "predict.py")
     main()

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from roi_quantization.detection.configuration import CONFIGS
 from roi_quantization.detection.data.proposals.recall import format_recall, recall_table
 from roi_quantization.detection.model.build import instantiate
-from roi_quantization.detection.runs.errors import message_alone
+from roi_quantization.detection.runs.errors import exit_with_message
 
 
 def tabulate(cfg: DictConfig) -> list[dict]:
@@ -40,7 +40,7 @@ def tabulate(cfg: DictConfig) -> list[dict]:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="recall")
 def main(cfg: DictConfig) -> None:
-    with message_alone("recall.py"):
+    with exit_with_message("recall.py"):
         tabulate(cfg)
 
 

@@ -10,19 +10,19 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from roi_quantization.detection.configuration import CONFIGS
-from roi_quantization.detection.data.data_fingerprint import SameData
-from roi_quantization.detection.data.loading_time import Waiting
+from roi_quantization.detection.data.data_fingerprint import DataFingerprint
+from roi_quantization.detection.data.loading_time import LoadingTimeMonitor
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.runs.cross_evaluation import check_operators, cross_evaluate
-from roi_quantization.detection.runs.distributed import before_launch, cluster_plugins, quiet_others
-from roi_quantization.detection.runs.errors import message_alone
-from roi_quantization.detection.runs.interruption import CleanStop, FiniteLoss, handed_on, told_plainly
-from roi_quantization.detection.runs.lock import only_process
+from roi_quantization.detection.runs.distributed import cluster_plugins, share_run_dir_with_ranks, silence_other_ranks
+from roi_quantization.detection.runs.errors import exit_with_message
+from roi_quantization.detection.runs.interruption import GracefulStop, TerminateOnNonFiniteLoss, explain_errors, reraise_signal
+from roi_quantization.detection.runs.lock import exclusive_run_folder
 from roi_quantization.detection.runs.resume import checkpoint_to_resume
-from roi_quantization.detection.runs.run import begin, check_metric, draw_curves, progress_bar, report, report_cross
+from roi_quantization.detection.runs.run import check_metric, draw_curves, progress_bar, report, report_cross, set_up_run
 from roi_quantization.detection.runs.sweep import run_in_sweep
-from roi_quantization.detection.runs.training_checkpoints import RecentCheckpoints, WholeCheckpointIO
+from roi_quantization.detection.runs.training_checkpoints import AtomicCheckpointIO, PeriodicCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """
     check_operators(cfg.cross)
     resumed = checkpoint_to_resume(cfg)
-    run_dir = begin(cfg)
+    run_dir = set_up_run(cfg)
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup()
@@ -54,18 +54,19 @@ def train(cfg: DictConfig) -> dict[str, float]:
     best = ModelCheckpoint(
         run_dir, filename="best", monitor=cfg.optimized_metric, mode=mode, save_weights_only=True, enable_version_counter=False
     )
-    recent = RecentCheckpoints(run_dir, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep)
-    same = SameData(data, required=cfg.checkpoint.same_data)
-    callbacks = [same, recent, CleanStop(), FiniteLoss(run_dir, cfg.seed), Waiting(), *progress_bar(cfg.trainer)]
+    periodic = PeriodicCheckpoint(run_dir, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep)
+    fingerprint = DataFingerprint(data, required=cfg.checkpoint.same_data)
+    callbacks = [fingerprint, periodic, GracefulStop(), TerminateOnNonFiniteLoss(run_dir, cfg.seed), LoadingTimeMonitor()]
+    callbacks += progress_bar(cfg.trainer)
     if data.val is not None:
         callbacks.append(best)
     loggers = list(instantiate(cfg.logger).values())
-    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=[WholeCheckpointIO(), *cluster_plugins()])
-    before_launch(trainer, run_dir)
-    with told_plainly(run_dir):
+    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=[AtomicCheckpointIO(), *cluster_plugins()])
+    share_run_dir_with_ranks(trainer, run_dir)
+    with explain_errors(run_dir):
         trainer.fit(module, data, ckpt_path=resumed)
         trainer.save_checkpoint(run_dir / "last.ckpt")
-    recent.clear(trainer)
+    periodic.clear(trainer)
     chosen = best.best_model_path
     if not chosen:
         chosen = run_dir / "best.ckpt"
@@ -75,7 +76,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     split = "test" if data.test is not None else "val"
     evaluate = trainer.test if split == "test" else trainer.validate
-    with told_plainly(run_dir):
+    with explain_errors(run_dir):
         evaluate(module, datamodule=data, ckpt_path=chosen, verbose=False)
 
     cross = cross_evaluate(cfg, module, data, split)
@@ -89,12 +90,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(cfg: DictConfig) -> float:
-    quiet_others()
-    with message_alone("train.py"), handed_on():
+    silence_other_ranks()
+    with exit_with_message("train.py"), reraise_signal():
         if cfg.arm is not None:
             metrics = run_in_sweep(train, cfg)
         else:
-            with only_process(cfg.run_dir):
+            with exclusive_run_folder(cfg.run_dir):
                 metrics = train(cfg)
     return metrics[cfg.optimized_metric]
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from roi_quantization.detection.evaluation.coco import evaluate
 from roi_quantization.detection.evaluation.matching import Evaluator, SilentCOCOeval, faster_coco_eval
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 
 CLASSES, OBJECTS, DETECTIONS = 80, 7.2, 100  # per image
 WIDTH, HEIGHT = 640, 480
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = benchmark(options.images, options.repeat)
     print(table(found))
     if options.json:
-        write_whole(options.json, (json.dumps(found, indent=2) + "\n").encode())
+        atomic_write(options.json, (json.dumps(found, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytorch_lightning as pl
 
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = "memory.json"  # in the run folder
@@ -44,7 +44,7 @@ class ResidentSet(pl.Callback):
                 column.append(value)
 
     def on_fit_end(self, trainer: pl.Trainer, *_: object) -> None:
-        write_whole(Path(trainer.default_root_dir) / FOUND, json.dumps(self.read).encode())
+        atomic_write(Path(trainer.default_root_dir) / FOUND, json.dumps(self.read).encode())
 
 
 def megabytes(process: str, what: str) -> float:
@@ -92,7 +92,7 @@ def main() -> None:
     told = summary(read, args.warmup)
     print(table(read, told, args.warmup))
     if args.json:
-        write_whole(args.json, json.dumps({"command": command[1:], "summary": told, "read": read}).encode())
+        atomic_write(args.json, json.dumps({"command": command[1:], "summary": told, "read": read}).encode())
 
 
 if __name__ == "__main__":

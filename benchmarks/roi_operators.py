@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from roi_quantization import ops
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 
 
 class Shape(NamedTuple):
@@ -103,7 +103,7 @@ def inputs(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
     return features, torch.cat([image, low, low + extent], 1).to(device)
 
 
-class Laboratory:
+class BenchmarkRunner:
     """Measures whatever can run, and remembers why the rest could not."""
 
     def __init__(self, device: str, seconds: float):
@@ -161,7 +161,7 @@ def beside(**sides: dict[str, dict[str, float | None]]) -> dict[str, dict[str, d
 def benchmark(shapes: list[Shape], names: list[str], device: str, seconds: float) -> dict:
     """All that is written as json: the machine, a row for each shape and operator, and what failed."""
     bandwidth = copy_bandwidth(device, seconds)
-    laboratory, theirs, rows = Laboratory(device, seconds), {}, []
+    laboratory, theirs, rows = BenchmarkRunner(device, seconds), {}, []
     tasks = [(shape, name) for shape in shapes for name in names if shape.sampling_ratio == 2 or OPERATORS[name].sampled]
     for shape, name in tqdm(tasks, desc="measuring", leave=False):
         call, against, same, _ = OPERATORS[name]
@@ -204,9 +204,9 @@ def main(arguments: list[str] | None = None) -> None:
     found = benchmark(shapes, args.operators, args.device, args.seconds or {"cpu": 1.0, "cuda": 0.2}[args.device])
     print(table(found))
     if args.json:
-        write_whole(args.json, (json.dumps(found, indent=2) + "\n").encode())
+        atomic_write(args.json, (json.dumps(found, indent=2) + "\n").encode())
     if args.picture:
-        write_whole(args.picture, picture(found))
+        atomic_write(args.picture, picture(found))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 from tqdm import tqdm
 
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 
@@ -101,7 +101,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, precision: Callable
     optimizer.step()
 
 
-def there_and_back(call: Call, gradients_of: list[Tensor], precision: Callable[[], AbstractContextManager]) -> None:
+def forward_backward(call: Call, gradients_of: list[Tensor], precision: Callable[[], AbstractContextManager]) -> None:
     """Forward, and the gradients of what comes out with respect to what is given."""
     with precision():
         out = call()
@@ -123,9 +123,9 @@ def parts(
     pooled.requires_grad_()
     trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in detector.named_children()}
     return {
-        "backbone": partial(there_and_back, partial(detector.backbone, pixels), trained["backbone"], precision),
-        "RoI operator": partial(there_and_back, partial(heads.box_roi_pool, features, proposals), [features], precision),
-        "head": partial(there_and_back, lambda: heads.box_predictor(heads.box_head(pooled)), [pooled, *trained["roi_heads"]], precision),
+        "backbone": partial(forward_backward, partial(detector.backbone, pixels), trained["backbone"], precision),
+        "RoI operator": partial(forward_backward, partial(heads.box_roi_pool, features, proposals), [features], precision),
+        "head": partial(forward_backward, lambda: heads.box_predictor(heads.box_head(pooled)), [pooled, *trained["roi_heads"]], precision),
         "optimizer": optimizer.step,
     }
 
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     found["operators"] = {roi: measure(roi, tuple(args.size), args.device, precision, args.rounds) for roi in args.operators}
     print(table(found))
     if args.json:
-        write_whole(args.json, (json.dumps(found, indent=2) + "\n").encode())
+        atomic_write(args.json, (json.dumps(found, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def write_whole(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file as `whole_file` does."""
-    with whole_file(path) as file:
+def atomic_write(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file as `atomic_file` does."""
+    with atomic_file(path) as file:
         file.write(content)
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write that lies beside `path` and is moved there at the end, so that nobody ever reads half of it. Makes the folder.
 
     Content and name are on the disk afterwards: a machine that loses power keeps the file before it or this one.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from roi_quantization.ops import eager, library
 from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule
-from roi_quantization.ops.inputs import prepare, without_bad
+from roi_quantization.ops.inputs import mask_invalid_boxes, prepare
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def _place(
 
 def _geometry(rule: LatticeRule | IntegralRule, spatial_scale: float) -> Callable[..., tuple]:
     def place(image: Tensor, box: Tensor, images: int, bins_y: int, bins_x: int, height: int, width: int) -> tuple:
-        image, box = without_bad(image, box, images)
+        image, box = mask_invalid_boxes(image, box, images)
         y = rule.axis(box[:, 1], box[:, 3], spatial_scale, bins_y, height)
         return image, y, rule.axis(box[:, 0], box[:, 2], spatial_scale, bins_x, width)
 

@@ -22,7 +22,7 @@ def prepare(
 
     Raises:
         TypeError, ValueError: naming the argument. On a CPU also for a box that is NaN or infinite and for an image that is not there; on
-            other devices looking would stall the stream: see `without_bad`.
+            other devices looking would stall the stream: see `mask_invalid_boxes`.
     """
     if not isinstance(features, Tensor) or not features.is_floating_point():
         raise TypeError(f"features: expected a floating point tensor [N, C, H, W], got {_describe(features)}")
@@ -46,19 +46,19 @@ def prepare(
     if empty_map:
         raise ValueError(f"features: a map of shape {tuple(features.shape)} has no cells to pool {coordinates.shape[0]} boxes from")
     if features.is_cpu and not torch.compiler.is_compiling():
-        good = _good(image, coordinates, features.shape[0])
+        good = _is_valid(image, coordinates, features.shape[0])
         if not good.all():
-            _complain(image, coordinates, features.shape[0], int((~good).nonzero()[0]))
+            _raise_invalid_box(image, coordinates, features.shape[0], int((~good).nonzero()[0]))
     return image, coordinates, (int(size[0]), int(size[1]))
 
 
-def without_bad(image: Tensor, coordinates: Tensor, images: int) -> tuple[Tensor, Tensor]:
+def mask_invalid_boxes(image: Tensor, coordinates: Tensor, images: int) -> tuple[Tensor, Tensor]:
     """Index of the image `[K]` int64 and coordinates `[K, 4]`; a box that is no box becomes NaN, and so does its output."""
-    good = _good(image, coordinates, images)
+    good = _is_valid(image, coordinates, images)
     return torch.where(good, image, 0).long(), torch.where(good[:, None], coordinates, torch.nan)
 
 
-def _good(image: Tensor, coordinates: Tensor, images: int) -> Tensor:
+def _is_valid(image: Tensor, coordinates: Tensor, images: int) -> Tensor:
     return coordinates.isfinite().all(1) & (image > -1) & (image < images)
 
 
@@ -87,7 +87,7 @@ def _concatenate(features: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Ten
     return image, torch.cat(boxes)
 
 
-def _complain(image: Tensor, coordinates: Tensor, images: int, k: int) -> None:
+def _raise_invalid_box(image: Tensor, coordinates: Tensor, images: int, k: int) -> None:
     box = [round(float(v), 3) for v in coordinates[k]]
     if not bool(coordinates[k].isfinite().all()):
         raise ValueError(f"boxes: box {k} is {box}: coordinates must be finite")

@@ -16,9 +16,9 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from roi_quantization.detection import files
 from roi_quantization.detection.files import NotWrittenError
 from roi_quantization.detection.runs.checkpoint import load_checkpoint
-from roi_quantization.detection.runs.interruption import FiniteLoss, handed_on, told_plainly
+from roi_quantization.detection.runs.interruption import TerminateOnNonFiniteLoss, explain_errors, reraise_signal
 from roi_quantization.detection.runs.run import check_metric
-from roi_quantization.detection.runs.training_checkpoints import recent_checkpoints
+from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
 from roi_quantization.scripts.train import train
 from tests.faults import full_disk, power_cut
 from tests.trainings import configuration, remains
@@ -32,7 +32,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(data, tmp_pat
         train(configuration(tmp_path, data, "optim.groups.lr=1e20"))
     found = json.loads((tmp_path / "nan_loss.json").read_text())
     assert len(found["image_ids"]) == 4 and found["seed"] == 0
-    assert recent_checkpoints(tmp_path), "no checkpoint is lost"
+    assert periodic_checkpoints(tmp_path), "no checkpoint is lost"
 
     (tmp_path / "nan_loss.json").unlink()
     with pytest.raises(FloatingPointError, match=f"step {found['step']} "):
@@ -43,7 +43,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(data, tmp_pat
 def test_where_nothing_is_saved_yet_the_command_itself_is_the_way_back(tmp_path):
     model, trainer = torch.nn.Linear(1, 1), SimpleNamespace(global_step=0, current_epoch=0, global_rank=0, world_size=1, optimizers=[])
     trainer.optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1))
-    watch = FiniteLoss(tmp_path, seed=0)
+    watch = TerminateOnNonFiniteLoss(tmp_path, seed=0)
     watch.on_train_batch_start(trainer, model, ([], [{"image_id": 7}]), 0)
     with pytest.raises(FloatingPointError, match=r"images \[7\]\).* and the same command comes to this batch again\. If"):
         watch.on_before_backward(trainer, model, torch.tensor(float("nan")))
@@ -53,25 +53,25 @@ def test_where_nothing_is_saved_yet_the_command_itself_is_the_way_back(tmp_path)
 def test_a_full_disk_loses_nothing_and_the_run_goes_on(whole, data, tmp_path, monkeypatch, file):
     """The disk is full while this file is written; metrics.csv is Lightning's, the others are written whole."""
     folder = tmp_path / "run"
-    real, happened = files.whole_file, []
+    real, happened = files.atomic_file, []
 
     @contextmanager
-    def whole_file(path):
-        now = os.path.basename(path) == file and not happened and (file != "best.ckpt" or recent_checkpoints(folder))
+    def atomic_file(path):
+        now = os.path.basename(path) == file and not happened and (file != "best.ckpt" or periodic_checkpoints(folder))
         with full_disk(1) if now else nullcontext():
             happened.extend([path] * bool(now))
             with real(path) as opened:
                 yield opened
 
     def save(self):
-        now = file == "metrics.csv" and not happened and recent_checkpoints(folder)
+        now = file == "metrics.csv" and not happened and periodic_checkpoints(folder)
         with full_disk(1) if now else nullcontext():
             happened.extend([file] * bool(now))
             written(self)
 
     written = CSVLogger.save
     monkeypatch.setattr(CSVLogger, "save", save)
-    monkeypatch.setattr(files, "whole_file", whole_file)
+    monkeypatch.setattr(files, "atomic_file", atomic_file)
     with pytest.raises(NotWrittenError, match=rf"{tmp_path}.* could not be written: File too large.*Make room there.*resume=auto"):
         train(configuration(folder, data))
     assert happened and not (folder / "metrics.json").exists() and not list(folder.glob(".*.tmp"))
@@ -86,7 +86,7 @@ def test_a_run_folder_that_is_moved_away_is_not_begun_anew(whole, data, tmp_path
     accident(3, lambda: run.rename(moved))
     with pytest.raises(FileNotFoundError, match=rf"the run folder {run} is gone since this began.*resume=<that folder>"):
         train(configuration(run, data))
-    assert [path.name for path in recent_checkpoints(moved)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
+    assert [path.name for path in periodic_checkpoints(moved)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
     assert not list(tmp_path.glob("run/*.ckpt")), "no second half of a run"
     train(configuration(moved, data, f"resume={moved}"))
     assert remains(moved) == whole
@@ -98,7 +98,7 @@ def test_a_loading_process_that_is_killed_says_why_and_how_to_go_on(whole, data,
     message = r"a process that loads images died: .*pid.*memory has run out.*data\.num_workers.*resume=auto"
     with pytest.raises(RuntimeError, match=message):
         train(configuration(tmp_path, data, "data.num_workers=1"))
-    assert [path.name for path in recent_checkpoints(tmp_path)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
+    assert [path.name for path in periodic_checkpoints(tmp_path)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
     train(configuration(tmp_path, data, f"resume={tmp_path}"))
     assert remains(tmp_path) == whole
 
@@ -115,7 +115,7 @@ def test_data_that_changed_are_refused_unless_told_otherwise(data, tmp_path, acc
     message = r"the data are not those that this run began with: 1 images of train have other annotations \(the first is \d+\)"
     with pytest.raises(ValueError, match=message):
         train(configuration(run, root, f"resume={run}"))
-    assert [path.name for path in recent_checkpoints(run)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
+    assert [path.name for path in periodic_checkpoints(run)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
     train(configuration(run, root, f"resume={run}", "checkpoint.same_data=false"))
     assert (run / "metrics.json").is_file()
 
@@ -140,11 +140,11 @@ def test_without_objects_to_find_no_checkpoint_is_the_best_by_ap():
 
 
 def test_an_evaluation_that_is_stopped_is_no_success(tmp_path):
-    with pytest.raises(SIGTERMException) as ended, told_plainly(tmp_path):
+    with pytest.raises(SIGTERMException) as ended, explain_errors(tmp_path):
         raise SIGTERMException
     assert ended.value.code == 143
 
 
 def test_a_stop_outside_of_training_passes_on():
-    with pytest.raises(SIGTERMException), handed_on():
+    with pytest.raises(SIGTERMException), reraise_signal():
         raise SIGTERMException

@@ -11,9 +11,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from roi_quantization.detection.runs.distributed import is_first, new_folder
-from roi_quantization.detection.runs.lock import is_running, only_process
-from roi_quantization.detection.runs.training_checkpoints import recent_checkpoints
+from roi_quantization.detection.runs.distributed import is_rank_zero, new_folder
+from roi_quantization.detection.runs.lock import exclusive_run_folder, is_running
+from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
 from tests.configuration import ROOT
 from tests.trainings import TINY, remains, run_eval, run_train
 
@@ -114,7 +114,7 @@ def test_processes_stop_together_and_go_on_to_the_same_end(trained, data, tmp_pa
         tmp_path, *command, "hydra.run.dir=runs/run", before=in_the_third_step("os.kill(os.getpid(), signal.SIGUSR1)")
     )
     assert ended(*stopped) == [128 + signal.SIGTERM, 0], (tmp_path / "said.txt").read_text()
-    assert [path.name for path in recent_checkpoints(run)] == ["step_0000003.ckpt"]
+    assert [path.name for path in periodic_checkpoints(run)] == ["step_0000003.ckpt"]
     shutil.copytree(run, aside)
 
     assert ended(started(tmp_path, *command, "resume=auto")) == [0], (tmp_path / "said.txt").read_text()
@@ -166,7 +166,7 @@ def test_a_loss_that_is_no_number_in_one_process_ends_both_and_loses_no_checkpoi
     assert "the loss of another process is no number in step 2;" in said
     found = json.loads((tmp_path / "run" / "nan_loss.json").read_text())
     assert (found["rank"], found["step"]) == (1, 2)
-    assert [path.name for path in recent_checkpoints(tmp_path / "run")] == ["step_0000002.ckpt", "step_0000001.ckpt"]
+    assert [path.name for path in periodic_checkpoints(tmp_path / "run")] == ["step_0000002.ckpt", "step_0000001.ckpt"]
     assert ended(started(tmp_path, *command, "resume=run")) == [0], (tmp_path / "said.txt").read_text()
     assert remains(tmp_path / "run") == remains(trained)
 
@@ -209,7 +209,7 @@ def place(monkeypatch):
 @pytest.mark.parametrize(("environment", "first"), PLACES.values(), ids=PLACES)
 def test_one_process_is_the_first_whoever_starts_them(place, environment, first):
     place(environment)
-    assert is_first() == first
+    assert is_rank_zero() == first
 
 
 def test_processes_that_are_not_told_a_common_folder_want_one(place):
@@ -224,7 +224,7 @@ def test_processes_that_are_not_told_a_common_folder_want_one(place):
 
 def test_to_ask_for_a_lock_does_not_give_ones_own_back(tmp_path):
     ask = "import sys; from roi_quantization.detection.runs.lock import is_running; sys.exit(is_running(sys.argv[1]))"
-    with only_process(tmp_path):
+    with exclusive_run_folder(tmp_path):
         assert not is_running(tmp_path), "this is no other process"
         assert subprocess.run([sys.executable, "-c", ask, str(tmp_path)], cwd=ROOT).returncode == 1
     assert subprocess.run([sys.executable, "-c", ask, str(tmp_path)], cwd=ROOT).returncode == 0

@@ -12,9 +12,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from roi_quantization.detection.runs.lock import only_process
+from roi_quantization.detection.runs.lock import exclusive_run_folder
 from roi_quantization.detection.runs.resume import check_no_other, checkpoint_to_resume, run_folder
-from roi_quantization.detection.runs.training_checkpoints import recent_checkpoints
+from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
 from roi_quantization.scripts.train import train
 from tests.configuration import ROOT
 from tests.faults import power_cut
@@ -69,21 +69,21 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_end(whole, data, tmp_pat
     killed = subprocess.run(process, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (run,) = (tmp_path / "runs").iterdir()
-    assert recent_checkpoints(run) and not (run / "metrics.json").exists()
+    assert periodic_checkpoints(run) and not (run / "metrics.json").exists()
 
     resumed = subprocess.run([sys.executable, *command, "resume=auto"], cwd=tmp_path, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     assert f"Goes on from {run}" in resumed.stdout
     assert list((tmp_path / "runs").iterdir()) == [run], "it goes on in its own folder"
     assert remains(run) == whole
-    assert not recent_checkpoints(run) and not list(run.glob(".*.tmp")), "nothing is left behind"
+    assert not periodic_checkpoints(run) and not list(run.glob(".*.tmp")), "nothing is left behind"
 
 
 def test_a_truncated_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, data, tmp_path, accident, caplog):
     accident(4, power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(tmp_path, data))
-    newest, before = recent_checkpoints(tmp_path)
+    newest, before = periodic_checkpoints(tmp_path)
     assert (newest.name, before.name) == ("step_0000004.ckpt", "step_0000003.ckpt"), "two are kept"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
 
@@ -99,7 +99,7 @@ def test_a_checkpoint_with_damaged_bytes_is_noticed_as_well(whole, data, tmp_pat
     accident(4, power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(tmp_path, data))
-    newest, before = recent_checkpoints(tmp_path)
+    newest, before = periodic_checkpoints(tmp_path)
     content = bytearray(newest.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
     newest.write_bytes(content)
@@ -120,7 +120,7 @@ def test_what_a_step_leaves_behind_goes_on_in_the_middle_of_an_epoch(data, tmp_p
     accident(3, power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(tmp_path / "killed", data, *knobs))
-    assert recent_checkpoints(tmp_path / "killed")[0].name == "step_0000003.ckpt"
+    assert periodic_checkpoints(tmp_path / "killed")[0].name == "step_0000003.ckpt"
     train(configuration(tmp_path / "killed", data, *knobs, f"resume={tmp_path / 'killed'}"))
     assert remains(tmp_path / "killed") == remains(tmp_path / "whole")
 
@@ -135,7 +135,7 @@ def test_sigterm_and_ctrl_c_leave_a_checkpoint(whole, data, tmp_path, accident, 
         train(configuration(tmp_path, data, "checkpoint.every_n_steps=100"))
     assert ended.value.code == status
     assert signal.getsignal(number) == handler
-    assert [path.name for path in recent_checkpoints(tmp_path)] == [f"step_{step + 1:07d}.ckpt"], "the step is done, then it ends"
+    assert [path.name for path in periodic_checkpoints(tmp_path)] == [f"step_{step + 1:07d}.ckpt"], "the step is done, then it ends"
     train(configuration(tmp_path, data, "checkpoint.every_n_steps=100", f"resume={tmp_path}"))
     assert remains(tmp_path) == whole
 
@@ -186,13 +186,13 @@ class TestWhichRunGoesOn:
         (tmp_path / "damaged" / "step_0000001.ckpt").touch()
         assert run_folder(new, _root_=cfg) == str(newest)
 
-        hold = "import sys; from roi_quantization.detection.runs.lock import only_process\n"
-        hold += "with only_process(sys.argv[1]): print('holds', flush=True); input()"
+        hold = "import sys; from roi_quantization.detection.runs.lock import exclusive_run_folder\n"
+        hold += "with exclusive_run_folder(sys.argv[1]): print('holds', flush=True); input()"
         command = [sys.executable, "-c", hold, str(newest)]
         with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "holds\n"
             assert run_folder(new, _root_=cfg) == str(tmp_path / "older"), "one that is running is left alone"
-            with pytest.raises(ValueError, match="another process is at work"), only_process(newest):
+            with pytest.raises(ValueError, match="another process is at work"), exclusive_run_folder(newest):
                 pass
             process.communicate("\n")
         assert run_folder(new, _root_=cfg) == str(newest)
@@ -221,7 +221,7 @@ class TestWhichRunGoesOn:
         run = self.run(tmp_path / "run", configuration("somewhere", "data", "seed=1"), "step_0000001.ckpt", "step_0000002.ckpt")
         with pytest.raises(ValueError, match=r"unfinished run of another configuration: seed was 1 and is 0; .* another folder"):
             train(configuration(run, "data", "resume=auto"))
-        assert len(recent_checkpoints(run)) == 2 and OmegaConf.load(run / "config.yaml").seed == 1
+        assert len(periodic_checkpoints(run)) == 2 and OmegaConf.load(run / "config.yaml").seed == 1
         (run / "metrics.json").touch()
         with pytest.raises(ValueError, match=r"a finished run of another configuration.*resume=.*last\.ckpt and another folder"):
             check_no_other(run, {"seed": 0})

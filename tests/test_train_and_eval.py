@@ -11,7 +11,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from PIL import Image
 
-from roi_quantization.detection.runs.checkpoint import load_checkpoint, offer_checkpoint, offer_parts
+from roi_quantization.detection.runs.checkpoint import load_checkpoint, register_checkpoint, register_parts
 from roi_quantization.scripts.predict import predict
 from tests.configuration import ROOT, composed
 from tests.trainings import run_eval, run_train
@@ -110,7 +110,7 @@ def test_eval_names_shapes_that_differ(trained, tmp_path):
 
 
 def run_predict(ckpt, folder, image, *overrides):
-    offer_parts(load_checkpoint(ckpt)["config"], ckpt)
+    register_parts(load_checkpoint(ckpt)["config"], ckpt)
     overrides = ["trainer=cpu", "trainer.enable_progress_bar=false", f"ckpt={ckpt}", f"run_dir={folder}", f"image={image}", *overrides]
     return predict(composed("predict", *overrides))
 
@@ -189,7 +189,7 @@ def test_eval_without_a_checkpoint_says_so(trained, tmp_path, monkeypatch, argum
     (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
-        offer_checkpoint(arguments, "eval.py")
+        register_checkpoint(arguments, "eval.py")
 
 
 def weights_of(folder):

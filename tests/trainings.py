@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from roi_quantization.detection.runs.checkpoint import load_checkpoint, offer_parts
+from roi_quantization.detection.runs.checkpoint import load_checkpoint, register_parts
 from roi_quantization.scripts.eval import evaluate
 from roi_quantization.scripts.train import train
 from tests.configuration import composed
@@ -37,7 +37,7 @@ def run_train(folder, *overrides):
 
 
 def run_eval(ckpt, folder, *overrides):
-    offer_parts(load_checkpoint(ckpt)["config"], ckpt)
+    register_parts(load_checkpoint(ckpt)["config"], ckpt)
     return evaluate(composed("eval", "trainer=cpu", "trainer.enable_progress_bar=false", f"ckpt={ckpt}", f"run_dir={folder}", *overrides))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from roi_quantization.detection.alignment.explanation import Explanation, describe, places, shift, unseen
 from roi_quantization.detection.alignment.misalignment import Span
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; hatched differently besides, for those who print in grey.
 LOST = {"facecolor": "#F0A579", "edgecolor": "#A34400", "hatch": "////"}
@@ -226,4 +226,4 @@ def save(figure: Figure, path: str | os.PathLike, dpi: int = 130) -> None:
     drawn, buffer = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     Image.open(drawn).convert("RGB").save(buffer, format="png", optimize=True)
-    write_whole(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())

@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 
 from roi_quantization.detection.data.annotations import LAYOUT, as_coco, choose_images, read_instances, restrict
 from roi_quantization.detection.data.images import ImageRecord, read_image
-from roi_quantization.detection.data.proposals.grid import Proposals
+from roi_quantization.detection.data.proposals.provider import ProposalProvider
 from roi_quantization.detection.data.transforms import drawn_from
 
 
@@ -39,7 +39,7 @@ class CocoDetection(Dataset):
         self,
         images: Path | str,
         annotations: Path | str,
-        proposals: Proposals,
+        proposals: ProposalProvider,
         part: tuple[float, float] | None = None,
         transform: Callable | None = None,
         subset: int | None = None,

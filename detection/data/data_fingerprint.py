@@ -19,7 +19,7 @@ KINDS = {"file": "another file (name or bytes)", "annotations": "other annotatio
 Prints = dict[str, dict[int, int]]  # kind -> image id -> 64 bits
 
 
-class SameData(pl.Callback):
+class DataFingerprint(pl.Callback):
     """Keeps fingerprints of the data in the checkpoints, and ends a run that would go on with other data.
 
     An image counts by its name and size in bytes (its pixels are not read), its boxes, labels and crowd regions, and its windows. That is

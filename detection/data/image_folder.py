@@ -10,10 +10,10 @@ from torchvision import tv_tensors
 from tqdm import tqdm
 
 from roi_quantization.detection.data.images import ImageRecord, decode, read_image
-from roi_quantization.detection.data.proposals.grid import Proposals
+from roi_quantization.detection.data.proposals.provider import ProposalProvider
 
 
-def find_pictures(path: Path | str) -> list[Path]:
+def find_images(path: Path | str) -> list[Path]:
     """The file, or the pictures of a folder and of those in it (by the endings that Pillow reads), sorted. Raises where there is none."""
     path = Path(path)
     if not path.is_dir():
@@ -28,7 +28,7 @@ def find_pictures(path: Path | str) -> list[Path]:
     return found
 
 
-def read_pictures(paths: Sequence[Path], progress: bool = False) -> tuple[list[ImageRecord], dict[Path, str]]:
+def read_images(paths: Sequence[Path], progress: bool = False) -> tuple[list[ImageRecord], dict[Path, str]]:
     """The record of each picture that decodes, numbered from 1, and the reason of each that does not."""
     records, bad = [], {}
     for path in tqdm(paths, desc="reading", unit="image", disable=not progress):
@@ -40,10 +40,10 @@ def read_pictures(paths: Sequence[Path], progress: bool = False) -> tuple[list[I
     return records, bad
 
 
-class Pictures(Dataset):
+class ImageFolder(Dataset):
     """Items as those of `CocoDetection`, without annotations: `(image, {"proposals", "image_id", "original_size"})`."""
 
-    def __init__(self, records: Sequence[ImageRecord], proposals: Proposals, transform: Callable | None = None):
+    def __init__(self, records: Sequence[ImageRecord], proposals: ProposalProvider, transform: Callable | None = None):
         self.records, self.proposals, self.transform = list(records), proposals, transform
         proposals.prepare(self.records)
 

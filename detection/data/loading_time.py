@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 MUCH = 0.05  # from this part of the time on it is worth a hint
 
 
-class TimedLoader(DataLoader):
+class TimedDataLoader(DataLoader):
     """A DataLoader that knows how long its batches were waited for: `waited`, in seconds, since it was made."""
 
     waited = 0.0
@@ -28,12 +28,12 @@ class TimedLoader(DataLoader):
             begin = time.perf_counter()
 
 
-class Waiting(pl.Callback):
+class LoadingTimeMonitor(pl.Callback):
     """Logs `train/waiting`, the part (0 to 1) of the last steps' time in which training waited for data; tells that of all at the end.
 
     The time is that of training steps and of the waits for their batches; validations are in neither. Steps count as long as they take
     Python, which on a GPU runs ahead of the device by less than a step. Without loading processes, loading *is* waiting.
-    The loader must be a `TimedLoader`. Each process logs its own.
+    The loader must be a `TimedDataLoader`. Each process logs its own.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -15,8 +15,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from roi_quantization.detection.data.annotations import LAYOUT
 from roi_quantization.detection.data.coco import CocoDetection, collate
-from roi_quantization.detection.data.loading_time import TimedLoader
-from roi_quantization.detection.data.proposals.grid import Proposals
+from roi_quantization.detection.data.loading_time import TimedDataLoader
+from roi_quantization.detection.data.proposals.provider import ProposalProvider
 from roi_quantization.detection.data.proposals.recall import recall
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class DetectionData(pl.LightningDataModule):
         train: Mapping[str, Any] | None,
         val: Mapping[str, Any] | None,
         test: Mapping[str, Any] | None,
-        proposals: Proposals | Mapping[str, Proposals],
+        proposals: ProposalProvider | Mapping[str, ProposalProvider],
         train_transform: Callable | None = None,
         eval_transform: Callable | None = None,
         batch_size: int = 2,
@@ -200,7 +200,7 @@ class DetectionData(pl.LightningDataModule):
         )
 
     def _loader(self, dataset: CocoDetection, **options) -> DataLoader:
-        return TimedLoader(
+        return TimedDataLoader(
             dataset,
             collate_fn=collate,
             num_workers=self.num_workers,

@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from roi_quantization.detection.data.images import decode
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 
 SPLITS = ("train", "val", "trainval", "test")  # of ImageSets/Main; its other lists are of single classes
 
@@ -60,7 +60,7 @@ def convert(root: Path | str, out: Path | str, copy: bool = False) -> dict[str, 
             "categories": [{"id": number, "name": name} for name, number in category_ids.items()],
         }
         path = out / "annotations" / f"instances_{split}.json"
-        write_whole(path, json.dumps(instances).encode())
+        atomic_write(path, json.dumps(instances).encode())
         sizes[split] = len(stems)
     return sizes
 

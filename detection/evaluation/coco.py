@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from roi_quantization.detection.evaluation.matching import IOU50, IOU75, Evaluator, SilentCOCOeval, match, percent
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # and of its size ranges: small is below 32^2 pixels, large above 96^2
 _NAME = 15  # columns for a class name in the table, so that two classes side by side fit 80 columns
@@ -106,12 +106,12 @@ def _xywh(boxes: Tensor) -> list[list[float]]:
 def write_results(path: str | os.PathLike, results: Sequence[Mapping]) -> None:
     """Writes COCO results as one json array, a result per line. The file is there whole or not at all."""
     lines = ",\n".join(json.dumps(result, allow_nan=False) for result in results)
-    write_whole(path, (f"[\n{lines}\n]\n" if lines else "[]\n").encode())
+    atomic_write(path, (f"[\n{lines}\n]\n" if lines else "[]\n").encode())
 
 
 def write_metrics(path: str | os.PathLike, metrics: Metrics) -> None:
     """Writes `{"stats": ..., "per_class": ...}` in percent, null where there is no ground truth. The file is there whole or not at all."""
-    write_whole(path, (json.dumps(metrics.as_json(), indent=2, allow_nan=False) + "\n").encode())
+    atomic_write(path, (json.dumps(metrics.as_json(), indent=2, allow_nan=False) + "\n").encode())
 
 
 def format_table(metrics: Metrics) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.images import ImageRecord, read_image
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 DPI = 130
@@ -192,4 +192,4 @@ def _draw_detection(axes: Axes, box: Sequence[float], text: str, colour: str, fo
 def _save(figure: Figure, path: str | os.PathLike) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png", dpi=DPI)
-    write_whole(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())

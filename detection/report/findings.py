@@ -23,7 +23,7 @@ PIXELS = {"AP_small": "< 32 px", "AP_medium": "32 to 96 px", "AP_large": "> 96 p
 
 
 @dataclass(frozen=True)
-class OfRun:
+class RunFindings:
     """What is computed from a run's detections."""
 
     localisation: Localisation
@@ -111,12 +111,12 @@ class Findings:
     def image_ids(self) -> list[int]:
         return sorted(self.sweep.annotations.imgs)
 
-    def _of_run(self, run: Run) -> OfRun:
+    def _of_run(self, run: Run) -> RunFindings:
         results = run.results()
         truth = self.sweep.annotations
         thresholds = match(truth, results, self.image_ids, areas={"all": (0.0, 1e10)})
         thresholds.accumulate()
-        return OfRun(
+        return RunFindings(
             localisation=localisation(truth, results, self.image_ids),
             by_threshold=np.array([percent(precision) for precision in thresholds.eval["precision"][..., 0, -1]]),
             by_cells=average_precision_by_cells(truth, results, self.image_ids, run.stride, self.sweep.scales),

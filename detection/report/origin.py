@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 
 NAME = "origin.json"
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "pycocotools", "numba", "numpy", "scipy")
@@ -32,7 +32,7 @@ def add_origin(folder: Path | str, data: Mapping[str, str], runs: Sequence[tuple
         "data": dict(data),
         "runs": [list(run) for run in runs],
     }
-    write_whole(Path(folder) / NAME, json.dumps([*read_origin(folder), start], indent=2).encode())
+    atomic_write(Path(folder) / NAME, json.dumps([*read_origin(folder), start], indent=2).encode())
 
 
 def read_origin(folder: Path | str) -> list[dict]:

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.report import prose
 from roi_quantization.detection.report.figures import Drawing, all_drawings
 from roi_quantization.detection.report.findings import Findings
@@ -50,11 +50,11 @@ def write_report(folder: Path | str, reference: str = "align") -> Path:
     for name in ("tables", "figures"):
         shutil.rmtree(out / name, ignore_errors=True)  # of an earlier report, which may have had others
     for table in tables.values():
-        write_whole(out / "tables" / f"{table.name}.csv", table.csv.encode())
+        atomic_write(out / "tables" / f"{table.name}.csv", table.csv.encode())
     sections = []
     for drawing in tqdm(drawings, desc="drawing", unit="figure", leave=False):
         for kind in ("png", "svg"):
-            write_whole(out / "figures" / f"{drawing.name}.{kind}", rendered(drawing.draw, LIGHT, kind))
+            atomic_write(out / "figures" / f"{drawing.name}.{kind}", rendered(drawing.draw, LIGHT, kind))
         light, dark = (_uri(rendered(drawing.draw, theme, "svg", transparent=True)) for theme in (LIGHT, DARK))
         sections.append(Section(drawing, light, dark, tables.get(drawing.name) if drawing.name in WITH_NUMBERS else None))
     content = {
@@ -72,7 +72,7 @@ def write_report(folder: Path | str, reference: str = "align") -> Path:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     for name in ("report.md", "report.html"):
-        write_whole(out / name, environment.get_template(f"{name}.jinja").render(content).encode())
+        atomic_write(out / name, environment.get_template(f"{name}.jinja").render(content).encode())
     return out / "report.html"
 
 

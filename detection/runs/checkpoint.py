@@ -11,7 +11,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from torch import Tensor, nn
 
-from roi_quantization.detection.runs.config_security import check_trusted
+from roi_quantization.detection.runs.config_security import check_targets_allowed
 
 PARTS = ("roi", "backbone", "head", "data", "proposals")
 
@@ -56,28 +56,28 @@ def _are_categories(value: Any) -> bool:
     return isinstance(value, list) and all(map(is_category, value))
 
 
-def offer_checkpoint(arguments: list[str], script: str) -> None:
+def register_checkpoint(arguments: list[str], script: str) -> None:
     """Offers the parts of the checkpoint on the command line to Hydra, which composes after this; ends the program where there is none."""
     path = next((argument.removeprefix("ckpt=") for argument in arguments if argument.startswith("ckpt=")), None)
     if path is not None:
         try:
-            offer_parts(load_checkpoint(path)["config"], path)
+            register_parts(load_checkpoint(path)["config"], path)
         except (FileNotFoundError, ValueError) as error:
             sys.exit(f"{script}: {error}")
     elif not {"-h", "--help", "--hydra-help", "--version"} & set(arguments):
         sys.exit(f"{script}: which checkpoint? Say it with ckpt=<run>/best.ckpt; `python {script} --help` shows what else can be said")
 
 
-def offer_parts(config: dict, source: str | Path) -> None:
+def register_parts(config: dict, source: str | Path) -> None:
     """Lets Hydra choose the parts of a checkpoint's configuration: the option `checkpoint` of each group in `PARTS`.
 
     Raises:
-        ValueError: a part is missing, or what it would call is not this project's (`check_trusted`).
+        ValueError: a part is missing, or what it would call is not this project's (`check_targets_allowed`).
     """
     for part in PARTS:
         if not isinstance(config.get(part), dict):
             raise ValueError(f"{source} was not written by train.py: its configuration has no {part}")
-    check_trusted({part: config[part] for part in PARTS}, source)
+    check_targets_allowed({part: config[part] for part in PARTS}, source)
     for part in PARTS:
         ConfigStore.instance().store(group=part, name="checkpoint", node=config[part])
 

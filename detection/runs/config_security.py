@@ -17,7 +17,7 @@ MOST, DEEPEST = 10_000, 50  # settings, and how far inside one another; those of
 INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|(?:oc\.env|hydra|now):[^${}\[\]'\"]*)\}")
 
 
-def check_trusted(config: Any, source: str | Path) -> None:
+def check_targets_allowed(config: Any, source: str | Path) -> None:
     """Lets pass what can call nothing but the `_target_`s that files in `configs/` name.
 
     Names are compared whole, not by their package: `roi_quantization.detection.runs.lock.os.system` is in this one.
@@ -31,7 +31,7 @@ def check_trusted(config: Any, source: str | Path) -> None:
     """
     for key, value in _settings(config, source):
         name = key.rpartition(".")[2]
-        if name == "_target_" and (not isinstance(value, str) or value not in known_targets()):
+        if name == "_target_" and (not isinstance(value, str) or value not in allowed_targets()):
             raise ValueError(
                 f"{source}: its configuration would call {value} ({key}), and nothing but what files in configs/ name is called for a "
                 "checkpoint. If you know what that does, and who made this file, name it there yourself: in a file of its own, in the "
@@ -46,7 +46,7 @@ def check_trusted(config: Any, source: str | Path) -> None:
 
 
 @cache
-def known_targets() -> frozenset[str]:
+def allowed_targets() -> frozenset[str]:
     """Every `_target_` in `configs/`."""
     texts = [path.read_text() for path in CONFIGS.rglob("*.yaml")]
     return frozenset(name for text in texts for name in re.findall(r"^\s*_target_:\s*([\w.]+)", text, re.MULTILINE))

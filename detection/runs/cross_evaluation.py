@@ -22,9 +22,9 @@ from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.sweep import Run, read_sweep
 from roi_quantization.detection.runs.checkpoint import check_categories, load_checkpoint, load_weights
-from roi_quantization.detection.runs.config_security import check_trusted
+from roi_quantization.detection.runs.config_security import check_targets_allowed
 from roi_quantization.detection.runs.distributed import cluster_plugins
-from roi_quantization.detection.runs.run import hush_lightning, write_cross
+from roi_quantization.detection.runs.run import silence_lightning, write_cross
 
 
 def check_operators(names: Sequence[str]) -> None:
@@ -69,7 +69,7 @@ def complete(run: Run, operators: list[str]) -> None:
     """Evaluates a finished run's best checkpoint with each of `operators` that its cross.json lacks, and adds them there."""
     known = run.cross()
     cfg = OmegaConf.load(run.folder / "config.yaml")
-    check_trusted(OmegaConf.to_container(cfg), run.folder / "config.yaml")
+    check_targets_allowed(OmegaConf.to_container(cfg), run.folder / "config.yaml")
     cfg.cross = [name for name in operators if name not in known]
     if not cfg.cross:
         return
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--operators", nargs="+", help="names in configs/roi to evaluate with; default: those that the sweep trained with")
     parser.add_argument("--threads", type=int, help="of the CPU; default: as many as PyTorch takes")
     arguments = parser.parse_args()
-    hush_lightning()
+    silence_lightning()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:

@@ -16,18 +16,18 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasti
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the one that writes: the only one, or the first of those that work together."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
-def quiet_others() -> None:
+def silence_other_ranks() -> None:
     """In all processes of a run but the first nothing is logged but warnings: the first tells the rest for all."""
-    if not is_first():
+    if not is_rank_zero():
         logging.getLogger().setLevel(logging.WARNING)
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether several processes work on this run, here or on other machines."""
     by_srun = "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1
     return by_srun or int(os.environ.get("WORLD_SIZE", 1)) > 1 or "NODE_RANK" in os.environ
@@ -36,9 +36,9 @@ def several() -> bool:
 def new_folder(path: str) -> str:
     """The OmegaConf resolver `new_folder`: `path`, named by the time. It ends the program where several processes would each name one.
 
-    Processes that Lightning starts are told the folder of the first (`before_launch`); those that srun or torchrun starts are not.
+    Processes that Lightning starts get the folder of the first (`share_run_dir_with_ranks`); those of srun or torchrun do not.
     """
-    if several():
+    if is_distributed():
         sys.exit(
             "several processes were started for this run, and each would write into a folder of its own: name one with "
             "hydra.run.dir=runs/<name> (docs/distributed.md)"
@@ -56,7 +56,7 @@ def cluster_plugins() -> list[Any]:
     return []
 
 
-def before_launch(trainer: pl.Trainer, run_dir: str | Path) -> None:
+def share_run_dir_with_ranks(trainer: pl.Trainer, run_dir: str | Path) -> None:
     """To be called before Lightning starts the other processes, which it does with the command of this one and its `hydra.run.dir`.
 
     Raises:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
-def message_alone(script: str) -> Iterator[None]:
+def exit_with_message(script: str) -> Iterator[None]:
     """Ends the program with the message of an error that this project raised on purpose, and status 1; others keep their traceback.
 
     With HYDRA_FULL_ERROR in the environment all keep it.

@@ -16,8 +16,8 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from roi_quantization.detection.files import FULL, NotWrittenError, write_whole
-from roi_quantization.detection.runs.training_checkpoints import recent_checkpoints
+from roi_quantization.detection.files import FULL, NotWrittenError, atomic_write
+from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2) if hasattr(signal, "SIGUSR1") else ()  # of clusters, some time before a job has to go
 
 
-class CleanStop(pl.Callback):
-    """SIGTERM, Ctrl-C and a cluster's SIGUSR1 and SIGUSR2: the step ends, `RecentCheckpoints` saves, the process leaves. A second Ctrl-C
+class GracefulStop(pl.Callback):
+    """SIGTERM, Ctrl-C and a cluster's SIGUSR1 and SIGUSR2: the step ends, `PeriodicCheckpoint` saves, the process leaves. A second Ctrl-C
     leaves at once.
 
     Several processes agree on it before each step, whichever of them was told: one that stopped alone would leave the others waiting.
@@ -70,7 +70,7 @@ class CleanStop(pl.Callback):
 
 
 @contextmanager
-def handed_on() -> Iterator[None]:
+def reraise_signal() -> Iterator[None]:
     """A SIGUSR1 or SIGUSR2 that has stopped the training inside goes on to who waited for it before: submitit, to queue the job again."""
     try:
         yield
@@ -80,7 +80,7 @@ def handed_on() -> Iterator[None]:
         raise
 
 
-class FiniteLoss(pl.Callback):
+class TerminateOnNonFiniteLoss(pl.Callback):
     """Ends training at the first loss that is no number, before it reaches the weights, and writes nan_loss.json: which batch it was.
 
     Several processes end together, whichever of them met it: one that ended alone would leave the others waiting for its gradients.
@@ -117,9 +117,9 @@ class FiniteLoss(pl.Callback):
             "largest_weight": f"{largest:.3g}",
         }
         again = "the same command comes to this batch again"
-        if recent_checkpoints(self.folder):
+        if periodic_checkpoints(self.folder):
             again = f"the same command with resume={self.folder} comes to this batch again from the last checkpoint"
-        write_whole(path, (json.dumps(found, indent=2) + "\n").encode())
+        atomic_write(path, (json.dumps(found, indent=2) + "\n").encode())
         raise FloatingPointError(
             f"the loss is {found['loss']} in step {found['step']} (epoch {found['epoch']}, batch {found['batch']}, images "
             f"{found['image_ids']}), the largest weight {found['largest_weight']}. {path} has the whole of it, and {again}. If weights are "
@@ -129,7 +129,7 @@ class FiniteLoss(pl.Callback):
 
 
 @contextmanager
-def told_plainly(run_dir: str | Path) -> Iterator[None]:
+def explain_errors(run_dir: str | Path) -> Iterator[None]:
     """Around training and evaluation: what to do about a loading process that died, a full disk, and a run folder that is gone.
 
     Where SIGTERM ends an evaluation the exit status is 143 and not Lightning's 0, which would read as success.

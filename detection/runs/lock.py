@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from roi_quantization.detection.files import NotWrittenError
-from roi_quantization.detection.runs.distributed import is_first
+from roi_quantization.detection.runs.distributed import is_rank_zero
 
 try:
     import fcntl
@@ -15,19 +15,19 @@ except ImportError:  # Windows: runs are not told apart there
 _held: set[Path] = set()  # by this process; to open and close such a file once more would give the lock back
 
 
-class AtWork(ValueError):
+class RunFolderLocked(ValueError):
     """Another process has the run folder."""
 
 
 @contextmanager
-def only_process(run_dir: str | Path) -> Iterator[None]:
+def exclusive_run_folder(run_dir: str | Path) -> Iterator[None]:
     """Inside, this process has the run folder to itself; the system gives it back however the process ends.
 
     Raises:
         AtWork: another process is at work there.
         NotWrittenError: the folder cannot be made or written to.
     """
-    if fcntl is None or not is_first():  # the processes of one training share a folder: the first holds it
+    if fcntl is None or not is_rank_zero():  # the processes of one training share a folder: the first holds it
         yield
         return
     try:
@@ -37,7 +37,7 @@ def only_process(run_dir: str | Path) -> Iterator[None]:
         raise NotWrittenError(_path(run_dir), error) from error
     with file:
         if not _taken(file):
-            raise AtWork(f"another process is at work in {run_dir}. Wait, or choose another folder with hydra.run.dir=runs/<name>")
+            raise RunFolderLocked(f"another process is at work in {run_dir}. Wait, or choose another folder with hydra.run.dir=runs/<name>")
         _held.add(_path(run_dir))
         try:
             yield
@@ -47,7 +47,7 @@ def only_process(run_dir: str | Path) -> Iterator[None]:
 
 def is_running(run_dir: str | Path) -> bool:
     """Whether another process is at work in a run folder; the first one of the same training is none."""
-    if fcntl is None or not is_first() or _path(run_dir) in _held or not _path(run_dir).is_file():
+    if fcntl is None or not is_rank_zero() or _path(run_dir) in _held or not _path(run_dir).is_file():
         return False
     try:
         with open(_path(run_dir), "r+") as file:

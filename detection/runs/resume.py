@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from roi_quantization.detection.configuration import differences, shorten
 from roi_quantization.detection.runs.checkpoint import load_checkpoint
 from roi_quantization.detection.runs.lock import is_running
-from roi_quantization.detection.runs.training_checkpoints import FINISHED, recent_checkpoints
+from roi_quantization.detection.runs.training_checkpoints import FINISHED, periodic_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _newest_whole(run: Path, cfg: DictConfig) -> Path | None:
 
 def _checkpoints(run: Path) -> list[Path]:
     """From which a run may go on, newest first. With last.ckpt, written when training is over, only the evaluation is missing."""
-    return [path for path in (run / "last.ckpt",) if path.is_file()] + recent_checkpoints(run)
+    return [path for path in (run / "last.ckpt",) if path.is_file()] + periodic_checkpoints(run)
 
 
 def _read_config(run: Path) -> dict[str, Any] | None:

@@ -13,24 +13,24 @@ from omegaconf import DictConfig, OmegaConf
 
 from roi_quantization.detection.evaluation.coco import Metrics, format_table, write_metrics, write_results
 from roi_quantization.detection.evaluation.figures import curves, detections_sheet
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.model.lightning_module import LOGGED, DetectionModule
-from roi_quantization.detection.runs.distributed import is_first
+from roi_quantization.detection.runs.distributed import is_rank_zero
 from roi_quantization.detection.runs.progress import TimeLeft
 from roi_quantization.detection.runs.training_checkpoints import FINISHED
 
 log = logging.getLogger(__name__)
 
 
-def begin(cfg: DictConfig) -> Path:
+def set_up_run(cfg: DictConfig) -> Path:
     """Checks the machine, seeds, writes the configuration into the run folder and returns that folder."""
     check_accelerator(cfg.trainer)
     check_precision(cfg.trainer)
-    hush_lightning()
+    silence_lightning()
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    if is_first():
-        write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
+    if is_rank_zero():
+        atomic_write(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
         if cfg.trainer.get("strategy", "auto") != "auto":
@@ -44,7 +44,7 @@ def progress_bar(trainer: DictConfig) -> list[pl.Callback]:
     return [TimeLeft()] if trainer.enable_progress_bar else []
 
 
-def hush_lightning() -> None:
+def silence_lightning() -> None:
     """Passes over what Lightning tells of every run and nobody can act on; its other warnings stay."""
     for module in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{module}").setLevel(logging.WARNING)
@@ -105,7 +105,7 @@ def draw_curves(run_dir: Path) -> None:
 
 def write_cross(run_dir: Path, cross: dict[str, Metrics]) -> None:
     """Writes cross.json: operator -> metrics of the run's weights with it."""
-    write_whole(run_dir / "cross.json", json.dumps({name: metrics.as_json() for name, metrics in cross.items()}, indent=2).encode())
+    atomic_write(run_dir / "cross.json", json.dumps({name: metrics.as_json() for name, metrics in cross.items()}, indent=2).encode())
 
 
 def report_cross(cross: dict[str, Metrics], run_dir: Path) -> None:

@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from roi_quantization.detection.configuration import differences, shorten
 from roi_quantization.detection.data.module import describe
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.origin import add_origin
-from roi_quantization.detection.runs.distributed import is_first, several
-from roi_quantization.detection.runs.lock import AtWork, is_running, only_process
+from roi_quantization.detection.runs.distributed import is_distributed, is_rank_zero
+from roi_quantization.detection.runs.lock import RunFolderLocked, exclusive_run_folder, is_running
 from roi_quantization.detection.runs.resume import check_no_other
 from roi_quantization.detection.runs.training_checkpoints import FINISHED
 
@@ -61,13 +61,13 @@ def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfi
     run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(only_process(run_dir))
-        except AtWork as error:
-            if several():
+            stack.enter_context(exclusive_run_folder(run_dir))
+        except RunFolderLocked as error:
+            if is_distributed():
                 raise
             log.warning("%s", error)
             return nothing
-        if is_first():
+        if is_rank_zero():
             (run_dir / FAILED).unlink(missing_ok=True)
         file = stack.enter_context(open(run_dir / "train.log", "a", buffering=1))
         stack.enter_context(contextlib.redirect_stdout(file))
@@ -76,12 +76,12 @@ def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfi
             metrics = train(cfg)
         except Exception as error:
             log.exception("This run failed")
-            write_whole(run_dir / FAILED, traceback.format_exc().encode())
-            if several():
+            atomic_write(run_dir / FAILED, traceback.format_exc().encode())
+            if is_distributed():
                 raise
             traceback.clear_frames(error.__traceback__)  # which would hold on to the weights of this run during the next
             return nothing
-        if is_first():
+        if is_rank_zero():
             (run_dir / "last.ckpt").unlink(missing_ok=True)  # to go on from; there is nothing left to do, and there may be many runs
         return metrics
 

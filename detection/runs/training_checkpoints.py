@@ -14,13 +14,13 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from roi_quantization.detection.files import write_whole
+from roi_quantization.detection.files import atomic_write
 
 FINISHED = "metrics.json"  # the last file of a run: with it the run is finished
 RESULTS = (FINISHED, "results.json", "cross.json")
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, syncs and renames it; Lightning's own goes through /tmp, from where a move may be a copy."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -29,19 +29,19 @@ class WholeCheckpointIO(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         with buffer.getbuffer() as content:  # given back also where writing fails: Python 3.12.1 crashes when it collects one that is held
-            write_whole(path, content)
+            atomic_write(path, content)
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """On the CPU, and whatever Lightning would do with a file from elsewhere, never with code in it."""
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def recent_checkpoints(folder: str | Path) -> list[Path]:
+def periodic_checkpoints(folder: str | Path) -> list[Path]:
     """The `step_<n>.ckpt` of a run folder, newest first."""
     return sorted(Path(folder).glob("step_*.ckpt"), reverse=True)
 
 
-class RecentCheckpoints(Checkpoint):
+class PeriodicCheckpoint(Checkpoint):
     """Saves the state of training as `step_<n>.ckpt` every so many steps, and where SIGTERM ends it; keeps the newest ones.
 
     It saves between two steps: when all that follows from the last one is done, the validation above all, and nothing of the next is begun.
@@ -75,7 +75,7 @@ class RecentCheckpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Removes checkpoints of later steps, and results: they are damaged, or of a run that this one replaces in its folder."""
         now = self.folder / f"step_{trainer.global_step:07d}.ckpt"
-        outdated = [path for path in recent_checkpoints(self.folder) if path > now]
+        outdated = [path for path in periodic_checkpoints(self.folder) if path > now]
         outdated += [self.folder / name for name in ("last.ckpt", *RESULTS)]
         if trainer.is_global_zero:
             for path in outdated:
@@ -103,13 +103,13 @@ class RecentCheckpoints(Checkpoint):
             logger.save()
         trainer.save_checkpoint(self.folder / f"step_{self._saved_step:07d}.ckpt")
         if trainer.is_global_zero:
-            for old in recent_checkpoints(self.folder)[self.keep :]:
+            for old in periodic_checkpoints(self.folder)[self.keep :]:
                 old.unlink()
 
     def clear(self, trainer: pl.Trainer) -> None:
         """Removes all: training is over."""
         if trainer.is_global_zero:
-            for path in recent_checkpoints(self.folder):
+            for path in periodic_checkpoints(self.folder):
                 path.unlink()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:

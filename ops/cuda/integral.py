@@ -10,14 +10,14 @@ from roi_quantization.ops.cuda.lattice import bins_of_program, clamp, store_shar
 
 
 @triton.jit
-def hat(t):
+def tent(t):
     """Weight of a cell `t` cells away, in bilinear interpolation."""
     return tl.maximum(1 - tl.abs(t), 0.0)
 
 
 @triton.jit
 def integral_share(low, high, cell):
-    """Share of a cell in the mean of the interpolated map from `low` to `high`: the integral of `hat`, by the extent."""
+    """Share of a cell in the mean of the interpolated map from `low` to `high`: the integral of `tent`, by the extent."""
     a = tl.minimum(tl.maximum(low - cell, -1.0), 1.0)
     b = tl.minimum(tl.maximum(high - cell, -1.0), 1.0)
     # two forms of one integral: on one side of the cell's centre no digits may cancel, or a thin bin would have none left
@@ -87,8 +87,8 @@ def integral_slopes(
                 at = (y0 + i).to(OFFSET) * stride_y + (x0 + j).to(OFFSET) * stride_x
                 of_cell = tl.sum(g * tl.load(cells + at[:, None], mask & visited[:, None], 0.0).to(tl.float32), 1)
                 height_of_bin, width_of_bin = tl.where(visited, bottom - top, 1.0), tl.where(visited, right - left, 1.0)
-                of_bottom += of_cell * of_column * (hat(bottom - (y0 + i)) - of_row) / height_of_bin
-                of_top -= of_cell * of_column * (hat(top - (y0 + i)) - of_row) / height_of_bin
-                of_right += of_cell * of_row * (hat(right - (x0 + j)) - of_column) / width_of_bin
-                of_left -= of_cell * of_row * (hat(left - (x0 + j)) - of_column) / width_of_bin
+                of_bottom += of_cell * of_column * (tent(bottom - (y0 + i)) - of_row) / height_of_bin
+                of_top -= of_cell * of_column * (tent(top - (y0 + i)) - of_row) / height_of_bin
+                of_right += of_cell * of_row * (tent(right - (x0 + j)) - of_column) / width_of_bin
+                of_left -= of_cell * of_row * (tent(left - (x0 + j)) - of_column) / width_of_bin
     store_shares(slopes, k * bins + b, is_bin, bins, of_top, of_bottom, of_left, of_right)

@@ -15,7 +15,7 @@ from roi_quantization.ops.cuda.integral import integral_forward as _integral_for
 from roi_quantization.ops.cuda.integral import integral_slopes
 from roi_quantization.ops.cuda.lattice import lattice_forward as _lattice_forward
 from roi_quantization.ops.cuda.lattice import lattice_slopes
-from roi_quantization.ops.cuda.tiles import max_backward, mean_backward, touching
+from roi_quantization.ops.cuda.tiles import list_rois_by_tile, max_backward, mean_backward
 from roi_quantization.ops.geometry import Axis, Bounds
 
 # Sizes of programs: no register spills on sm_80, sm_90, sm_100 (tests/ops/compile_kernels.py)
@@ -100,7 +100,7 @@ def _gather(
     }
     grid = images * tiles, triton.cdiv(channels, block["CHANNELS"])
     with torch.cuda.device_of(features):
-        touching[grid[:1]](
+        list_rois_by_tile[grid[:1]](
             *(image, *y[:3], *x[:3], lists, lengths, len(image), height, width, *bins, tiles_x, tiles),
             **{"INTEGRAL": reduce == "integral", "ROIS": 64, "BINS_Y": pad_y, "BINS_X": pad_x, **TILE, **OPTIONS},
         )

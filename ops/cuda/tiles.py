@@ -1,24 +1,24 @@
 """Triton kernels of the gradient of the features, without atomics: a program owns a tile of cells and gathers what RoIs give to it.
 
 Scattering, where each RoI adds to the cells that it read, leaves the order of the additions to chance. Here each cell is written once, by a
-program that walks the RoIs touching its tile in their order: the same bits on every run. First `touching` lists those RoIs.
+program that walks the RoIs touching its tile in their order: the same bits on every run. First `list_rois_by_tile` lists those RoIs.
 """
 
 import triton
 import triton.language as tl
 
-from roi_quantization.ops.cuda.integral import hat, integral_share
+from roi_quantization.ops.cuda.integral import integral_share, tent
 from roi_quantization.ops.cuda.lattice import clamp
 
 
 @triton.jit
-def corner(tile, tiles, tiles_x, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+def tile_origin(tile, tiles, tiles_x, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
     """Image of a tile, and its first row and column."""
     return tile // tiles, tile % tiles // tiles_x * TILE_Y, tile % tiles % tiles_x * TILE_X
 
 
 @triton.jit
-def reach(first, step, count, at, exists, size, INTEGRAL: tl.constexpr):
+def cell_range(first, step, count, at, exists, size, INTEGRAL: tl.constexpr):
     """First and last cell that bins read along an axis; `size` and -1 where there are none. Of an integral, `first, step` are the edges."""
     a, z = tl.load(first + at, exists, 0.0), tl.load(step + at, exists, 0.0)
     if INTEGRAL:
@@ -32,21 +32,21 @@ def reach(first, step, count, at, exists, size, INTEGRAL: tl.constexpr):
 
 
 @triton.jit
-def touching(
+def list_rois_by_tile(
     image, y_first, y_step, y_count, x_first, x_step, x_count, lists, lengths,
     rois, height, width, bins_y, bins_x, tiles_x, tiles,
     INTEGRAL: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, ROIS: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr,
 ):  # fmt: skip
     """The RoIs that read cells of each tile, in order, into `lists [images * tiles, rois]`, and how many they are."""
     tile = tl.program_id(0)
-    n, y0, x0 = corner(tile, tiles, tiles_x, TILE_Y, TILE_X)
+    n, y0, x0 = tile_origin(tile, tiles, tiles_x, TILE_Y, TILE_X)
     p, q = tl.arange(0, BINS_Y)[None, :], tl.arange(0, BINS_X)[None, :]
     length = 0
     for k0 in range(0, rois, ROIS):
         k = k0 + tl.arange(0, ROIS)
         exists = (k < rois)[:, None]
-        top, bottom = reach(y_first, y_step, y_count, k[:, None] * bins_y + p, exists & (p < bins_y), height, INTEGRAL)
-        left, right = reach(x_first, x_step, x_count, k[:, None] * bins_x + q, exists & (q < bins_x), width, INTEGRAL)
+        top, bottom = cell_range(y_first, y_step, y_count, k[:, None] * bins_y + p, exists & (p < bins_y), height, INTEGRAL)
+        left, right = cell_range(x_first, x_step, x_count, k[:, None] * bins_x + q, exists & (q < bins_x), width, INTEGRAL)
         touches = (k < rois) & (tl.load(image + k, k < rois, -1) == n)
         touches &= (tl.min(top, 1) < y0 + TILE_Y) & (tl.max(bottom, 1) >= y0)
         touches &= (tl.min(left, 1) < x0 + TILE_X) & (tl.max(right, 1) >= x0)
@@ -62,7 +62,7 @@ def lattice_share(first, step, count, total, at, is_bin, cell, size):
     a, s, n = tl.load(first + at, is_bin, 0.0), tl.load(step + at, is_bin, 0.0), tl.load(count + at, is_bin, 0)
     share = tl.zeros_like(a + cell)
     for i in range(tl.max(n)):
-        share += tl.where(i < n, hat(clamp(a + i * s, size) - cell), 0.0)
+        share += tl.where(i < n, tent(clamp(a + i * s, size) - cell), 0.0)
     return share / tl.maximum(tl.load(total + at, is_bin, 1.0), 1.0)
 
 
@@ -84,7 +84,7 @@ def mean_backward(
     The shares are themselves an outer product, of those along y and those along x.
     """
     tile = tl.program_id(0)
-    n, y0, x0 = corner(tile, tiles, tiles_x, TILE_Y, TILE_X)
+    n, y0, x0 = tile_origin(tile, tiles, tiles_x, TILE_Y, TILE_X)
     y, x = (y0 + tl.arange(0, TILE_Y))[:, None], (x0 + tl.arange(0, TILE_X))[:, None]
     q = tl.arange(0, BINS_X)[None, :]
     c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
@@ -117,7 +117,7 @@ def mean_backward(
 def bins_of_cells(first, step, count, k, cell, size, bins, BINS: tl.constexpr):
     """First and last bin of RoI k that read each of `cell [CELLS]`; `bins` and -1 where none does."""
     p = tl.arange(0, BINS)
-    low, high = reach(first, step, count, k * bins + p, p < bins, size, False)
+    low, high = cell_range(first, step, count, k * bins + p, p < bins, size, False)
     reads = (low[None, :] <= cell[:, None]) & (cell[:, None] <= high[None, :])
     return tl.min(tl.where(reads, p[None, :], bins), 1), tl.max(tl.where(reads, p[None, :], -1), 1)
 
@@ -130,7 +130,7 @@ def max_backward(
 ):  # fmt: skip
     """Each cell asks the few bins that read it whether it is among the cells of the winning sample: the winner differs with the channel."""
     tile = tl.program_id(0)
-    n, y0, x0 = corner(tile, tiles, tiles_x, TILE_Y, TILE_X)
+    n, y0, x0 = tile_origin(tile, tiles, tiles_x, TILE_Y, TILE_X)
     cell = tl.arange(0, TILE_Y * TILE_X)
     y, x = y0 + cell // TILE_X, x0 + cell % TILE_X
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -153,8 +153,8 @@ def max_backward(
                 g = tl.load(grad + at, mask, 0.0).to(tl.float32)
                 winner = tl.load(winners + at, mask, -1).to(tl.int32)
                 i = winner // xn
-                of_y = hat(clamp(yf[None, :] + i * ys[None, :], height) - y[None, :])
-                of_x = hat(clamp(xf[None, :] + (winner - i * xn) * xs[None, :], width) - x[None, :])
+                of_y = tent(clamp(yf[None, :] + i * ys[None, :], height) - y[None, :])
+                of_x = tent(clamp(xf[None, :] + (winner - i * xn) * xs[None, :], width) - x[None, :])
                 result += tl.where(winner >= 0, of_y * of_x * g, 0.0)
     at = n.to(tl.int64) * stride_n + c.to(OFFSET)[:, None] * stride_c + (y.to(OFFSET) * stride_y + x.to(OFFSET) * stride_x)[None, :]
     tl.store(out + at, result.to(out.dtype.element_ty), (c < channels)[:, None] & ((y < height) & (x < width))[None, :])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from roi_quantization.detection.files import NotWrittenError, whole_file, write_whole
+from roi_quantization.detection.files import NotWrittenError, atomic_file, atomic_write
 from tests.conftest import ROOT
 from tests.faults import full_disk
 
@@ -18,18 +18,18 @@ UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override"]  # root may write eve
 @pytest.mark.parametrize("size", [4, 4000, 400_000])
 def test_a_full_disk_leaves_what_was_there(tmp_path, size):
     path = tmp_path / "last.ckpt"
-    write_whole(path, b"before")
+    atomic_write(path, b"before")
     message = r"last\.ckpt could not be written: File too large\. Nothing .* is lost\. Make room there .* resume=auto"
     with full_disk(size // 2), pytest.raises(NotWrittenError, match=message) as told:
-        write_whole(path, bytes(size))
+        atomic_write(path, bytes(size))
     assert told.value.errno == errno.EFBIG
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
 def test_an_error_while_it_is_written_leaves_what_was_there(tmp_path):
     path = tmp_path / "p.npz"
-    write_whole(path, b"before")
-    with pytest.raises(KeyError), whole_file(path) as file:
+    atomic_write(path, b"before")
+    with pytest.raises(KeyError), atomic_file(path) as file:
         file.write(b"half")
         raise KeyError
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
@@ -37,12 +37,12 @@ def test_an_error_while_it_is_written_leaves_what_was_there(tmp_path):
 
 READ_ONLY = """
 import sys
-from roi_quantization.detection.files import write_whole
-from roi_quantization.detection.runs.lock import is_running, only_process
+from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.runs.lock import is_running, exclusive_run_folder
 
 run = sys.argv[1]
 print(is_running(run))
-for attempt in (lambda: write_whole(f"{run}/results.json", b"[]"), lambda: only_process(run).__enter__()):
+for attempt in (lambda: atomic_write(f"{run}/results.json", b"[]"), lambda: exclusive_run_folder(run).__enter__()):
     try:
         attempt()
     except OSError as error:

@@ -10,7 +10,7 @@ from torch import Tensor
 from roi_quantization import ops
 from roi_quantization.ops import eager, library, reference
 from roi_quantization.ops.geometry import IntegralRule, LatticeRule
-from roi_quantization.ops.inputs import prepare, without_bad
+from roi_quantization.ops.inputs import mask_invalid_boxes, prepare
 
 from .presets import AWKWARD, PRESETS, WITHOUT_BOX_GRADIENT, preset, random_boxes
 
@@ -30,7 +30,7 @@ def through(path, operator: partial, features: Tensor, boxes: Tensor, output_siz
     """The operator that a configuration names, computed by `path` (a module with `lattice_pool` and `integral_pool`)."""
     knobs = dict(operator.keywords)
     image, box, (height, width) = prepare(features, boxes, output_size, differentiable_boxes=knobs.get("quantize_bins", "none") == "none")
-    image, box = without_bad(image, box, len(features))
+    image, box = mask_invalid_boxes(image, box, len(features))
     reduce = knobs.pop("reduce", None)
     rule = LatticeRule(**knobs) if reduce else IntegralRule(**knobs)
     y = rule.axis(box[:, 1], box[:, 3], spatial_scale, height, features.shape[2])

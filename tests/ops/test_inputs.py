@@ -6,7 +6,7 @@ import torch
 from roi_quantization import ops
 from roi_quantization.ops import eager
 from roi_quantization.ops.geometry import LatticeRule
-from roi_quantization.ops.inputs import prepare, without_bad
+from roi_quantization.ops.inputs import mask_invalid_boxes, prepare
 
 F = torch.zeros(2, 3, 4, 4)
 BOX = torch.tensor([[0.0, 1.0, 1.0, 3.0, 3.0]])
@@ -72,7 +72,7 @@ def test_elsewhere_a_box_that_is_no_box_becomes_not_a_number_and_reads_nothing_o
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         index, box, _ = prepare(F, boxes, 2, differentiable_boxes=True)
-    image, box = without_bad(index, box, len(F))
+    image, box = mask_invalid_boxes(index, box, len(F))
     assert image.tolist() == [0, 0, 0, 0]
     assert box.isnan().all(1).tolist() == [False, True, True, True]
     for reduce in ("mean", "max"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals.formats import read_detectron, read_mat
-from roi_quantization.detection.files import whole_file
+from roi_quantization.detection.files import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def write_proposals(
     if fingerprint is not None:
         arrays["fingerprint"] = np.array(fingerprint, dtype=np.int64)
     _check(Path(path), arrays)
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         np.savez_compressed(file, **arrays)
 
 

@@ -6,12 +6,12 @@ import pytest
 from PIL import Image
 
 from roi_quantization.detection.data.coco import CocoDetection
-from roi_quantization.detection.data.data_fingerprint import SameData
+from roi_quantization.detection.data.data_fingerprint import DataFingerprint
 from roi_quantization.detection.data.proposals.grid import Grid
 
 
 def same_data(small_set, required=True, **changes):
-    return SameData(SimpleNamespace(train=CocoDetection(**small_set.paths | changes), val=None, test=None), required)
+    return DataFingerprint(SimpleNamespace(train=CocoDetection(**small_set.paths | changes), val=None, test=None), required)
 
 
 def add_image(small_set):

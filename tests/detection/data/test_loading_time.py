@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from roi_quantization.detection.data import loading_time
-from roi_quantization.detection.data.loading_time import TimedLoader, Waiting, tell
+from roi_quantization.detection.data.loading_time import LoadingTimeMonitor, TimedDataLoader, tell
 
 
 class Clock:
@@ -59,11 +59,11 @@ def test_the_part_of_the_time_is_that_of_the_interval_in_the_log_and_of_all_at_t
     monkeypatch.setattr(loading_time, "time", clock)
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = pl.Trainer(
-        accelerator="cpu", logger=logger, callbacks=[Waiting()], max_epochs=1, log_every_n_steps=2, val_check_interval=1,
+        accelerator="cpu", logger=logger, callbacks=[LoadingTimeMonitor()], max_epochs=1, log_every_n_steps=2, val_check_interval=1,
         num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     with caplog.at_level(logging.INFO):
-        trainer.fit(Steps(clock), TimedLoader(Slow(clock, [2, 2, 0, 1])), TimedLoader(Slow(clock, [50])))
+        trainer.fit(Steps(clock), TimedDataLoader(Slow(clock, [2, 2, 0, 1])), TimedDataLoader(Slow(clock, [50])))
     assert clock.now == 5 + 4 * 6 + 4 * 150, "four validations, which count for nothing"
     with open(tmp_path / "metrics.csv") as file:
         assert [float(row["train/waiting"]) for row in csv.DictReader(file)] == pytest.approx([4 / 16, 1 / 13])
@@ -71,7 +71,7 @@ def test_the_part_of_the_time_is_that_of_the_interval_in_the_log_and_of_all_at_t
 
 
 def test_a_loader_that_is_timed_gives_every_batch_on_every_pass():
-    loader = TimedLoader(range(5), batch_size=2)
+    loader = TimedDataLoader(range(5), batch_size=2)
     for _ in range(2):
         assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
 

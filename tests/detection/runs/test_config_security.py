@@ -11,9 +11,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from roi_quantization.detection.model.vgg16 import VGG16
-from roi_quantization.detection.runs.checkpoint import PARTS, load_checkpoint, offer_checkpoint
-from roi_quantization.detection.runs.config_security import check_trusted, known_targets
-from roi_quantization.detection.runs.training_checkpoints import WholeCheckpointIO
+from roi_quantization.detection.runs.checkpoint import PARTS, load_checkpoint, register_checkpoint
+from roi_quantization.detection.runs.config_security import allowed_targets, check_targets_allowed
+from roi_quantization.detection.runs.training_checkpoints import AtomicCheckpointIO
 from tests.configuration import composed
 
 
@@ -28,7 +28,7 @@ class Runs:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
     "load",
-    [load_checkpoint, WholeCheckpointIO().load_checkpoint, lambda path: VGG16(weights=path)],
+    [load_checkpoint, AtomicCheckpointIO().load_checkpoint, lambda path: VGG16(weights=path)],
     ids=["ckpt=, resume=", "Lightning", "backbone.weights="],
 )
 def test_a_pickle_inside_is_not_run(tmp_path, load, zipped):
@@ -52,8 +52,8 @@ def save(path, config, /, **more):
 
 
 def test_a_checkpoint_of_this_project_is_trusted(config, tmp_path):
-    offer_checkpoint([f"ckpt={save(tmp_path / 'best.ckpt', config)}"], "eval.py")
-    assert {f"roi_quantization.roi_heads.{name}" for name in ("RoIExtractor", "TwoFCHead")} < known_targets()
+    register_checkpoint([f"ckpt={save(tmp_path / 'best.ckpt', config)}"], "eval.py")
+    assert {f"roi_quantization.roi_heads.{name}" for name in ("RoIExtractor", "TwoFCHead")} < allowed_targets()
 
 
 def changed(config, change):
@@ -108,7 +108,7 @@ def test_a_configuration_that_would_call_something_else_is_refused(config, tmp_p
     before = {part: ConfigStore.instance().repo.get(part) for part in PARTS}
     path = save(tmp_path / "evil.ckpt", changed(config, lambda c: change(c, trace)))
     with pytest.raises(SystemExit, match=rf"eval\.py: \S*evil\.ckpt.*{message}"):
-        offer_checkpoint([f"ckpt={path}"], "eval.py")
+        register_checkpoint([f"ckpt={path}"], "eval.py")
     assert not trace.exists()
     assert {part: ConfigStore.instance().repo.get(part) for part in PARTS} == before, "nothing of it is offered to Hydra"
 
@@ -116,15 +116,15 @@ def test_a_configuration_that_would_call_something_else_is_refused(config, tmp_p
 def test_a_file_in_configs_is_how_a_target_is_trusted(config, tmp_path, monkeypatch):
     own = {"_target_": "my.package.operator"}
     with pytest.raises(ValueError, match=r"would call my\.package\.operator .*name it there yourself"):
-        check_trusted({"roi": own}, "best.ckpt")
+        check_targets_allowed({"roi": own}, "best.ckpt")
     (tmp_path / "roi").mkdir()
     (tmp_path / "roi/mine.yaml").write_text(yaml.dump(own))
     monkeypatch.setattr("roi_quantization.detection.runs.config_security.CONFIGS", tmp_path)
-    known_targets.cache_clear()
+    allowed_targets.cache_clear()
     try:
-        check_trusted({"roi": own}, "best.ckpt")
+        check_targets_allowed({"roi": own}, "best.ckpt")
     finally:
-        known_targets.cache_clear()
+        allowed_targets.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,8 @@ def test_on_slurm_a_run_that_has_to_leave_saves_is_queued_again_and_goes_on(tmp_
 
 
 def test_a_run_that_another_process_is_at_is_left_alone(tmp_path, caplog):
-    hold = "import sys; from roi_quantization.detection.runs.lock import only_process\n"
-    hold += "with only_process(sys.argv[1]): print('holds', flush=True); input()"
+    hold = "import sys; from roi_quantization.detection.runs.lock import exclusive_run_folder\n"
+    hold += "with exclusive_run_folder(sys.argv[1]): print('holds', flush=True); input()"
     command = [sys.executable, "-c", hold, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "holds\n"

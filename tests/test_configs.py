@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
-from roi_quantization.detection.data.transforms import drawn_from
+from roi_quantization.detection.data.transforms import seeded_rng
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.runs.run import check_accelerator
 
@@ -65,7 +65,7 @@ def test_several_short_sides():
     transform = instantiate(composed(*overrides).data.train_transform)
     image, sizes = torch.zeros(3, 40, 60, dtype=torch.uint8), set()
     for epoch in range(30):
-        with drawn_from(0, epoch):
+        with seeded_rng(0, epoch):
             sizes.add(tuple(transform(image).shape[1:]))
     assert sizes == {(20, 30), (30, 45), (33, 50)}
 

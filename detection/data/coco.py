@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from roi_quantization.detection.data.annotations import LAYOUT, as_coco, choose_images, read_instances, restrict
 from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
-from roi_quantization.detection.data.transforms import drawn_from
+from roi_quantization.detection.data.transforms import seeded_rng
 
 
 class CocoDetection(Dataset):
@@ -115,7 +115,7 @@ class CocoDetection(Dataset):
         target = {name: tv_tensors.BoundingBoxes(value, format="XYXY", canvas_size=size) for name, value in in_image.items()}
         image = tv_tensors.Image(read_image(record))
         if self.transform is not None:
-            with drawn_from(self.seed, int(self._epoch), record.id):
+            with seeded_rng(self.seed, int(self._epoch), record.id):
                 image, target = self.transform(image, target)
         plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
         return image.as_subclass(Tensor), plain | {"labels": labels, "image_id": record.id, "original_size": size}

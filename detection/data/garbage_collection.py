@@ -1,4 +1,4 @@
-"""Python's garbage collector, where it costs more than it finds."""
+"""Suspend Python's cyclic garbage collector while many objects are created."""
 
 import contextlib
 import gc
@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Around what makes millions of objects, none in a cycle: the collector would look through all of them again and again."""
+    """Disable the collector for code that creates millions of objects without reference cycles.
+
+    The collector would traverse all of them again and again and find nothing to free.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

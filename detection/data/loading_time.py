@@ -1,4 +1,4 @@
-"""Does loading keep up? How long training waits for its data, measured where it waits."""
+"""Measure how long training waits for the data loader."""
 
 import logging
 import time
@@ -11,61 +11,66 @@ from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
 
-MUCH = 0.05  # from this part of the time on it is worth a hint
+HINT_THRESHOLD = 0.05  # share of the time above which the log line suggests a remedy
 
 
 class TimedDataLoader(DataLoader):
-    """A DataLoader that knows how long its batches were waited for: `waited`, in seconds, since it was made."""
+    """A DataLoader that adds up the time its consumer waited for batches: `waiting_time`, in seconds, over all passes."""
 
-    waited = 0.0
+    waiting_time = 0.0
 
     def __iter__(self) -> Iterator[Any]:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         batches = super().__iter__()
         for batch in batches:
-            self.waited += time.perf_counter() - begin
+            self.waiting_time += time.perf_counter() - start
             yield batch
-            begin = time.perf_counter()
+            start = time.perf_counter()
 
 
 class LoadingTimeMonitor(pl.Callback):
-    """Logs `train/waiting`, the part (0 to 1) of the last steps' time in which training waited for data; tells that of all at the end.
+    """Logs `train/waiting`, the share (0 to 1) of the time in which training waited for data, over the last `log_every_n_steps` steps.
 
-    The time is that of training steps and of the waits for their batches; validations are in neither. Steps count as long as they take
-    Python, which on a GPU runs ahead of the device by less than a step. Without loading processes, loading *is* waiting.
-    The loader must be a `TimedDataLoader`. Each process logs its own.
+    The time is that of training steps and of waiting for their batches, without validation. A step is timed on the CPU, which a GPU
+    follows with a delay of less than a step. With `num_workers=0` all loading is waiting. The training loader must be a
+    `TimedDataLoader`; Lightning may replace it between epochs. Each rank logs its own share. The share of the whole training is logged
+    at the end.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.waited = self.worked = 0.0
-        self.recent: deque[tuple[float, float]] = deque(maxlen=max(1, trainer.log_every_n_steps))  # (waited, worked) of each step, seconds
-        self.before = trainer.train_dataloader.waited
+        self.waiting_time = self.step_time = 0.0
+        self.recent: deque[tuple[float, float]] = deque(maxlen=max(1, trainer.log_every_n_steps))  # (waiting, step) seconds
+        self.loader, self.seen = trainer.train_dataloader, trainer.train_dataloader.waiting_time
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self.began = time.perf_counter()
+        self.step_start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        now = trainer.train_dataloader.waited
-        waited, worked = now - self.before, time.perf_counter() - self.began
-        self.before = now
-        self.waited, self.worked = self.waited + waited, self.worked + worked
-        self.recent.append((waited, worked))
-        pl_module.log("train/waiting", share(*map(sum, zip(*self.recent, strict=True))))
+        waiting, step = self._waiting_since_last_step(trainer.train_dataloader), time.perf_counter() - self.step_start
+        self.waiting_time, self.step_time = self.waiting_time + waiting, self.step_time + step
+        self.recent.append((waiting, step))
+        pl_module.log("train/waiting", waiting_share(*map(sum, zip(*self.recent, strict=True))))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.worked:
-            log.info(tell(share(self.waited, self.worked), trainer.train_dataloader.num_workers))
+        if self.step_time:
+            log.info(format_waiting(waiting_share(self.waiting_time, self.step_time), trainer.train_dataloader.num_workers))
+
+    def _waiting_since_last_step(self, loader: TimedDataLoader) -> float:
+        if loader is not self.loader:  # a new loader counts from 0
+            self.loader, self.seen = loader, 0.0
+        before, self.seen = self.seen, loader.waiting_time
+        return self.seen - before
 
 
-def share(waited: float, worked: float) -> float:
-    return waited / (waited + worked)
+def waiting_share(waiting_time: float, step_time: float) -> float:
+    return waiting_time / (waiting_time + step_time)
 
 
-def tell(waiting: float, num_workers: int) -> str:
-    """One sentence, with a hint where much of the time (0 to 1) was waited."""
-    told = f"Waited for data {waiting:.1%} of the training time"
-    if waiting <= MUCH:
-        return told
+def format_waiting(share: float, num_workers: int) -> str:
+    """Format the share (0 to 1) of the time spent waiting as one sentence, with a remedy where it is above `HINT_THRESHOLD`."""
+    sentence = f"Waited for data {share:.1%} of the training time"
+    if share <= HINT_THRESHOLD:
+        return sentence
     if num_workers == 0:
-        return f"{told}: the training process loads by itself. data.num_workers=2 loads beside it, where there are cores to spare"
-    return f"{told}: {num_workers} processes do not keep up. A larger data.num_workers helps, where there are cores to spare"
+        return f"{sentence}: the training process loads by itself. Set data.num_workers=2 to load in parallel, where there are free cores"
+    return f"{sentence}: {num_workers} data-loader workers do not keep up. Set a larger data.num_workers, where there are free cores"

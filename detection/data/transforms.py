@@ -1,6 +1,6 @@
-"""What is done to an image and to everything that lies in it: torchvision's v2 transforms, under a generator of their own.
+"""Image transforms: torchvision's v2 transforms, with random draws that are reproducible per image.
 
-Boxes, crowd regions and proposals travel as `tv_tensors.BoundingBoxes`, so that whatever moves the image moves all of them.
+Boxes, crowd regions and proposals are `tv_tensors.BoundingBoxes`, so a transform applies to the image and to all of them alike.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,23 +13,28 @@ from torchvision.transforms import v2
 
 
 def resize_and_flip(short_side: int | Sequence[int] | None = None, max_side: int | None = None, flip: float = 0.0) -> nn.Module:
-    """Resizes the shorter side to `short_side` pixels, the longer one to `max_side` at most, then flips left-right with probability `flip`.
+    """Build a transform that resizes an image and flips it left-right. Bilinear, antialiased.
 
-    Several short sides mean one drawn for each image (multi-scale training); None keeps the size of the image. Bilinear, antialiased.
-    The two axes may be scaled by slightly different factors, since sides are whole pixels: the ratio of the sizes is the scale.
+    Sides are whole pixels, so the two axes may be scaled by slightly different factors: each by the ratio of its sizes.
+
+    Args:
+        short_side: the shorter side after resizing, in pixels. A list draws one for each image (multi-scale training); None keeps the size.
+        max_side: upper limit of the longer side, in pixels.
+        flip: probability of a flip.
     """
     sizes = [] if short_side is None else [short_side] if isinstance(short_side, int) else list(short_side)
-    # torchvision refuses a limit that is no larger than the shorter side; it decides alone then
+    # torchvision refuses a max_size that does not exceed the size; max_side alone decides then
     resizes = [v2.Resize(size if max_side is None or size < max_side else None, max_size=max_side, antialias=True) for size in sizes]
     steps = resizes if len(resizes) <= 1 else [v2.RandomChoice(resizes)]
     return v2.Compose([*steps, v2.RandomHorizontalFlip(flip)])
 
 
 @contextmanager
-def drawn_from(*key: int) -> Iterator[None]:
-    """Inside, torch's global CPU generator is seeded by `key`; outside, it is as if nothing had happened.
+def seeded_rng(*key: int) -> Iterator[None]:
+    """Seed torch's global CPU generator with `key` inside the context, and restore its state afterwards.
 
-    v2 transforms draw from the global generator; this makes those of one image depend on (seed, epoch, image id), whatever worker loads it.
+    v2 transforms draw from the global generator. With the key (seed, epoch, image id) the draws of an image do not depend on the
+    data-loader worker that loads it.
     """
     seed = int(np.random.SeedSequence([part % 2**64 for part in key]).generate_state(1, np.uint64)[0])
     with torch.random.fork_rng(devices=[]):

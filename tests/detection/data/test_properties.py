@@ -19,7 +19,7 @@ from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals.file import ProposalFile, write_proposals
 from roi_quantization.detection.data.proposals.grid import Grid
-from roi_quantization.detection.data.transforms import drawn_from, resize_and_flip
+from roi_quantization.detection.data.transforms import seeded_rng, resize_and_flip
 from roi_quantization.detection.data.voc import convert
 
 from .test_voc import xml
@@ -95,7 +95,7 @@ def test_the_same_key_draws_the_same(scene, key):
     results = []
     for _ in range(2):
         torch.rand(1)  # the global generator moves on between the two
-        with drawn_from(*key):
+        with seeded_rng(*key):
             results.append(transformed(transform, *scene))
     assert results[0][0].shape == results[1][0].shape and torch.equal(results[0][1], results[1][1])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from roi_quantization.detection.data.transforms import drawn_from, resize_and_flip
+from roi_quantization.detection.data.transforms import seeded_rng, resize_and_flip
 
 
 def inputs(box=(10.0, 5.0, 30.0, 15.5), size=(40, 60)):
@@ -50,7 +50,7 @@ def test_several_short_sides_are_drawn_from():
     transform = resize_and_flip([20, 40], 1000)
     heights = set()
     for epoch in range(20):
-        with drawn_from(0, epoch, 1):
+        with seeded_rng(0, epoch, 1):
             heights.add(transform(*inputs())[0].shape[-2])
     assert heights == {20, 40}
 
@@ -59,11 +59,11 @@ def test_draws_depend_on_the_key_and_leave_no_trace():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    with drawn_from(0, 1, 2):
+    with seeded_rng(0, 1, 2):
         first = torch.rand(3)
     assert torch.equal(torch.rand(3), expected)
-    with drawn_from(0, 1, 2):
+    with seeded_rng(0, 1, 2):
         assert torch.equal(torch.rand(3), first)
     for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 1, -2)):
-        with drawn_from(*other):
+        with seeded_rng(*other):
             assert not torch.equal(torch.rand(3), first)

@@ -15,6 +15,7 @@ from roi_quantization.detection.evaluation.matching import IOU50, IOU75, Evaluat
 from roi_quantization.detection.files import atomic_write
 
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # and of its size ranges: small is below 32^2 pixels, large above 96^2
+COCO_MAX_DETECTIONS = 100  # of an image and category
 _NAME = 15  # columns for a class name in the table, so that two classes side by side fit 80 columns
 
 
@@ -24,35 +25,64 @@ class Metrics:
 
     stats: AP (mean over IoU 0.5:0.05:0.95), AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10, AR_100, AR_small, AR_medium, AR_large.
     per_class: category name -> {AP, AP50, AP75}, in the order of the category ids.
+    image_ids: the images that were evaluated, ascending; None where the file that this was read from does not say.
+    of: how many images the split has; None where that is not known.
+    max_detections: the detections of an image and category that were looked at, at most; 100 in COCO.
     """
 
     stats: dict[str, float]
     per_class: dict[str, dict[str, float]]
+    image_ids: tuple[int, ...] | None = None
+    of: int | None = None
+    max_detections: int = COCO_MAX_DETECTIONS
+
+    @property
+    def is_partial(self) -> bool:
+        """Were images of the split left out?"""
+        return self.image_ids is not None and self.of is not None and len(self.image_ids) < self.of
+
+    @property
+    def coverage(self) -> str:
+        """`12 images`, or `4 of 12 images, a partial evaluation`."""
+        if self.image_ids is None:
+            return "an unknown number of images"
+        return f"{len(self.image_ids)} of {self.of} images, a partial evaluation" if self.is_partial else f"{len(self.image_ids)} images"
 
     def as_json(self) -> dict:
-        """The same as plain dicts with None for NaN, which JSON does not have."""
+        """Return the same as plain dicts, with None for NaN, which JSON does not have."""
 
         def plain(values):
             return {name: None if math.isnan(value) else value for name, value in values.items()}
 
-        return {"stats": plain(self.stats), "per_class": {name: plain(values) for name, values in self.per_class.items()}}
+        content = {"stats": plain(self.stats), "per_class": {name: plain(values) for name, values in self.per_class.items()}}
+        content["max_detections"] = self.max_detections
+        if self.image_ids is not None:
+            content |= {"images": len(self.image_ids), "of": self.of, "partial": self.is_partial, "image_ids": list(self.image_ids)}
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping) -> "Metrics":
-        """The inverse of `as_json`."""
+        """The inverse of `as_json`; also of files from before the images were written down."""
 
         def numbers(values):
             return {name: math.nan if value is None else float(value) for name, value in values.items()}
 
-        return cls(numbers(content["stats"]), {name: numbers(values) for name, values in content["per_class"].items()})
+        return cls(
+            numbers(content["stats"]),
+            {name: numbers(values) for name, values in content["per_class"].items()},
+            image_ids=None if content.get("image_ids") is None else tuple(content["image_ids"]),
+            of=content.get("of"),
+            max_detections=content.get("max_detections", COCO_MAX_DETECTIONS),
+        )
 
 
 def evaluate(
     coco_gt: COCO,
     results: Sequence[Mapping],
     image_ids: Sequence[int],
-    max_detections: int = 100,
+    max_detections: int = COCO_MAX_DETECTIONS,
     coco_eval: Evaluator = SilentCOCOeval,
+    of: int | None = None,
 ) -> Metrics:
     """COCO's box metrics of `results` over the images `image_ids`.
 
@@ -63,12 +93,15 @@ def evaluate(
     image_ids: the images to evaluate; an image that is found twice counts once, one without results counts as one without detections.
     max_detections: per image *and category*, as COCO has it; those of lower score are not looked at. AR_k is the recall with k at most.
     coco_eval: pycocotools' COCOeval, or one that takes its place: `detection.evaluation.matching.faster_coco_eval()`.
+    of: how many images the split has of which `image_ids` are evaluated; these are all of it where None.
 
     No results at all give AP 0. Raises ValueError where a result or an image does not belong to `coco_gt`, or a number is not finite.
     """
     matched = match(coco_gt, results, image_ids, max_detections, coco_eval=coco_eval)
     matched.accumulate()
-    return _summarize(matched)
+    stats, per_class = _summarize(matched)
+    evaluated = tuple(sorted(set(image_ids)))
+    return Metrics(stats, per_class, evaluated, len(evaluated) if of is None else of, max_detections)
 
 
 def to_coco_results(detections: Mapping[int, Mapping[str, Tensor]], label_to_category_id: Mapping[int, int]) -> list[dict]:
@@ -110,8 +143,16 @@ def write_results(path: str | os.PathLike, results: Sequence[Mapping]) -> None:
 
 
 def write_metrics(path: str | os.PathLike, metrics: Metrics) -> None:
-    """Writes `{"stats": ..., "per_class": ...}` in percent, null where there is no ground truth. The file is there whole or not at all."""
-    atomic_write(path, (json.dumps(metrics.as_json(), indent=2, allow_nan=False) + "\n").encode())
+    """Write `Metrics.as_json` of metrics in percent, null where there is no ground truth. The file is there whole or not at all.
+
+    `images` were evaluated `of` the split's, whose ids are `image_ids`; `partial` where some were left out.
+    """
+    content = metrics.as_json()
+    image_ids = content.pop("image_ids", None)
+    text = json.dumps(content, indent=2, allow_nan=False)
+    if image_ids is not None:  # on one line, however many there are
+        text = f'{text.removesuffix("}").rstrip()},\n  "image_ids": {json.dumps(image_ids)}\n}}'
+    atomic_write(path, f"{text}\n".encode())
 
 
 def format_table(metrics: Metrics) -> str:
@@ -148,8 +189,8 @@ def _name(name: str) -> str:
     return f"{name if len(name) <= _NAME else name[: _NAME - 2] + '..':<{_NAME}}"
 
 
-def _summarize(coco_eval: COCOeval) -> Metrics:
-    """COCOeval's own summary takes 100 detections for granted and has no per-class numbers."""
+def _summarize(coco_eval: COCOeval) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """`Metrics.stats` and `Metrics.per_class`: COCOeval's own summary takes 100 detections for granted and has no per-class numbers."""
     precision = coco_eval.eval["precision"]  # [IoU threshold, recall, class, area, max detections], -1 where there is no ground truth
     recall = coco_eval.eval["recall"]  # the same without recall
     at = coco_eval.params.maxDets.index
@@ -179,4 +220,4 @@ def _summarize(coco_eval: COCOeval) -> Metrics:
             "AP50": percent(precision[IOU50, :, k, _ALL, -1]),
             "AP75": percent(precision[IOU75, :, k, _ALL, -1]),
         }
-    return Metrics(stats, per_class)
+    return stats, per_class

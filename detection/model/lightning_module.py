@@ -146,7 +146,7 @@ class DetectionModule(pl.LightningModule):
         images = sum(count for count, _ in batches)
         losses = {f"{split}/{name}": sum(count * loss[name] for count, loss in batches) / images for name in batches[0][1]}
         self.results = to_coco_results(self.detections, dataset.label_to_category_id)
-        self.metrics = evaluate(dataset.coco, self.results, sorted(self.detections), coco_eval=self.coco_eval)
+        self.metrics = evaluate(dataset.coco, self.results, sorted(self.detections), coco_eval=self.coco_eval, of=len(dataset))
         shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in LOGGED}
         together = {"sync_dist": True, "reduce_fx": "max"}  # equal everywhere, and a maximum leaves each as it is; Lightning warns without
         self.log_dict(losses, **together)

@@ -12,7 +12,7 @@ import torch
 from pycocotools.coco import COCO
 from pytest import approx
 
-from roi_quantization.detection.evaluation.coco import evaluate, format_table, to_coco_results, write_metrics, write_results
+from roi_quantization.detection.evaluation.coco import Metrics, evaluate, format_table, to_coco_results, write_metrics, write_results
 from tests.detection.evaluation.coco_sets import CAT, DOG, annotation, coco, result
 
 
@@ -268,6 +268,20 @@ def test_metrics_are_json_with_null_for_what_cannot_be_measured(tmp_path):
     assert read["stats"]["AP"] == approx(100) and read["stats"]["AP_small"] is None
     assert read["per_class"]["cat"] == approx({"AP": 100, "AP50": 100, "AP75": 100})
     assert read["per_class"]["dog"] == {"AP": None, "AP50": None, "AP75": None}
+
+
+def test_metrics_know_which_images_they_are_of(tmp_path):
+    gt = coco(annotation(1), annotation(2))
+    whole = evaluate(gt, [result(1)], [3, 1, 2, 1], of=3)
+    assert (whole.image_ids, whole.is_partial, whole.coverage) == ((1, 2, 3), False, "3 images")
+    partial = evaluate(gt, [result(1)], [2, 1], of=3)
+    assert (partial.image_ids, partial.is_partial, partial.coverage) == ((1, 2), True, "2 of 3 images, a partial evaluation")
+    write_metrics(tmp_path / "metrics.json", partial)
+    read = json.loads((tmp_path / "metrics.json").read_text())
+    assert (read["images"], read["of"], read["partial"], read["image_ids"]) == (2, 3, True, [1, 2])
+    assert Metrics.from_json(read).is_partial
+    older = {name: read[name] for name in ("stats", "per_class")}
+    assert Metrics.from_json(older).image_ids is None and not Metrics.from_json(older).is_partial
 
 
 def test_the_table():

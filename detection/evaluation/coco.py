@@ -156,7 +156,10 @@ def write_metrics(path: str | os.PathLike, metrics: Metrics) -> None:
 
 
 def format_table(metrics: Metrics) -> str:
-    """COCO's metrics and the per-class AP in percent, at most 80 columns wide; "-" where there is no ground truth."""
+    """Return COCO's metrics and the per-class AP in percent, at most 80 columns wide; "-" where there is no ground truth.
+
+    The first line says so where images were left out, or where more detections of an image and class count than COCO's 100.
+    """
     rows = [
         ("AP", "AP50", "AP75", "small", "medium", "large"),
         tuple(metrics.stats[key] for key in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")),
@@ -164,7 +167,10 @@ def format_table(metrics: Metrics) -> str:
         tuple(metrics.stats[key] for key in ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")),
     ]
     names = ("average precision", "", "average recall", "")
-    lines = [f"{name:<18}" + _cells(row, 9) for name, row in zip(names, rows, strict=True)]
+    lines = [f"{metrics.coverage}."] if metrics.is_partial else []
+    if metrics.max_detections != COCO_MAX_DETECTIONS:
+        lines.append(f"Up to {metrics.max_detections} detections of an image and class count, where COCO has {COCO_MAX_DETECTIONS}.")
+    lines += [f"{name:<18}" + _cells(row, 9) for name, row in zip(names, rows, strict=True)]
 
     classes = [_name(name) + _cells((v["AP"], v["AP50"], v["AP75"]), 7) for name, v in metrics.per_class.items()]
     columns = 1 if len(classes) <= 10 else 2

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from roi_quantization.detection.evaluation.coco import Metrics, evaluate, to_coco_results
+from roi_quantization.detection.evaluation.coco import COCO_MAX_DETECTIONS, Metrics, evaluate, to_coco_results
 from roi_quantization.detection.evaluation.matching import Evaluator, SilentCOCOeval
 
 Batch = tuple[list[Tensor], list[dict]]
@@ -146,7 +146,14 @@ class DetectionModule(pl.LightningModule):
         images = sum(count for count, _ in batches)
         losses = {f"{split}/{name}": sum(count * loss[name] for count, loss in batches) / images for name in batches[0][1]}
         self.results = to_coco_results(self.detections, dataset.label_to_category_id)
-        self.metrics = evaluate(dataset.coco, self.results, sorted(self.detections), coco_eval=self.coco_eval, of=len(dataset))
+        self.metrics = evaluate(
+            dataset.coco,
+            self.results,
+            sorted(self.detections),
+            max_detections=max(COCO_MAX_DETECTIONS, self.evaluated.roi_heads.detections_per_img),  # none that was kept is left out
+            coco_eval=self.coco_eval,
+            of=len(dataset.coco.imgs),
+        )
         shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in LOGGED}
         together = {"sync_dist": True, "reduce_fx": "max"}  # equal everywhere, and a maximum leaves each as it is; Lightning warns without
         self.log_dict(losses, **together)

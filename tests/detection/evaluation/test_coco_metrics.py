@@ -298,6 +298,14 @@ def test_the_table():
     ]
 
 
+def test_the_table_says_what_is_not_cocos_own():
+    lines = format_table(evaluate(coco(annotation(1)), [result(1)], [1, 2], max_detections=300, of=3)).splitlines()
+    assert lines[:2] == [
+        "2 of 3 images, a partial evaluation.",
+        "Up to 300 detections of an image and class count, where COCO has 100.",
+    ]
+
+
 def test_the_table_of_coco_fits_80_columns(real_data):
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO(str(real_data / "coco/annotations/instances_val2017.json"))

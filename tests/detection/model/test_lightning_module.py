@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -7,6 +8,7 @@ from pycocotools.coco import COCO
 from torch import nn
 from torch.utils.data import DataLoader
 
+from roi_quantization.detection.data.annotations import as_coco
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.model.optim import parameter_groups
 from roi_quantization.detection.model.vgg16 import VGG16
@@ -15,6 +17,10 @@ from tests.detection.model.test_fast_rcnn import batch, make
 
 class Oracle(nn.Module):
     """Finds exactly what a target says is there."""
+
+    def __init__(self, detections_per_image=100):
+        super().__init__()
+        self.roi_heads = SimpleNamespace(detections_per_img=detections_per_image)
 
     def forward(self, images, targets):
         return [
@@ -49,8 +55,36 @@ def test_each_image_counts_once(split, tmp_path):
     getattr(trainer, split)(module, loader, verbose=False)
     assert module.results == [{"image_id": 4, "category_id": 30, "bbox": [1.0, 2.0, 4.0, 6.0], "score": 1.0}]
     assert set(module.detections) == {4, 9}
+    assert module.metrics.image_ids == (4, 9) and not module.metrics.is_partial
     assert module.metrics.stats["AP"] == pytest.approx(100)
     assert trainer.callback_metrics[f"{'val' if split == 'validate' else 'test'}/AP"] == pytest.approx(100)
+
+
+class ManyObjects(list):
+    """One image with 300 objects of one class."""
+
+    label_to_category_id = {1: 10}  # noqa: RUF012
+
+    def __init__(self):
+        corners = torch.cartesian_prod(torch.arange(20.0), torch.arange(15.0)) * 10
+        boxes = torch.cat([corners, corners + 8], dim=1)
+        super().__init__([(torch.zeros(3, 8, 8), {"boxes": boxes, "labels": torch.ones(300, dtype=torch.int64), "image_id": 1})])
+        annotations = [
+            {"id": i, "image_id": 1, "category_id": 10, "bbox": [*corner, 8, 8], "area": 64, "iscrowd": 0}
+            for i, corner in enumerate(corners.tolist(), 1)
+        ]
+        self.coco = as_coco({"images": [{"id": 1}], "categories": [{"id": 10, "name": "cell"}], "annotations": annotations})
+
+
+@pytest.mark.parametrize(("kept", "ap"), [(50, 100 * 34 / 101), (100, 100 * 34 / 101), (300, 100)])
+def test_all_detections_that_the_heads_keep_are_evaluated(kept, ap, tmp_path):
+    """COCO looks at 100 of them: a third of 300 objects, 34 of the 101 recall levels. (The Oracle finds 300 whatever it may keep.)"""
+    loader = DataLoader(ManyObjects(), batch_size=None, collate_fn=lambda item: ([item[0]], [item[1]]))
+    module = DetectionModule(Oracle(detections_per_image=kept))
+    pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", default_root_dir=tmp_path).test(module, loader, verbose=False)
+    assert module.metrics.stats["AP"] == pytest.approx(ap)
+    assert module.metrics.max_detections == max(100, kept)
+    assert not module.metrics.is_partial
 
 
 class Gradients(pl.Callback):

@@ -1,4 +1,7 @@
-"""How well proposals cover the objects of a data set: `python recall.py data=voc_animals data.root=... proposals=selective_search`."""
+"""Measure how well proposals cover the objects of a data set.
+
+python recall.py data=voc_animals data.root=... proposals=selective_search
+"""
 
 import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
 
@@ -13,8 +16,12 @@ from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.runs.errors import exit_with_message
 
 
-def tabulate(cfg: DictConfig) -> list[dict]:
-    """Prints the recall of `cfg.proposals` on `cfg.split` of `cfg.data`, by object size and number of windows, and returns its rows."""
+def print_recall(cfg: DictConfig) -> list[dict]:
+    """Print the recall of `cfg.proposals` on `cfg.split` of `cfg.data`, by object size and number of windows.
+
+    Returns:
+        The rows of the table, see `recall_table`.
+    """
     if cfg.split not in ("train", "val", "test"):
         raise ValueError(f"split={cfg.split}: expected train, val or test")
     data = instantiate(cfg.data)
@@ -22,7 +29,8 @@ def tabulate(cfg: DictConfig) -> list[dict]:
     data.setup({"train": "fit", "val": "validate", "test": "test"}[cfg.split])
     dataset = getattr(data, cfg.split)
     if dataset is None:
-        raise ValueError(f"split={cfg.split}: this data set has none")
+        present = ", ".join(name for name in ("train", "val", "test") if cfg.data[name] is not None)
+        raise ValueError(f"split={cfg.split}: this data set has no such split. Choose split= one of {present}, or set data.{cfg.split}.")
     windows = 0
 
     def images():
@@ -30,7 +38,7 @@ def tabulate(cfg: DictConfig) -> list[dict]:
         for index in tqdm(range(len(dataset)), desc="images"):
             proposals = dataset.proposals(dataset.records[index])
             windows += len(proposals)
-            yield proposals, dataset.annotated(index)[0]
+            yield proposals, dataset.ground_truth(index)[0]
 
     rows = recall_table(images(), [*cfg.windows, None])
     print(f"\n{cfg.split}: {len(dataset)} images, {rows[0]['objects']} objects, {windows / len(dataset):.0f} windows an image; percent\n")
@@ -41,7 +49,7 @@ def tabulate(cfg: DictConfig) -> list[dict]:
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="recall")
 def main(cfg: DictConfig) -> None:
     with exit_with_message("recall.py"):
-        tabulate(cfg)
+        print_recall(cfg)
 
 
 if __name__ == "__main__":

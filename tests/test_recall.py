@@ -1,8 +1,8 @@
-"""recall.py from end to end, on a handful of small images."""
+"""recall.py from end to end, on three small images."""
 
 import pytest
 
-from roi_quantization.scripts.recall import tabulate
+from roi_quantization.scripts.recall import print_recall
 from tests import configuration
 
 TINY = ["data.source.train=1", "data.source.val=1", "data.source.test=3", "data.source.image_size=96", "data.source.sides=[24,48]"]
@@ -13,13 +13,13 @@ def composed(*overrides):
 
 
 def test_the_table_of_a_split(tmp_path, capsys):
-    rows = tabulate(composed(f"data.root={tmp_path}", "proposals.scales=[0.3,0.5]", "proposals.step=0.2", "windows=[1]"))
+    rows = print_recall(composed(f"data.root={tmp_path}", "proposals.scales=[0.3,0.5]", "proposals.step=0.2", "windows=[1]"))
     assert [(row["windows"], row["size"]) for row in rows[::4]] == [(1, "all"), (None, "all")]
     assert 0 <= rows[0]["R50"] < rows[4]["R50"] <= 100
     text = capsys.readouterr().out
     assert "test: 3 images" in text and "    all  " in text
 
 
-def test_a_split_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="split=test: this data set has none"):
-        tabulate(composed(f"data.root={tmp_path}", "data.test=null"))
+def test_a_missing_split_is_named_with_those_there_are(tmp_path):
+    with pytest.raises(ValueError, match=r"split=test: this data set has no such split\. Choose split= one of train, val"):
+        print_recall(composed(f"data.root={tmp_path}", "data.test=null"))

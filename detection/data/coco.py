@@ -1,4 +1,4 @@
-"""A data set in COCO's layout: a folder of images and an instances json."""
+"""A detection data set in COCO's layout: a folder of images and an instances json."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -22,17 +22,30 @@ class CocoDetection(Dataset):
     """Images with their boxes, crowd regions and proposals.
 
     An item is `(image, target)`: image uint8 RGB `3 x H x W`, neither normalised nor padded, and a target with
-        boxes      float32 [G, 4]   objects to be found
+        boxes      float32 [G, 4]   the objects
         labels     int64 [G]        1..C in ascending order of category id; 0 is background
-        crowd      float32 [M, 4]   regions in which objects were not told apart: neither object nor background
+        crowd      float32 [M, 4]   crowd regions: neither object nor background
         proposals  float32 [L, 4]   candidate windows
         image_id   int
         original_size  (height, width) of the file
-    All boxes are `(x1, y1, x2, y2)` in pixels of the image as returned, that is after `transform`.
+    All boxes are `(x1, y1, x2, y2)` in pixels of the returned image, that is after `transform`.
 
-    `part`, two shares such as (0.8, 1), takes that part of the images, in an order shuffled with `subset_seed`: what one set holds out
-    another can be. `subset` (how many images, drawn with `subset_seed`) or `ids` (which; a list or a text file) restrict the set further;
-    `keep_empty=False` leaves out images without objects. `seed` and the epoch (`set_epoch`) decide what random transforms draw.
+    Args:
+        images: folder of the images.
+        annotations: the instances json.
+        proposals: provider of the candidate windows.
+        part: two shares, such as (0.8, 1): use that part of the images, in an order shuffled with `subset_seed`. Parts that do not
+            overlap have no image in common.
+        transform: applied to the image and all boxes.
+        subset: number of images to use, drawn with `subset_seed`.
+        ids: images to use: a list of ids, or a text file of them. Excludes `subset`.
+        subset_seed: seeds `part` and `subset`.
+        keep_empty: keep images without objects.
+        seed: seeds, with the epoch (`set_epoch`) and the image id, the random transforms.
+
+    Raises:
+        FileNotFoundError: the folder, the json or an image is missing.
+        ValueError: the json is not valid, or nothing is left to use.
     """
 
     def __init__(
@@ -50,7 +63,7 @@ class CocoDetection(Dataset):
     ):
         folder = Path(images)
         if not folder.is_dir():
-            raise FileNotFoundError(f"There is no folder of images at {folder}.\n{LAYOUT}")
+            raise FileNotFoundError(f"{folder} is not a folder of images.\n{LAYOUT}")
         instances = read_instances(annotations)
         self.image_ids = choose_images(instances, part, keep_empty, subset, ids, subset_seed)
         if not self.image_ids:
@@ -69,39 +82,39 @@ class CocoDetection(Dataset):
         proposals.prepare(self.records)
         self.transform = transform
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: workers that live on see the epoch change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, so that persistent workers see it change
 
     def _index_boxes(self, annotations: list[dict]) -> None:
-        """Puts all boxes into flat arrays: workers can share these, which they cannot do with millions of small Python objects."""
+        """Store all boxes in flat arrays, whose memory data-loader workers share, unlike that of small Python objects."""
         label_of = {category_id: label for label, category_id in self.label_to_category_id.items()}
-        place = {image_id: index for index, image_id in enumerate(self.image_ids)}
-        places = np.array([place[annotation["image_id"]] for annotation in annotations], dtype=np.int64)
-        order = np.argsort(places, kind="stable")
+        index_of = {image_id: index for index, image_id in enumerate(self.image_ids)}
+        indices = np.array([index_of[annotation["image_id"]] for annotation in annotations], dtype=np.int64)
+        order = np.argsort(indices, kind="stable")
         sizes = np.array([(r.width, r.height, r.width, r.height) for r in self.records])
         boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        self._boxes = np.clip(boxes, 0, sizes[places]).astype(np.float32)[order]
+        self._boxes = np.clip(boxes, 0, sizes[indices]).astype(np.float32)[order]
         self._labels = np.array([label_of[annotation["category_id"]] for annotation in annotations], dtype=np.int64)[order]
         self._is_crowd = np.array([annotation["iscrowd"] for annotation in annotations], dtype=bool)[order]
-        self._starts = np.searchsorted(places[order], np.arange(len(self.image_ids) + 1))
+        self._starts = np.searchsorted(indices[order], np.arange(len(self.image_ids) + 1))
 
     @cached_property
     def coco(self) -> COCO:
-        """The annotations of exactly these images as the file has them, for COCOeval.
+        """The annotations of these images as they are in the file, for COCOeval.
 
-        Read when first asked for, which training never does: of COCO's training set they take 600 MB.
+        Read on first access, because those of COCO's training set take 600 MB and training does not use them.
         """
         return as_coco(restrict(read_instances(self._annotations), self.image_ids))
 
     def set_epoch(self, epoch: int) -> None:
-        """Random transforms draw anew in each epoch, and alike in the same epoch of the same seed."""
+        """Set the epoch, which seeds the random transforms together with `seed` and the image id."""
         self._epoch.fill_(epoch)
 
-    def annotated(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`boxes [G, 4]`, `labels [G]` and `crowd [M, 4]` of an image, in pixels of the file."""
-        here = slice(self._starts[index], self._starts[index + 1])
-        crowd = self._is_crowd[here]
-        arrays = self._boxes[here][~crowd], self._labels[here][~crowd], self._boxes[here][crowd]
+    def ground_truth(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `boxes [G, 4]`, `labels [G]` and `crowd [M, 4]` of an image, in pixels of the file."""
+        rows = slice(self._starts[index], self._starts[index + 1])
+        crowd = self._is_crowd[rows]
+        arrays = self._boxes[rows][~crowd], self._labels[rows][~crowd], self._boxes[rows][crowd]
         return tuple(torch.from_numpy(array) for array in arrays)
 
     def __len__(self) -> int:
@@ -110,7 +123,7 @@ class CocoDetection(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         record = self.records[index]
         size = (record.height, record.width)
-        boxes, labels, crowd = self.annotated(index)
+        boxes, labels, crowd = self.ground_truth(index)
         in_image = {"boxes": boxes, "crowd": crowd, "proposals": self.proposals(record)}
         target = {name: tv_tensors.BoundingBoxes(value, format="XYXY", canvas_size=size) for name, value in in_image.items()}
         image = tv_tensors.Image(read_image(record))
@@ -122,7 +135,7 @@ class CocoDetection(Dataset):
 
 
 def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
-    """A batch is a list of images and a list of targets: sizes differ, and padding is the detector's affair."""
+    """Collate items into a list of images and a list of targets. The detector pads the images, whose sizes differ."""
     images, targets = zip(*items, strict=True)
     return list(images), list(targets)
 

@@ -1,4 +1,4 @@
-"""Whether a run that goes on has the data that it began with."""
+"""Check that a resumed run has the data that it started with."""
 
 import hashlib
 import json
@@ -13,56 +13,60 @@ from roi_quantization.detection.data.module import DetectionData
 
 log = logging.getLogger(__name__)
 
-PROPOSALS = 1000  # images whose windows are compared, spread over the split: some providers compute windows when they are asked for
+PROPOSAL_IMAGES = 1000  # images of a split whose proposals are compared, evenly spaced: some providers compute windows on demand
 
 KINDS = {"file": "another file (name or bytes)", "annotations": "other annotations", "proposals": "other proposals"}
-Prints = dict[str, dict[int, int]]  # kind -> image id -> 64 bits
+Fingerprints = dict[str, dict[int, int]]  # kind -> image id -> 64 bits
 
 
 class DataFingerprint(pl.Callback):
-    """Keeps fingerprints of the data in the checkpoints, and ends a run that would go on with other data.
+    """Stores fingerprints of the data in the checkpoints, and refuses to resume a run with other data.
 
-    An image counts by its name and size in bytes (its pixels are not read), its boxes, labels and crowd regions, and its windows. That is
-    about two seconds for COCO.
+    The fingerprint of an image covers the name and size in bytes of its file (the pixels are not read), its boxes, labels and crowd
+    regions, and its proposals. It takes about two seconds for COCO.
 
     Args:
-        data: after `setup`.
-        required: False lets a run go on with other data, and tells the differences in the log.
+        data: the data module, after `setup`.
+        required: False resumes with other data, and logs a warning with the differences.
     """
 
     def __init__(self, data: DetectionData, required: bool = True):
         splits = {name: getattr(data, name) for name in ("train", "val", "test")}
-        self.prints = {name: fingerprints(split) for name, split in splits.items() if split is not None}
+        self.fingerprints = {name: compute_fingerprints(split) for name, split in splits.items() if split is not None}
         self.required = required
 
     def state_dict(self) -> dict[str, Any]:
-        return self.prints
+        return self.fingerprints
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the data differ from those of the checkpoint that `state` is from."""
-        nothing = {kind: {} for kind in KINDS}
-        splits = {**state, **self.prints}
-        differ = [text for name in splits for text in _differences(name, state.get(name, nothing), self.prints.get(name, nothing))]
-        if not differ:
+        """Compare the data with the fingerprints from a checkpoint.
+
+        Raises:
+            ValueError: they differ, and `required` is set.
+        """
+        empty = {kind: {} for kind in KINDS}
+        splits = {**state, **self.fingerprints}
+        differences = [text for name in splits for text in _differences(name, state.get(name, empty), self.fingerprints.get(name, empty))]
+        if not differences:
             return
-        told = f"the data are not those that this run began with: {'; '.join(differ)}"
+        message = f"the data are not those that this run began with: {'; '.join(differences)}"
         if self.required:
-            raise ValueError(f"{told}. Put the old ones back; or go on with these all the same: checkpoint.same_data=false")
-        log.warning("checkpoint.same_data=false: %s", told)
+            raise ValueError(f"{message}. Put the old data back, or set checkpoint.same_data=false to resume with the new data.")
+        log.warning("checkpoint.same_data=false: %s", message)
 
 
-def fingerprints(dataset: CocoDetection) -> Prints:
-    """Of each image of a set: `{"file": {image id: 64 bits}, "annotations": ..., "proposals": ...}`, the last of some images only."""
-    prints: Prints = {kind: {} for kind in KINDS}
+def compute_fingerprints(dataset: CocoDetection) -> Fingerprints:
+    """Compute the fingerprints of each image; those of the proposals for at most `PROPOSAL_IMAGES` images."""
+    result: Fingerprints = {kind: {} for kind in KINDS}
     categories = json.dumps(dataset.categories).encode()
-    step = -(-len(dataset) // PROPOSALS)
+    step = -(-len(dataset) // PROPOSAL_IMAGES)
     for index, record in enumerate(dataset.records):
-        prints["file"][record.id] = _hash(f"{record.path.stat().st_size} {record.path.name}".encode())
-        boxes = (part.numpy().tobytes() for part in dataset.annotated(index))
-        prints["annotations"][record.id] = _hash(categories, f"{record.width} x {record.height}".encode(), *boxes)
+        result["file"][record.id] = _hash(f"{record.path.stat().st_size} {record.path.name}".encode())
+        boxes = (part.numpy().tobytes() for part in dataset.ground_truth(index))
+        result["annotations"][record.id] = _hash(categories, f"{record.width} x {record.height}".encode(), *boxes)
         if index % step == 0:
-            prints["proposals"][record.id] = _hash(dataset.proposals(record).numpy().tobytes())
-    return prints
+            result["proposals"][record.id] = _hash(dataset.proposals(record).numpy().tobytes())
+    return result
 
 
 def _hash(*parts: bytes) -> int:
@@ -73,7 +77,7 @@ def _hash(*parts: bytes) -> int:
     return int.from_bytes(digest.digest())
 
 
-def _differences(split: str, before: Prints, now: Prints) -> Iterator[str]:
+def _differences(split: str, before: Fingerprints, now: Fingerprints) -> Iterator[str]:
     new, gone = now["file"].keys() - before["file"].keys(), before["file"].keys() - now["file"].keys()
     if new:
         yield f"{split} has {len(new)} new images (the first is {min(new)})"

@@ -1,4 +1,4 @@
-"""Everything that training and evaluation read, as one Lightning data module."""
+"""The Lightning data module: splits, data loaders, and the order of the images."""
 
 import logging
 import math
@@ -21,44 +21,45 @@ from roi_quantization.detection.data.proposals.recall import recall
 
 log = logging.getLogger(__name__)
 
-RECALL_IMAGES = 1000  # proposals are judged on the first so many images of a split; a recall needs no more
+RECALL_IMAGES = 1000  # the log line gives the recall on at most this many images of a split
 
 
 class EpochSampler(DistributedSampler):
-    """The order of training images depends on (seed, epoch) alone, and the data set is told the epoch in time.
+    """Shuffles the training images by (seed, epoch), and passes the epoch on to the data set.
 
-    With several processes each step takes the images that one process would take with a batch so many times as large.
-    Lightning calls `set_epoch` before each epoch, and leaves a DistributedSampler in its place.
+    With several ranks a step takes the same images as one process with the batch size of all ranks together. Lightning calls `set_epoch`
+    before each epoch, and does not replace a DistributedSampler.
     """
 
-    seen = 0  # images of this epoch, in this process, that a run which goes on has seen already
+    skip = 0  # images at the start of this epoch, on this rank, that a resumed run has already seen
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
-            self.seen = 0
+            self.skip = 0
         super().set_epoch(epoch)
         self.dataset.set_epoch(epoch)
 
-    def go_on(self, epoch: int, seen: int) -> None:
-        """The next pass is the rest of `epoch`, without its first images."""
+    def resume(self, epoch: int, skip: int) -> None:
+        """Let the next pass be that of `epoch` without its first `skip` images."""
         self.set_epoch(epoch)
-        self.seen = seen
+        self.skip = skip
 
     def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self.seen, None)
+        return islice(super().__iter__(), self.skip, None)
 
 
 class WholeBatchSampler(DistributedSampler):
-    """Deals out whole batches in the order of the data set: batch k goes to process k modulo their number.
+    """Distributes whole batches in the order of the data set: batch k goes to rank k modulo the number of ranks.
 
-    What is found in an image depends, in its last digits, on the images beside it: so batches are those of a process alone. Where they do
-    not come out even some are evaluated twice, since Lightning wants the same number from each process; `DetectionModule` counts them once.
+    The detections in an image depend, in their last digits, on the other images of its batch, so the batches are those of a single
+    process. Lightning needs the same number of batches on each rank: where the batches do not divide evenly some are evaluated twice,
+    and `DetectionModule` counts them once.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, num_replicas: int, rank: int):
         super().__init__(dataset, num_replicas, rank, shuffle=False)
-        whole = range(len(dataset))
-        self.batches = [whole[start : start + batch_size] for start in range(0, len(dataset), batch_size)]
+        indices = range(len(dataset))
+        self.batches = [indices[start : start + batch_size] for start in range(0, len(dataset), batch_size)]
 
     def __iter__(self) -> Iterator[int]:
         rounds = math.ceil(len(self.batches) / self.num_replicas)
@@ -72,23 +73,24 @@ class WholeBatchSampler(DistributedSampler):
 class DetectionData(pl.LightningDataModule):
     """Train, val and test splits of a data set in COCO's layout.
 
+    After `setup` the splits are `train`, `val` and `test` (`CocoDetection`; None before). Batches are `(images, targets)`, described there.
+
     Args:
         root: the folder that the splits' paths are relative to.
-        train, val, test: each `{"images": folder, "annotations": json}`, or None where there is no such split. With `"part": [low, high]`
-            it is that part of their images (see `CocoDetection`): a validation set can be held out of the training images. `"subset"` and
-            `"ids"` are those of this split alone.
+        train, val, test: each `{"images": folder, "annotations": json}`, or None for no such split. `"part": [low, high]` selects a part
+            of the images (see `CocoDetection`), so that a validation set can be held out of the training images. `"subset"` and `"ids"`
+            override those below for one split.
         proposals: one provider for all splits, or one for each: `{"train": ..., "val": ..., "test": ...}`.
         train_transform, eval_transform: see `roi_quantization.detection.data.transforms`.
-        batch_size, eval_batch_size: images in a batch of each process.
-        num_workers: processes that load; 0 loads in the training process.
-        seed: of the order of images and of random transforms.
-        subset, ids: restrict val and test to so many images, or to these (a list, or a text file of ids).
-        train_subset: restrict train to so many images.
-        subset_seed: of those draws; apart from `seed`, so that every run sees the same images.
+        batch_size, eval_batch_size: images in a batch of each rank.
+        num_workers: data-loader workers; 0 loads in the main process.
+        seed: seeds the order of the images and the random transforms.
+        subset: number of images of val and of test to use, drawn at random.
+        ids: images of val and test to use: a list of ids, or a text file of them.
+        train_subset: number of images of train to use, drawn at random.
+        subset_seed: seeds these draws; apart from `seed`, so that every run has the same images.
         keep_empty: keep training images without objects.
         source: called with `root` before anything is read; may write the data there.
-
-    After `setup` the splits are `train`, `val` and `test` (`CocoDetection`; None before). Batches are `(images, targets)`, described there.
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class DetectionData(pl.LightningDataModule):
     ):
         super().__init__()
         if root is None:
-            raise ValueError(f"Where is the data? Say it with data.root=<folder>.\n{LAYOUT}")
+            raise ValueError(f"data.root is not set: give the folder of the data set with data.root=<folder>.\n{LAYOUT}")
         self.root = Path(root)
         self.paths = {"train": train, "val": val, "test": test}
         self.proposals = proposals if isinstance(proposals, Mapping) else dict.fromkeys(self.paths, proposals)
@@ -127,7 +129,7 @@ class DetectionData(pl.LightningDataModule):
         self.train: CocoDetection | None = None
         self.val: CocoDetection | None = None
         self.test: CocoDetection | None = None
-        self.place = {"epoch": 0, "batches": 0}  # where training begins
+        self.start = {"epoch": 0, "batches": 0}  # where training starts; a checkpoint sets it
 
     def prepare_data(self) -> None:
         if self.source is not None:
@@ -141,13 +143,14 @@ class DetectionData(pl.LightningDataModule):
         ]
         for split in splits:
             if getattr(self, split) is None and self.paths[split] is not None:
-                setattr(self, split, self._read(split))
+                setattr(self, split, self._open(split))
 
-    def _read(self, split: str) -> CocoDetection:
+    def _open(self, split: str) -> CocoDetection:
         paths = {name: self.root / self.paths[split][name] for name in ("images", "annotations")}
-        own = {name: value for name, value in self.paths[split].items() if name not in paths}
+        overrides = {name: value for name, value in self.paths[split].items() if name not in paths}
+        options = self.options[split] | overrides
         try:
-            dataset = CocoDetection(**paths, proposals=self.proposals[split], **self.options[split] | own, subset_seed=self.subset_seed)
+            dataset = CocoDetection(**paths, proposals=self.proposals[split], **options, subset_seed=self.subset_seed)
         except ValueError as error:
             raise ValueError(f"the {split} split: {error}") from error
         for other in (self.train, self.val, self.test):
@@ -158,46 +161,47 @@ class DetectionData(pl.LightningDataModule):
 
     @property
     def categories(self) -> list[dict]:
-        """`[{"id": ..., "name": ...}]` in ascending order of id; label `i` is entry `i - 1`. After `setup`."""
+        """`[{"id": ..., "name": ...}]` in ascending order of id; label `i` is entry `i - 1`. Available after `setup`."""
         dataset = next((split for split in (self.train, self.val, self.test) if split is not None), None)
         if dataset is None:
-            raise RuntimeError("Categories are known after prepare_data() and setup().")
+            raise RuntimeError("The categories are not known yet: call prepare_data() and setup() first.")
         return dataset.categories
 
     def train_dataloader(self) -> DataLoader:
-        world_size, rank = self._processes()
+        world_size, rank = self._world_size_and_rank()
         if len(self.train) < self.batch_size * world_size:
             wanted = f"a batch of {self.batch_size}" + (f" in each of {world_size} processes" if world_size > 1 else "")
             raise ValueError(f"{len(self.train)} training images do not fill {wanted}; lower data.batch_size.")
         sampler = EpochSampler(self.train, num_replicas=world_size, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
-        sampler.go_on(self.place["epoch"], seen=self.place["batches"] * self.batch_size)
+        sampler.resume(self.start["epoch"], skip=self.start["batches"] * self.batch_size)
         return self._loader(self.train, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's hook for checkpoints: which epoch it is, and how many of its batches are done."""
+        """Return what Lightning stores in a checkpoint: the epoch, and how many of its batches are done."""
         loop = self.trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
         return {"epoch": epochs.processed, "batches": batches.completed if epochs.ready > epochs.processed else 0}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before `train_dataloader`, which Lightning may call, for the number of steps, before it knows the epoch itself."""
-        self.place = dict(state)
+        """Set where training starts.
+
+        Lightning calls it before `train_dataloader`, and calls that (for the number of steps) before it restores its own epoch.
+        """
+        self.start = dict(state)
 
     def val_dataloader(self) -> DataLoader | list:
-        """Nothing, for Lightning to pass over, where there is no val split."""
+        """Return the loader of the val split. Lightning skips the empty list of a data set without one."""
         return [] if self.val is None else self._eval_loader(self.val)
 
     def test_dataloader(self) -> DataLoader:
         return self._eval_loader(self.test)
 
-    def _processes(self) -> tuple[int, int]:
-        """How many there are, and which of them this is."""
+    def _world_size_and_rank(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
     def _eval_loader(self, dataset: CocoDetection) -> DataLoader:
-        return self._loader(
-            dataset, batch_size=self.eval_batch_size, sampler=WholeBatchSampler(dataset, self.eval_batch_size, *self._processes())
-        )
+        sampler = WholeBatchSampler(dataset, self.eval_batch_size, *self._world_size_and_rank())
+        return self._loader(dataset, batch_size=self.eval_batch_size, sampler=sampler)
 
     def _loader(self, dataset: CocoDetection, **options) -> DataLoader:
         return TimedDataLoader(
@@ -206,25 +210,25 @@ class DetectionData(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_interrupts_to_the_main_process,
+            worker_init_fn=_ignore_sigint,
             **options,
         )
 
 
-def _leave_interrupts_to_the_main_process(_: int) -> None:
-    """Ctrl-C in a terminal reaches workers as well; the main process, which may want to end its step first, needs them for that."""
+def _ignore_sigint(_: int) -> None:
+    """Keep a worker alive at Ctrl-C, which a terminal sends to all processes: the main process still needs it to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def describe(dataset: CocoDetection) -> str:
-    """One line: how much there is, and how well the proposals cover it."""
-    some = range(min(len(dataset), RECALL_IMAGES))
-    windows = [dataset.proposals(dataset.records[index]) for index in some]
-    shares = recall(windows, [dataset.annotated(index)[0] for index in some])
-    objects = sum(len(dataset.annotated(index)[0]) for index in range(len(dataset)))
+    """Describe a split in one line: numbers of images, objects, categories and proposals, and the proposals' recall."""
+    sample = range(min(len(dataset), RECALL_IMAGES))
+    windows = [dataset.proposals(dataset.records[index]) for index in sample]
+    shares = recall(windows, [dataset.ground_truth(index)[0] for index in sample])
+    objects = sum(len(dataset.ground_truth(index)[0]) for index in range(len(dataset)))
     covered = ", ".join(f"{share:.3f} at IoU {threshold}" for threshold, share in shares.items())
     return (
         f"{len(dataset)} images, {objects} objects of {len(dataset.categories)} categories; "
         f"{sum(map(len, windows)) / len(windows):.0f} proposals an image, recall {covered}"
-        + (f" (on the first {len(some)} images)" if len(some) < len(dataset) else "")
+        + (f" (on the first {len(sample)} images)" if len(sample) < len(dataset) else "")
     )

@@ -1,4 +1,4 @@
-"""The simplest proposals: a dense grid of windows, the same for every image of a size."""
+"""Dense grid proposals: windows of fixed sizes and shapes, the same for all images of one size."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -13,24 +13,24 @@ from roi_quantization.detection.data.images import ImageRecord
 class Grid:
     """Windows of a few sizes and shapes, spread evenly over the image.
 
-    Args:
-        scales: the side of a window, as a fraction of the image's shorter side (for other shapes: of the square of the same area).
-        aspect_ratios: height / width.
-        step: the distance between neighbours at most, as a fraction of the window's width and height.
-        most: windows of an image; a long and narrow one, in which there would be more, gets a larger step.
+    All windows lie inside the image. A window that is wider or higher than the image is cut to it.
 
-    Windows lie wholly inside the image; one that is wider or higher than the image is cut to it.
+    Args:
+        scales: side of a window / shorter side of the image. A window that is not square has the area of the square.
+        aspect_ratios: height / width.
+        step: largest distance between neighbouring windows, as a fraction of their width and height.
+        most: upper limit of the windows of an image. The step grows where there would be more, as in a long and narrow image.
     """
 
     def __init__(self, scales: Sequence[float], aspect_ratios: Sequence[float] = (1.0,), step: float = 0.3, most: int = 10_000):
         if not all(value > 0 for value in (*scales, *aspect_ratios, step)):
             raise ValueError(f"Scales, aspect ratios and step must be positive; got {scales}, {aspect_ratios}, {step}.")
         if most < len(scales) * len(aspect_ratios):
-            raise ValueError(f"most={most}: expected one window at least of each of {len(scales) * len(aspect_ratios)} sizes and shapes")
+            raise ValueError(f"most={most}: expected at least {len(scales) * len(aspect_ratios)}, one window of each size and shape")
         self.scales, self.aspect_ratios, self.step, self.most = tuple(scales), tuple(aspect_ratios), step, most
 
     def prepare(self, images: Sequence[ImageRecord]) -> None:
-        """Nothing to prepare: the size of an image says it all."""
+        """Do nothing: the windows depend on the size of the image alone."""
 
     def __call__(self, image: ImageRecord) -> Tensor:
         step = self.step
@@ -43,15 +43,16 @@ class Grid:
         return torch.from_numpy(np.concatenate(windows).astype(np.float32))
 
     def _axes(self, image: ImageRecord, step: float) -> list[tuple[tuple[np.ndarray, float], tuple[np.ndarray, float]]]:
-        """For each size and shape where its windows begin along x and their width, and the same along y."""
+        """Return for each size and shape `(x1 of its windows, width), (y1 of its windows, height)`."""
         side = min(image.width, image.height)
         return [
-            (_places(scale * side / ratio**0.5, image.width, step), _places(scale * side * ratio**0.5, image.height, step))
+            (_window_starts(scale * side / ratio**0.5, image.width, step), _window_starts(scale * side * ratio**0.5, image.height, step))
             for scale, ratio in product(self.scales, self.aspect_ratios)
         ]
 
 
-def _places(length: float, extent: int, step: float) -> tuple[np.ndarray, float]:
+def _window_starts(length: float, extent: int, step: float) -> tuple[np.ndarray, float]:
+    """Return where windows of this length start along an axis, and their length after it is cut to the image."""
     length = min(length, extent)
     gaps = int(np.ceil((extent - length) / (step * length) - 1e-9))
     if gaps == 0:

@@ -1,4 +1,4 @@
-"""What a provider of proposals is: `grid.py`, `selective_search.py` and `file.py` are three."""
+"""The interface of a proposal provider, which `grid.py`, `selective_search.py` and `file.py` implement."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,10 +9,13 @@ from roi_quantization.detection.data.images import ImageRecord
 
 
 class ProposalProvider(Protocol):
-    """Gives each image its windows. It is told of the images alone, never of the annotations, so nothing of these can leak into a test."""
+    """Provides the candidate windows of each image.
+
+    It receives images without their annotations, so no ground truth can leak into the proposals of a test.
+    """
 
     def prepare(self, images: Sequence[ImageRecord]) -> None:
-        """Called once for each set of images before any of its windows are asked for: the place to compute, read and check."""
+        """Compute or read, and check, the windows of these images. Called once for each set of images, before any `__call__`."""
 
     def __call__(self, image: ImageRecord) -> Tensor:
-        """float32 `[L, 4]`: `(x1, y1, x2, y2)` in pixels of the image as it lies on disk."""
+        """Return the windows of an image: float32 `[L, 4]`, `(x1, y1, x2, y2)` in pixels of the image file."""

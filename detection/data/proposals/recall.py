@@ -1,4 +1,4 @@
-"""How well a set of windows covers the objects: recall, by the size of the objects and the number of windows."""
+"""Recall of proposals: the share of objects that they cover, by object size and number of windows."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +13,20 @@ COCO_IOUS = tuple(number / 100 for number in range(50, 100, 5))
 
 
 def best_overlaps(windows: Tensor, objects: Tensor) -> Tensor:
-    """The IoU of each object of an image with the window that fits it best: `[L, 4]`, `[G, 4]` -> `[G]`; 0 where there is no window."""
+    """Return the IoU of each object with its best window: `[L, 4]`, `[G, 4]` -> `[G]`; 0 without windows."""
     return box_iou(objects, windows).amax(dim=1) if len(windows) else objects.new_zeros(len(objects))
 
 
 def recall(proposals: Iterable[Tensor], boxes: Iterable[Tensor], thresholds: Sequence[float] = (0.5, 0.75)) -> dict[float, float]:
-    """The share of objects that some window covers with at least this IoU, for each threshold; over all images together.
+    """Return for each IoU threshold the share of all objects that some window of their image reaches.
 
-    `proposals` `[L, 4]` and `boxes` `[G, 4]` come image by image, in the same coordinates. NaN where there is no object at all.
+    Args:
+        proposals: windows `[L, 4]` of each image.
+        boxes: objects `[G, 4]` of each image, in the same coordinates.
+        thresholds: of the IoU.
+
+    Returns:
+        Threshold -> share, 0 to 1; NaN without objects.
     """
     best = [best_overlaps(windows, objects) for windows, objects in zip(proposals, boxes, strict=True)]
     best = torch.cat(best) if best else torch.zeros(0)
@@ -28,16 +34,16 @@ def recall(proposals: Iterable[Tensor], boxes: Iterable[Tensor], thresholds: Seq
 
 
 def recall_table(images: Iterable[tuple[Tensor, Tensor]], counts: Sequence[int | None]) -> list[dict]:
-    """Recall of the first windows of each image, by the size of the objects.
+    """Compute the recall of the first windows of each image, by object size.
 
     Args:
-        images: windows `[L, 4]` and objects `[G, 4]` of each image, in pixels of the file; crowd regions are no objects.
-        counts: how many windows of an image, in the order of their provider; None means all.
+        images: windows `[L, 4]` and objects `[G, 4]` of each image, in pixels of the file, without crowd regions.
+        counts: numbers of windows of an image, taken in the provider's order; None means all.
 
     Returns:
         A row for each count and size: `windows` (the count), `size`, `objects` (their number), and in percent `R50`, `R75` and `AR`, the
-        mean over IoU 0.5 to 0.95 as COCO has it. The size of an object is the square root of its box's area (COCO: of its segment's); one
-        on a border counts as the larger. NaN without objects.
+        mean over IoU 0.5 to 0.95 as in COCO. The size of an object is the square root of its box's area (in COCO of its segment's); an
+        object on the border of two sizes has the larger one. NaN without objects.
     """
     overlaps, sides = {count: [] for count in counts}, []
     for windows, objects in images:
@@ -57,7 +63,7 @@ def recall_table(images: Iterable[tuple[Tensor, Tensor]], counts: Sequence[int |
 
 
 def format_recall(rows: Sequence[Mapping]) -> str:
-    """The rows of `recall_table` as text, percent, a line for each number of windows and three columns for each size of objects."""
+    """Format the rows of `recall_table` in percent: a line for each number of windows, three columns for each object size."""
     sizes = {row["size"]: row["objects"] for row in rows}
     lines = ["objects   " + "".join(f"{f'{size} ({objects})':^21}" for size, objects in sizes.items())]
     lines.append("windows   " + "    AR    R50    R75 " * len(sizes))

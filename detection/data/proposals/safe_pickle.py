@@ -1,10 +1,10 @@
-"""Pickles without code: plain containers and numpy arrays are read, and nothing else that a pickle may ask for.
+"""Unpickle plain containers and numpy arrays, and refuse everything else.
 
-A pickle is a program. It calls what it names, and so runs whatever its author likes. Here each name that numpy's arrays need is answered by
-a small stand-in from this file, and every other name is refused: numpy's own unpickling, which trusts what it reads, has no part in it.
+A pickle is a program: it can import and call any function. Here the few names that numpy arrays need resolve to stand-in classes in this
+file, and every other name is refused. numpy's own unpickling code, which does not validate its input, is not called.
 
-A few bytes can also ask for all memory: by lists that hold each other twice, over and over, and, of the unpickler in C, by a large index
-into its memo. Hence a limit to the entries, and the unpickler in Python: it takes seconds for COCO's 118,000 images.
+A pickle of a few bytes can also exhaust the memory: with lists that contain each other repeatedly or, in the C unpickler, with a large
+memo index. So the number of entries is limited, and the pure-Python unpickler is used, which takes seconds for COCO's 118,000 images.
 """
 
 import pickle
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-MOST_SHARED = 1_000_000  # entries beyond one for each byte of the file, which only those have that are in it several times
+MAX_SHARED_ENTRIES = 1_000_000  # entries beyond one per byte of the file, which only objects that are referenced repeatedly can cause
 
 
 class UnsafePickleError(ValueError):
@@ -22,27 +22,30 @@ class UnsafePickleError(ValueError):
 
 
 def read_pickle(path: Path | str) -> Any:
-    """What is in a pickle of dicts, lists, tuples, numbers, strings, bytes and numpy arrays, of Python 2 or 3 and numpy 1 or 2.
+    """Read a pickle of dicts, lists, tuples, numbers, strings, bytes and numpy arrays, from Python 2 or 3 and numpy 1 or 2.
 
-    Arrays of numbers come back as arrays, arrays of objects as (nested) lists.
+    Returns:
+        The content. Tuples and arrays of objects become (nested) lists.
 
-    Raises `ValueError` that names the file: it is damaged, or it asks for something else (`UnsafePickleError`); nothing of that was run.
+    Raises:
+        ValueError: the file is damaged.
+        UnsafePickleError: the pickle refers to something else, which was not run.
     """
     with open(path, "rb") as file:
         try:
             content = _Unpickler(file, encoding="latin1").load()  # latin1 keeps the bytes of Python 2's strings
-            return _Plain(most=MOST_SHARED + file.tell()).of(content)
+            return _Converter(max_entries=MAX_SHARED_ENTRIES + file.tell()).convert(content)
         except UnsafePickleError as error:
             raise UnsafePickleError(
-                f"{path} {error}. A pickle runs what it names, so only containers and numpy arrays are read: write the file again without "
-                "it, or as .npz (docs/proposals.md), on a machine that you trust it with."
+                f"{path} {error}. A pickle can run any code, so only containers and numpy arrays are read: write the file again without "
+                "it, or as .npz (docs/proposals.md), on a machine where you trust the file."
             ) from None
         except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"{path} is not a whole pickle of containers and numpy arrays: {error or type(error).__name__}") from error
+            raise ValueError(f"{path} is not a complete pickle of containers and numpy arrays: {error or type(error).__name__}") from error
 
 
 class _Dtype:
-    """Stands for `numpy.dtype` of numbers; `order` comes after it, with the rest of the state."""
+    """Stand-in for `numpy.dtype`. The pickle sets the byte order afterwards, as part of the state."""
 
     def __init__(self, name: str, align: bool = False, copy: bool = False):
         self.name, self.order = name, "|"
@@ -50,8 +53,8 @@ class _Dtype:
     def __setstate__(self, state: Sequence) -> None:
         self.order = state[1]
 
-    def plain(self) -> np.dtype | None:
-        """None for objects."""
+    def convert(self) -> np.dtype | None:
+        """Return the dtype, None for objects."""
         if self.name == "O8":
             return None
         if self.name[:1] not in ("b", "i", "u", "f", "S", "U") or not self.name[1:].isdigit() or self.order not in "<>|=":
@@ -60,14 +63,14 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for an array that `numpy` would build; its state comes after it."""
+    """Stand-in for `numpy.ndarray`. The pickle sets its state afterwards."""
 
     def __setstate__(self, state: Sequence) -> None:
         _, self.shape, self.dtype, self.fortran, self.content = state
 
-    def plain(self) -> Any:
-        """The array, the number where it is a single one; of an array of objects a list of them as they are."""
-        dtype = self.dtype.plain()
+    def convert(self) -> Any:
+        """Return the array; a number if it is 0-dimensional, a list of its unconverted entries if it is of objects."""
+        dtype = self.dtype.convert()
         if dtype is None:
             return list(self.content)
         content = self.content.encode("latin1") if isinstance(self.content, str) else self.content
@@ -90,19 +93,21 @@ def _scalar(dtype: _Dtype, content: bytes | str) -> Any:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")  # how Python 3 writes bytes in the protocols of Python 2
+    """Stand-in for `_codecs.encode`, with which Python 3 writes bytes in protocols 0 to 2."""
+    return text.encode("latin1")
 
 
-def _no_bytes() -> bytes:
-    return b""  # and empty ones
+def _empty_bytes() -> bytes:
+    """Stand-in for `bytes()`, with which Python 3 writes empty bytes in protocols 0 to 2."""
+    return b""
 
 
-_STANDS_FOR = {
+_STAND_INS = {
     ("numpy", "ndarray"): "numpy.ndarray",  # the first argument of _reconstruct
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,
-    ("__builtin__", "bytes"): _no_bytes,
-    ("builtins", "bytes"): _no_bytes,
+    ("__builtin__", "bytes"): _empty_bytes,
+    ("builtins", "bytes"): _empty_bytes,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
@@ -112,7 +117,7 @@ _STANDS_FOR = {
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _STANDS_FOR[module, name]
+            return _STAND_INS[module, name]
         except KeyError:
             raise UnsafePickleError(f"asks for {module}.{name}, and was not read") from None
 
@@ -120,20 +125,20 @@ class _Unpickler(pickle._Unpickler):
         raise UnsafePickleError("refers to something outside itself")
 
 
-class _Plain:
-    """The same with arrays where their stand-ins are; ends with a ValueError after `most` entries."""
+class _Converter:
+    """Replaces the stand-ins inside a container by arrays; raises `ValueError` after `max_entries` entries."""
 
-    def __init__(self, most: int):
-        self.left = most
+    def __init__(self, max_entries: int):
+        self.left = max_entries
 
-    def of(self, value: Any) -> Any:
+    def convert(self, value: Any) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise ValueError("its lists hold each other over and over")
+            raise ValueError("its lists contain each other repeatedly")
         if isinstance(value, _Array):
-            value = value.plain()
+            value = value.convert()
         if isinstance(value, dict):
-            return {self.of(key): self.of(entry) for key, entry in value.items()}
+            return {self.convert(key): self.convert(entry) for key, entry in value.items()}
         if isinstance(value, list | tuple):
-            return [self.of(entry) for entry in value]
+            return [self.convert(entry) for entry in value]
         return value

@@ -1,4 +1,4 @@
-"""Selective search (Uijlings et al., IJCV 2013), the proposals that Fast R-CNN was made with: OpenCV's, cached and in parallel."""
+"""Selective search (Uijlings et al., IJCV 2013), the proposals of the Fast R-CNN paper: OpenCV's implementation, parallel and cached."""
 
 import hashlib
 import json
@@ -17,21 +17,21 @@ from tqdm import tqdm
 from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.proposals.cache import ProposalCache
 
-VERSION = 1  # raised when the same settings come to give other windows
+VERSION = 1  # increment it when the same settings give other windows
 
 
 class SelectiveSearch:
-    """Selective search, about a second an image and core, computed once and kept in `cache_dir` (see `ProposalCache`).
+    """Selective search, computed once per image (about a second on one core) and cached in `cache_dir` (see `ProposalCache`).
 
-    Other settings, and images that are new or were exchanged, are noticed and computed; a run that was killed goes on where it was.
+    New or changed images and other settings are computed anew. After an interruption the search continues where it stopped.
 
     Args:
-        cache_dir: holds a proposal file (docs/proposals.md) for each set of images.
-        quality: OpenCV's slower mode, with several times as many windows.
-        max_side: search in an image shrunk to this longer side (time grows faster than the area); None searches in the image itself.
-        min_side: drop windows with a side shorter than this many pixels.
-        max_proposals: keep so many windows of an image, drawn from a generator seeded by its id.
-        num_workers: processes; None means as many as there are cores.
+        cache_dir: folder of the proposal files (docs/proposals.md), one for each set of images.
+        quality: use OpenCV's slower mode, which finds several times as many windows.
+        max_side: shrink the image to this longer side before the search, in pixels (the time grows faster than the area); None keeps it.
+        min_side: drop windows with a shorter side than this, in pixels.
+        max_proposals: upper limit of the windows of an image; a random draw, seeded by the image id, where there are more.
+        num_workers: number of processes; None means one per core.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class SelectiveSearch:
         self._boxes: dict[Path, np.ndarray] = {}
 
     def prepare(self, images: Sequence[ImageRecord]) -> None:
-        """Finds the windows of these images in the cache, or computes them and puts them there."""
+        """Load the windows of these images from the cache, or compute and cache them."""
         boxes = self.cache.get(images, self._search_all)
         self._boxes |= {image.path: of_image for image, of_image in zip(images, boxes, strict=True)}
 
@@ -58,12 +58,12 @@ class SelectiveSearch:
         return torch.from_numpy(self._boxes[image.path].astype(np.float32))
 
     def _search_all(self, images: Sequence[ImageRecord]) -> Iterator[np.ndarray]:
-        """The windows of each image in turn, from several processes, under a bar that tells the time left."""
-        _opencv()  # an error here is read more easily than one in another process
+        """Yield the windows of each image in turn, computed in parallel, under a progress bar."""
+        _opencv()  # fails here rather than in a worker, where the message would be quoted inside another
         workers = self.num_workers if self.num_workers > 1 and len(images) > 1 else 0
-        # torch's loader: its workers use one thread each, and end when this process does, however that ends
+        # data-loader workers use one thread each, and end with the main process even if that is killed
         searches = _Searches(images, self.settings)
-        loader = DataLoader(searches, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator())
+        loader = DataLoader(searches, batch_size=None, num_workers=workers, collate_fn=_identity, generator=torch.Generator())
         for windows in tqdm(loader, desc="selective search", total=len(images), unit="image", smoothing=0.02):
             if isinstance(windows, Exception):
                 raise windows
@@ -71,7 +71,7 @@ class SelectiveSearch:
 
 
 class _Searches(Dataset):
-    """The windows of each image; or the error that names it, which a loader would quote inside its own."""
+    """Items are the windows of an image, or the error that names the image: raised in a worker it would be quoted inside another."""
 
     def __init__(self, images: Sequence[ImageRecord], settings: dict):
         self.images, self.settings = images, settings
@@ -86,14 +86,18 @@ class _Searches(Dataset):
             return error
 
 
-def _as_it_is(windows: np.ndarray | Exception) -> np.ndarray | Exception:
+def _identity(windows: np.ndarray | Exception) -> np.ndarray | Exception:
     return windows
 
 
 def search(image: ImageRecord, quality: bool, max_side: int | None, min_side: int, max_proposals: int) -> np.ndarray:
-    """The windows of one image, int16 `[L, 4]`, in its pixels; the arguments are those of `SelectiveSearch`."""
+    """Search one image. The arguments are those of `SelectiveSearch`.
+
+    Returns:
+        Windows `[L, 4]` in pixels of the image file, int16 (float32 in an image with a side of 2^15 pixels or more).
+    """
     cv2 = _opencv()
-    cv2.setNumThreads(1)  # as many images at once as there are cores, rather than all cores on one image
+    cv2.setNumThreads(1)  # the images are searched in parallel, one per core
     algorithm = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     pixels = read_image(image)
     shrink = (max_side or math.inf) / max(image.width, image.height)

@@ -52,7 +52,7 @@ def test_coco_holds_exactly_the_images_of_the_set_as_annotated(small_set):
 
 
 def test_objects_of_pycocotools_are_made_for_evaluation_alone(small_set):
-    """Training reads flat arrays, which the loading processes share."""
+    """Training reads flat arrays, whose memory the data-loader workers share."""
     dataset = CocoDetection(**small_set.paths)
     for index in range(3):
         dataset[index]
@@ -79,7 +79,7 @@ def test_collate_keeps_lists(small_set):
 
 
 def test_a_missing_folder_shows_the_layout(small_set, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"(?s)no folder of images at .*val2017.*val2017\.zip"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)val2017 is not a folder of images.*val2017\.zip"):
         CocoDetection(**small_set.paths | {"images": tmp_path / "val2017"})
 
 

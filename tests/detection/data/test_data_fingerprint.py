@@ -10,7 +10,7 @@ from roi_quantization.detection.data.data_fingerprint import DataFingerprint
 from roi_quantization.detection.data.proposals.grid import Grid
 
 
-def same_data(small_set, required=True, **changes):
+def fingerprint(small_set, required=True, **changes):
     return DataFingerprint(SimpleNamespace(train=CocoDetection(**small_set.paths | changes), val=None, test=None), required)
 
 
@@ -38,30 +38,30 @@ def remove_image(small_set):
     ],
 )
 def test_a_change_is_named_and_refused(small_set, change, message):
-    before = same_data(small_set).state_dict()
+    before = fingerprint(small_set).state_dict()
     change(small_set)
-    with pytest.raises(ValueError, match=rf"not those that this run began with: {message} Put the old ones back; .*same_data=false"):
-        same_data(small_set).load_state_dict(before)
+    with pytest.raises(ValueError, match=rf"not those that this run began with: {message} Put the old data back, .*same_data=false"):
+        fingerprint(small_set).load_state_dict(before)
 
 
 def test_other_proposals_are_refused(small_set):
-    before = same_data(small_set).state_dict()
+    before = fingerprint(small_set).state_dict()
     with pytest.raises(ValueError, match=r"3 images of train have other proposals \(the first is 3\)"):
-        same_data(small_set, proposals=Grid([0.25])).load_state_dict(before)
+        fingerprint(small_set, proposals=Grid([0.25])).load_state_dict(before)
 
 
 def test_with_leave_the_run_goes_on_and_says_what_differs(small_set, caplog):
-    before = same_data(small_set).state_dict()
+    before = fingerprint(small_set).state_dict()
     add_image(small_set)
-    same_data(small_set, required=False).load_state_dict(before)
+    fingerprint(small_set, required=False).load_state_dict(before)
     assert "train has 1 new images" in caplog.text
 
 
 def test_what_decides_nothing_may_differ(small_set, caplog):
     """The order and form of the json, and where the images lie."""
-    before = same_data(small_set).state_dict()
+    before = fingerprint(small_set).state_dict()
     small_set.instances["images"].reverse()
     small_set.change("annotations", 0, segmentation=[[1, 2, 3, 4, 5, 6]])
     elsewhere = small_set.images.rename(small_set.images.with_name("elsewhere"))
-    same_data(small_set, images=elsewhere).load_state_dict(before)
+    fingerprint(small_set, images=elsewhere).load_state_dict(before)
     assert not caplog.text

@@ -42,7 +42,7 @@ def test_batches_are_lists_of_images_and_targets(root):
 
 def test_setup_reads_the_splits_of_its_stage_once(root):
     made = DetectionData(root, **SPLITS, proposals=Grid([0.5]))
-    with pytest.raises(RuntimeError, match="after prepare_data"):
+    with pytest.raises(RuntimeError, match=r"categories are not known yet: call prepare_data\(\)"):
         _ = made.categories
     made.setup("test")
     assert made.train is None and len(made.test) == 3
@@ -174,7 +174,7 @@ class TestProcesses:
             batches = []
             for rank in range(processes):
                 sampler = EpochSampler(Numbers(images), num_replicas=processes, rank=rank, shuffle=True, seed=3, drop_last=True)
-                sampler.go_on(epoch, seen=done * batch_size)
+                sampler.resume(epoch, skip=done * batch_size)
                 batches.append(list(BatchSampler(sampler, batch_size, drop_last=True)))
             return [sorted(chain(*step)) for step in zip(*batches, strict=True)]
 

@@ -19,7 +19,7 @@ from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals.file import ProposalFile, write_proposals
 from roi_quantization.detection.data.proposals.grid import Grid
-from roi_quantization.detection.data.transforms import seeded_rng, resize_and_flip
+from roi_quantization.detection.data.transforms import resize_and_flip, seeded_rng
 from roi_quantization.detection.data.voc import convert
 
 from .test_voc import xml
@@ -162,7 +162,7 @@ def test_each_image_has_its_own_annotations_in_their_order(instances):
         written = [a for a in instances["annotations"] if a["image_id"] == image_id and a["bbox"][1] < 40]
         edges = [[max(x, 0), max(y, 0), min(x + w, 60), min(y + h, 40)] for x, y, w, h in (a["bbox"] for a in written)]
         objects = [(e, a["category_id"]) for e, a in zip(edges, written, strict=True) if not a["iscrowd"]]
-        boxes, labels, crowd = dataset.annotated(index)
+        boxes, labels, crowd = dataset.ground_truth(index)
         assert list(zip(boxes.tolist(), (dataset.label_to_category_id[i] for i in labels.tolist()), strict=True)) == objects
         assert crowd.tolist() == [e for e, a in zip(edges, written, strict=True) if a["iscrowd"]]
         assert [{key: a[key] for key in written[0]} for a in coco.imgToAnns.get(image_id, [])] == written
@@ -189,7 +189,7 @@ def test_vocs_pixels_become_the_edges_around_them(images):
     names = {label: category["name"] for label, category in enumerate(dataset.categories, start=1)}
     for index, objects in enumerate(images):
         edges = [(name, difficult, [x1 - 1, y1 - 1, x2, y2]) for name, difficult, (x1, y1, x2, y2) in objects]
-        boxes, labels, crowd = dataset.annotated(index)
+        boxes, labels, crowd = dataset.ground_truth(index)
         found = zip((names[label] for label in labels.tolist()), boxes.tolist(), strict=True)
         assert list(found) == [(name, e) for name, difficult, e in edges if not difficult]
         assert crowd.tolist() == [e for _, difficult, e in edges if difficult]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from roi_quantization.detection.data.transforms import seeded_rng, resize_and_flip
+from roi_quantization.detection.data.transforms import resize_and_flip, seeded_rng
 
 
 def inputs(box=(10.0, 5.0, 30.0, 15.5), size=(40, 60)):

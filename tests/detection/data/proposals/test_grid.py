@@ -47,7 +47,7 @@ def test_a_long_and_narrow_image_has_no_more_windows_than_it_may():
     windows = grid(image(4000, 200))
     assert 800 < len(windows) <= 1000
     assert windows[:, 2].max() == 4000 and windows[:, 3].max() == 200 and windows[:, :2].min() == 0
-    with pytest.raises(ValueError, match="most=3: expected one window at least of each of 4"):
+    with pytest.raises(ValueError, match="most=3: expected at least 4, one window of each size"):
         Grid(scales=[0.14, 0.21, 0.31, 0.46], most=3)
 
 

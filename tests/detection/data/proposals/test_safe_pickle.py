@@ -99,14 +99,14 @@ def test_a_pickle_that_grows_when_it_is_read_is_refused(tmp_path):
     lists = []
     for _ in range(40):
         lists = [lists, lists]
-    with pytest.raises(ValueError, match=r"a\.pkl is not a whole pickle.*its lists hold each other over and over"):
+    with pytest.raises(ValueError, match=r"a\.pkl is not a complete pickle.*its lists contain each other repeatedly"):
         read_pickle(save(tmp_path / "a.pkl", lists))
 
 
 def test_a_pickle_that_holds_itself_is_refused(tmp_path):
     lists = []
     lists.append(lists)
-    with pytest.raises(ValueError, match=r"a\.pkl is not a whole pickle"):
+    with pytest.raises(ValueError, match=r"a\.pkl is not a complete pickle"):
         read_pickle(save(tmp_path / "a.pkl", lists))
 
 
@@ -122,5 +122,5 @@ def test_a_large_index_into_the_memo_takes_no_memory(tmp_path):
 def test_a_damaged_pickle_is_named(tmp_path, kept):
     path = save(tmp_path / "a.pkl", {"boxes": [np.ones((4, 4))]})
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"a\.pkl is not a whole pickle"):
+    with pytest.raises(ValueError, match=r"a\.pkl is not a complete pickle"):
         read_pickle(path)

@@ -1,4 +1,4 @@
-"""The instances json of a data set in COCO's layout: read, checked, cut to a subset."""
+"""Read, check and subset the instances json of a data set in COCO's layout."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ COCO's layout is folders of images, and an instances json for each:
     <root>/annotations/instances_train2017.json, ..._val2017.json    from annotations_trainval2017.zip
 (the three official archives are at https://cocodataset.org/#download; say where they are with data.root=<root>)"""
 
-OWN = "A split may have a choice of its own: +data.val.subset=20, +data.test.ids=[...]."
+PER_SPLIT_HINT = "Set it for one split with +data.val.subset=20 or +data.test.ids=[...]."
 
 REQUIRED = {
     "images": ("id", "file_name", "width", "height"),
@@ -34,21 +34,26 @@ REQUIRED = {
 
 
 def read_instances(path: Path | str) -> dict:
-    """Reads and checks an instances json: `{"images": [...], "annotations": [...], "categories": [...]}`.
+    """Read and check an instances json.
 
-    Annotations come back with `id`, `area` and `iscrowd` filled in where they are missing, and without segmentations, which nothing here
-    uses. Boxes without area inside their image are dropped, counted and logged.
+    Missing `id`, `area` and `iscrowd` of annotations are filled in. Segmentations, which nothing here uses, are removed. Boxes without
+    area inside their image are dropped, counted and logged.
 
-    Raises `FileNotFoundError` for a missing file, and `ValueError` that names the file and the key, id or box that is wrong.
+    Returns:
+        `{"images": [...], "annotations": [...], "categories": [...]}`.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is not a valid instances json; the message names the file and the key, id or box.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There are no annotations at {path}.\n{LAYOUT}")
+        raise FileNotFoundError(f"{path} is not there.\n{LAYOUT}")
     try:
         with without_garbage_collection():
             instances = json.loads(path.read_text("utf-8-sig"), object_hook=_without_segmentation)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a json file, or was cut short: {error}") from error
+        raise ValueError(f"{path} is not a json file, or is truncated: {error}") from error
 
     instances = _check_keys(path, instances)
     _check_ids(path, instances)
@@ -62,13 +67,13 @@ def read_instances(path: Path | str) -> dict:
 
 
 def _without_segmentation(entry: dict) -> dict:
-    """Dropped while the file is read: they are most of the memory of COCO's json."""
+    """Drop segmentations while the file is parsed: they are most of the memory of COCO's json."""
     entry.pop("segmentation", None)
     return entry
 
 
 def restrict(instances: dict, image_ids: Sequence[int]) -> dict:
-    """The same with these images alone, in this order, and all categories."""
+    """Return the instances of these images only, in this order, with all categories."""
     images = {image["id"]: image for image in instances["images"]}
     wanted = set(image_ids)
     return {
@@ -79,7 +84,7 @@ def restrict(instances: dict, image_ids: Sequence[int]) -> dict:
 
 
 def as_coco(instances: dict) -> COCO:
-    """pycocotools' object, without what it prints on the way."""
+    """Build pycocotools' `COCO`, without its output on stdout."""
     coco = COCO()
     coco.dataset = instances
     with contextlib.redirect_stdout(io.StringIO()):
@@ -95,9 +100,10 @@ def choose_images(
     ids: Sequence[int] | Path | str | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """The ids of the images to use, ascending: those in `part`, of these those with objects unless `keep_empty`, of these a choice.
+    """Return the ids of the images to use, ascending.
 
-    See `choose_part` and `choose_ids`, which have the same `seed`.
+    First `part` is taken (see `choose_part`), then images without objects are removed unless `keep_empty`, then `subset` or `ids` are
+    taken (see `choose_ids`). Crowd regions are not objects.
     """
     available = [image["id"] for image in instances["images"]]
     if part is not None:
@@ -109,13 +115,13 @@ def choose_images(
 
 
 def choose_part(ids: Sequence[int], low: float, high: float, seed: int = 0) -> list[int]:
-    """Those of `ids` whose place in an order shuffled with `seed` lies in `[low, high)` of it, ascending.
+    """Return the ids in the part `[low, high)` of an order shuffled with `seed`, ascending.
 
-    Parts that do not overlap have no image in common, and those that meet leave none out: [0, 0.8] and [0.8, 1] are a training set and
-    what is held out of it. The order depends on the ids and on `seed` alone.
+    [0, 0.8] and [0.8, 1] are a training set and the images held out of it: parts that do not overlap have no image in common, and parts
+    that meet leave none out. The order depends on the ids and on `seed` only.
     """
     if not 0 <= low < high <= 1:
-        raise ValueError(f"part=[{low}, {high}]: expected 0 <= low < high <= 1, two shares of the images.")
+        raise ValueError(f"part=[{low}, {high}]: expected two shares of the images, 0 <= low < high <= 1.")
     shuffled = np.random.RandomState(seed).permutation(sorted(ids))
     return sorted(shuffled[round(low * len(shuffled)) : round(high * len(shuffled))].tolist())
 
@@ -123,24 +129,24 @@ def choose_part(ids: Sequence[int], low: float, high: float, seed: int = 0) -> l
 def choose_ids(
     available: Sequence[int], subset: int | None = None, ids: Sequence[int] | Path | str | None = None, seed: int = 0
 ) -> list[int]:
-    """The image ids to use, ascending: all, `subset` of them drawn with `seed`, or those listed in `ids` (or in a text file of ids).
+    """Return the image ids to use, ascending: all, `subset` of them drawn with `seed`, or those in `ids` (a list, or a text file).
 
-    The draw depends on the ids that there are and on `seed` alone, so that everyone evaluates the same subset.
+    The draw depends on the available ids and on `seed` only, so that the same subset is drawn everywhere.
     """
     available = sorted(available)
     if subset is not None and ids is not None:
-        raise ValueError("Give `subset` (how many images) or `ids` (which ones), not both.")
+        raise ValueError("subset (how many images) and ids (which images) exclude each other: set one to null.")
     if subset is not None:
         if not 0 < subset <= len(available):
-            raise ValueError(f"subset={subset} of {len(available)} images: choose between 1 and {len(available)}. {OWN}")
-        # The stream of RandomState is frozen by numpy (NEP 19): the subset stays the same through the years.
+            raise ValueError(f"subset={subset} of {len(available)} images: choose between 1 and {len(available)}. {PER_SPLIT_HINT}")
+        # numpy keeps the stream of RandomState fixed (NEP 19), so the subset is the same with every version
         return sorted(np.random.RandomState(seed).permutation(available)[:subset].tolist())
     if ids is not None:
         wanted = _read_ids(ids) if isinstance(ids, Path | str) else [int(image_id) for image_id in ids]
         unknown = sorted(set(wanted) - set(available))
         if unknown:
             raise ValueError(
-                f"{len(unknown)} of the {len(wanted)} image ids asked for are not in the annotations; the first is {unknown[0]}. {OWN}"
+                f"ids: {len(unknown)} of {len(wanted)} image ids are not in the annotations; the first is {unknown[0]}. {PER_SPLIT_HINT}"
             )
         return sorted(set(wanted))
     return available
@@ -150,7 +156,7 @@ def _read_ids(path: Path | str) -> list[int]:
     try:
         return [int(word) for word in Path(path).read_text().split()]
     except ValueError as error:
-        raise ValueError(f"{path} should hold image ids, one a line: {error}") from error
+        raise ValueError(f"{path}: expected image ids, one per line: {error}") from error
 
 
 def _check_keys(path: Path, instances: object) -> dict:
@@ -173,14 +179,14 @@ def _check_ids(path: Path, instances: dict) -> None:
         for entry in instances[section]:
             if type(entry[key]) is not int or abs(entry[key]) >= 2**63:
                 kind = "ids" if key == "id" else f"{key}s"
-                raise ValueError(f"{path}: the {kind} of {section} must be integers, but one is {_short(entry[key])}.")
+                raise ValueError(f"{path}: the {kind} of {section} must be integers, but one is {_abbreviate(entry[key])}.")
     images, categories = ({entry["id"] for entry in instances[section]} for section in ("images", "categories"))
     for section, ids in (("images", images), ("categories", categories)):
         if len(ids) != len(instances[section]):
             raise ValueError(f"{path}: two of the {section} have the same id ({len(instances[section])} {section}, {len(ids)} ids).")
     for category in instances["categories"]:
         if not isinstance(category["name"], str):
-            raise ValueError(f"{path}: category {category['id']} has the name {_short(category['name'])}; expected a string.")
+            raise ValueError(f"{path}: category {category['id']} has the name {_abbreviate(category['name'])}; expected a string.")
     for key, known in (("image_id", images), ("category_id", categories)):
         lost = [annotation[key] for annotation in annotations if annotation[key] not in known]
         if lost:
@@ -188,16 +194,16 @@ def _check_ids(path: Path, instances: dict) -> None:
 
 
 def _check_image(path: Path, image: dict) -> None:
-    """Links in the folder of images are followed, since they are its owner's; a name that leads out of it is the file's doing."""
+    """Refuse names that lead out of the folder of images. Links inside that folder are followed, because its owner made them."""
     name, width, height = image["file_name"], image["width"], image["height"]
     parts = PurePath(name).parts if isinstance(name, str) and "\0" not in name else ()
     if not parts or ".." in parts or PurePath(name).is_absolute():
         raise ValueError(
-            f"{path}: image {image['id']} has file_name {_short(name)}; expected a name in the folder of images. Images that lie elsewhere "
-            "can be linked there."
+            f"{path}: image {image['id']} has file_name {_abbreviate(name)}; expected a name in the folder of images. Link images that lie "
+            "elsewhere into that folder."
         )
     if not all(type(side) is int and side > 0 for side in (width, height)):
-        raise ValueError(f"{path}: image {image['id']} has size {_short(width)} x {_short(height)}; expected whole pixels.")
+        raise ValueError(f"{path}: image {image['id']} has size {_abbreviate(width)} x {_abbreviate(height)}; expected whole pixels.")
     try:
         check_size(width, height)
     except ValueError as error:
@@ -208,13 +214,13 @@ def _check_annotation(path: Path, number: int, annotation: dict) -> None:
     box, area = annotation["bbox"], annotation.get("area", 0)
     wrong = None
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
-        wrong = f"bbox {_short(box)}; expected four finite numbers [x, y, width, height]"
+        wrong = f"bbox {_abbreviate(box)}; expected four finite numbers [x, y, width, height]"
     elif not _is_finite(area) or area < 0:
-        wrong = f"area {_short(area)}; expected a number of pixels"
+        wrong = f"area {_abbreviate(area)}; expected a number of pixels"
     elif annotation.get("iscrowd", 0) not in (0, 1):
-        wrong = f"iscrowd {_short(annotation['iscrowd'])}; expected 0 or 1"
+        wrong = f"iscrowd {_abbreviate(annotation['iscrowd'])}; expected 0 or 1"
     elif "id" in annotation and type(annotation["id"]) is not int:
-        wrong = f"id {_short(annotation['id'])}; expected an integer"
+        wrong = f"id {_abbreviate(annotation['id'])}; expected an integer"
     if wrong:
         name = f"annotation {annotation['id']}" if type(annotation.get("id")) is int else f"annotations[{number}]"
         raise ValueError(f"{path}: {name} of image {annotation['image_id']} has {wrong}.")
@@ -224,7 +230,7 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
-def _short(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
@@ -234,7 +240,7 @@ def _drop_boxes_without_area(path: Path, instances: dict) -> None:
     boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
     ends = np.array([sizes[annotation["image_id"]] for annotation in annotations]).reshape(-1, 2)
     low, high = np.maximum(boxes[:, :2], 0), np.minimum(boxes[:, :2] + boxes[:, 2:], ends)
-    has_area = (high.astype(np.float32) > low.astype(np.float32)).all(axis=1)  # as the boxes will be
+    has_area = (high.astype(np.float32) > low.astype(np.float32)).all(axis=1)  # boxes are float32 from here on
     kept = [annotation for annotation, has in zip(annotations, has_area.tolist(), strict=True) if has]
     dropped = len(annotations) - len(kept)
     if dropped:

@@ -1,7 +1,7 @@
-"""The embedded set: drawn shapes on textured ground, written in COCO's layout, so that the small run walks the same way as COCO.
+"""The embedded set: synthetic shapes on textured background, written in COCO's layout and read by the code that reads COCO.
 
-Boxes are the shapes' own tight float boxes, which no pixel grid has rounded: the set is to show what rounding costs.
-Images are 256 x 256 and objects 32 to 128 pixels, which is 2 to 8 cells at stride 16: there a quarter of a cell is seen in AP75.
+Boxes are the exact float bounding boxes of the shapes, not rounded to pixels, because the set shows what rounding costs. Images are
+256 x 256 pixels and objects 32 to 128 pixels: 2 to 8 cells at stride 16, where an error of a quarter of a cell changes AP75.
 """
 
 import json
@@ -24,24 +24,24 @@ from roi_quantization.detection.files import NotWrittenError
 log = logging.getLogger(__name__)
 
 STAMP = "complete.json"
-DRAWING = 2  # raised when the same settings come to write other files, so that sets made before are made anew
+DRAWING_VERSION = 2  # increment it when the same settings write other files, so that existing sets are replaced
 SUPERSAMPLING = 4
 
 
 def _regular(corners: int, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
-    """A polygon around the origin, first corner at the top; the corners' radii alternate."""
+    """Return a polygon around the origin, first corner at the top, with corners at alternating radii."""
     angles = 2 * np.pi * np.arange(corners) / corners - np.pi / 2
     radius = np.resize(radii, corners)
     return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
 
 
 def _inside_unit(outline: np.ndarray, *holes: np.ndarray) -> list[np.ndarray]:
-    """Moved and scaled so that the tight box of the outline is [-1, 1] x [-1, 1]."""
+    """Translate and scale polygons so that the bounding box of the outline is [-1, 1] x [-1, 1]."""
     low, high = outline.min(axis=0), outline.max(axis=0)
     return [2 * (polygon - low) / (high - low) - 1 for polygon in (outline, *holes)]
 
 
-# Category ids with gaps, as COCO's have: a label that is mistaken for a category id shows at once.
+# Category ids have gaps, as in COCO, so that code which confuses labels and category ids fails.
 SHAPES: dict[int, tuple[str, list[np.ndarray]]] = {
     2: ("disc", _inside_unit(_regular(96))),
     3: ("ring", _inside_unit(_regular(96), 0.55 * _regular(96))),
@@ -53,21 +53,21 @@ SHAPES: dict[int, tuple[str, list[np.ndarray]]] = {
 
 @dataclass(frozen=True)
 class EmbeddedSet:
-    """Settings of the set; called with a folder, it sees to it that the folder holds this very set. Pixels throughout, colours 0..255.
+    """Settings of the embedded set; a call writes the set to a folder. Lengths are in pixels, colours 0 to 255.
 
     Args:
-        train, val, test: images in each split; the splits' draws are independent.
+        train, val, test: number of images of each split; the splits are drawn independently.
         image_size: side of the square images.
-        objects: fewest and most objects of an image.
-        sides: smallest and largest of an object's longer side, drawn evenly on a log scale.
+        objects: smallest and largest number of objects of an image.
+        sides: smallest and largest value of an object's longer side, log-uniform.
         stretch: largest ratio of the two sides, before rotation.
-        rotation: largest rotation either way, in degrees.
-        overlap: largest part of the smaller of two boxes that the other may cover.
-        contrast: an object differs from the ground under it by at least this much in some colour channel.
-        texture: strength of the cloudy pattern on the ground.
-        noise: standard deviation of the noise of each pixel.
-        lines, blobs: most lines and small blobs of clutter, under the objects.
-        seed: of all draws.
+        rotation: largest rotation in either direction, in degrees.
+        overlap: largest share of the smaller of two boxes that the other covers.
+        contrast: smallest difference of an object to the background under it, in the colour channel where they differ most.
+        texture: strength of the cloud pattern of the background.
+        noise: standard deviation of the pixel noise.
+        lines, blobs: largest number of lines and small blobs of clutter, behind the objects.
+        seed: seeds all draws.
     """
 
     train: int = 400
@@ -87,35 +87,38 @@ class EmbeddedSet:
     seed: int = 0
 
     def __call__(self, root: Path | str) -> None:
-        """Writes the set to `root` unless it is there. One that an older version drew is replaced.
+        """Write the set to `root` unless it is there already. A set that an older version drew is replaced.
 
         Raises:
-            FileExistsError: `root` holds a set with other settings, from which another training may be reading, or something else.
+            FileExistsError: `root` holds a set with other settings, which another training may be using, or something else.
+            NotWrittenError: the set cannot be written.
         """
         root = Path(root)
         if root.exists() and any(root.iterdir()):
-            there, wanted = _read_stamp(root), self._stamp()
-            if "drawing" not in there:
+            found, wanted = _read_stamp(root), self._stamp()
+            if "drawing" not in found:
                 raise FileExistsError(f"{root} holds something else than an embedded set (no {STAMP} of one); choose another data.root.")
-            if there == wanted:
+            if found == wanted:
                 return
-            differ = [f"{key} is {there.get(key)} there and {wanted[key]} here" for key in asdict(self) if there.get(key) != wanted[key]]
-            if differ:
+            differences = [
+                f"{key} is {found.get(key)} there and {wanted[key]} here" for key in asdict(self) if found.get(key) != wanted[key]
+            ]
+            if differences:
                 raise FileExistsError(
-                    f"{root} holds an embedded set with other settings: {'; '.join(differ)}. Give this one a folder of its own, such as "
-                    f"data.root={root}_2, or remove the other if nothing reads it any more."
+                    f"{root} holds an embedded set with other settings: {'; '.join(differences)}. Choose another folder, such as "
+                    f"data.root={root}_2, or remove that set if it is no longer used."
                 )
-            log.warning("The set in %s was drawn by an older version: making it anew.", root)
+            log.warning("The set in %s was drawn by an older version and is replaced.", root)
         try:
             root.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(root.parent / f".{root.name}.lock"):
-                if not self._is_at(root):  # who held the lock may have made it
+                if not self._is_at(root):  # another process may have written it while this one waited for the lock
                     self._make(root)
         except OSError as error:
             raise NotWrittenError(root, error) from error
 
     def _make(self, root: Path) -> None:
-        """Written beside and then renamed: a set that was interrupted is never found under the name of a whole one."""
+        """Write the set beside `root` and rename it, so that `root` never holds an incomplete set."""
         beside = Path(tempfile.mkdtemp(prefix=f"{root.name}.partial.", dir=root.parent))
         try:
             self._write(beside / "new")
@@ -129,7 +132,7 @@ class EmbeddedSet:
         return _read_stamp(root) == self._stamp()
 
     def _stamp(self) -> dict:
-        return json.loads(json.dumps({"drawing": DRAWING, **asdict(self)}, default=list))  # as it reads back: tuples become lists
+        return json.loads(json.dumps({"drawing": DRAWING_VERSION, **asdict(self)}, default=list))  # json turns tuples into lists
 
     def _write(self, root: Path) -> None:
         (root / "annotations").mkdir(parents=True)
@@ -146,24 +149,28 @@ class EmbeddedSet:
         (root / STAMP).write_text(json.dumps(self._stamp()))
 
     def _write_image(self, folder: Path, split: int, index: int) -> tuple[dict, list[dict]]:
-        image_id = 100_000 * split + index + 1  # no id twice in the set
+        image_id = 100_000 * split + index + 1  # unique over all splits
         pixels, objects = self.draw(np.random.default_rng([self.seed, split, index]))
-        name = f"{image_id:06d}.bmp"  # noise hardly compresses: a png of half the size takes twenty times as long to read
+        name = f"{image_id:06d}.bmp"  # noise hardly compresses: a PNG has half the size and takes twenty times as long to read
         Image.fromarray(pixels).save(folder / name)
         image = {"id": image_id, "file_name": name, "width": self.image_size, "height": self.image_size}
         return image, [{"image_id": image_id, "iscrowd": 0, **entry} for entry in objects]
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, list[dict]]:
-        """One image, uint8 `S x S x 3`, and its objects: category_id, bbox `[x, y, width, height]`, area of the shape."""
-        canvas = self._ground(rng)
-        self._clutter(canvas, rng)
+        """Draw one image.
+
+        Returns:
+            The image, uint8 `S x S x 3`, and its objects: dicts of category_id, bbox `[x, y, width, height]` and area of the shape.
+        """
+        canvas = self._draw_background(rng)
+        self._draw_clutter(canvas, rng)
         objects, boxes = [], []
         for _ in range(rng.integers(self.objects[0], self.objects[1] + 1)):
             category_id = int(rng.choice(list(SHAPES)))
-            polygons, box = self._place(SHAPES[category_id][1], boxes, rng)
+            polygons, box = self._place_shape(SHAPES[category_id][1], boxes, rng)
             if box is None:
-                continue  # the image is full; the first object always finds a place
-            self._paint(canvas, polygons, rng)
+                continue  # the image is full; the first object always fits
+            self._draw_shape(canvas, polygons, rng)
             boxes.append(box)
             area = _area(polygons[0]) - sum(_area(hole) for hole in polygons[1:])
             bbox = [*box[:2], *(box[2:] - box[:2])]
@@ -171,8 +178,8 @@ class EmbeddedSet:
         canvas += self.noise * rng.standard_normal(canvas.shape, dtype=np.float32)
         return np.clip(canvas + 0.5, 0, 255).astype(np.uint8), objects
 
-    def _ground(self, rng: np.random.Generator) -> np.ndarray:
-        """A colour gradient with clouds at two scales."""
+    def _draw_background(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw a colour gradient with clouds at two scales."""
         y, x = np.mgrid[: self.image_size, : self.image_size].astype(np.float32) / self.image_size
         angle = rng.uniform(0, 2 * np.pi)
         along = 0.5 + (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle)
@@ -181,7 +188,7 @@ class EmbeddedSet:
         clouds = sum(_clouds(cells, self.image_size, rng) for cells in (6, 20))
         return (start + along[..., None] * (end - start) + self.texture * clouds[..., None]).astype(np.float32)
 
-    def _clutter(self, canvas: np.ndarray, rng: np.random.Generator) -> None:
+    def _draw_clutter(self, canvas: np.ndarray, rng: np.random.Generator) -> None:
         size = self.image_size
         for _ in range(rng.integers(0, self.lines + 1)):
             start, end = rng.uniform(0, size, (2, 2))
@@ -191,10 +198,10 @@ class EmbeddedSet:
         for _ in range(rng.integers(0, self.blobs + 1)):
             _blend(canvas, [rng.uniform(0, size, 2) + rng.uniform(2, 6, 2) * _regular(16)], rng.uniform(0, 255, 3))
 
-    def _place(
+    def _place_shape(
         self, shape: list[np.ndarray], taken: list[np.ndarray], rng: np.random.Generator
     ) -> tuple[list[np.ndarray], np.ndarray | None]:
-        """The shape at a random size, rotation and free place, and its tight box; the box is None where no place was found."""
+        """Return the shape at a random size, rotation and free position, and its bounding box; None if no position is free."""
         for _ in range(50):
             side = np.exp(rng.uniform(*np.log(self.sides)))
             ratio = np.exp(rng.uniform(-1, 1) * np.log(self.stretch))
@@ -205,21 +212,21 @@ class EmbeddedSet:
             low, high = polygons[0].min(axis=0) * scale, polygons[0].max(axis=0) * scale
             centre = rng.uniform(-low, self.image_size - high)
             box = np.concatenate([low + centre, high + centre])
-            if all(_covered(box, other) <= self.overlap for other in taken):
+            if all(_overlap(box, other) <= self.overlap for other in taken):
                 return [polygon * scale + centre for polygon in polygons], box
         return [], None
 
-    def _paint(self, canvas: np.ndarray, polygons: list[np.ndarray], rng: np.random.Generator) -> None:
+    def _draw_shape(self, canvas: np.ndarray, polygons: list[np.ndarray], rng: np.random.Generator) -> None:
         (x1, y1), (x2, y2) = polygons[0].min(axis=0).astype(int), polygons[0].max(axis=0).astype(int)
-        ground = canvas[y1:y2, x1:x2].mean(axis=(0, 1))
+        background = canvas[y1:y2, x1:x2].mean(axis=(0, 1))
         colour = rng.uniform(0, 255, 3)
-        while np.abs(colour - ground).max() < self.contrast:
+        while np.abs(colour - background).max() < self.contrast:
             colour = rng.uniform(0, 255, 3)
         _blend(canvas, polygons, colour)
 
 
 def _read_stamp(root: Path) -> dict:
-    """What a folder says of itself; nothing where that is no embedded set."""
+    """Return the settings stored in a folder; an empty dict if it is not an embedded set."""
     try:
         stamp = json.loads((root / STAMP).read_text())
     except (OSError, ValueError):
@@ -233,13 +240,13 @@ def _clouds(cells: int, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _blend(canvas: np.ndarray, polygons: list[np.ndarray], colour: np.ndarray) -> None:
-    """Paints the first polygon less the others, antialiased: a pixel takes the colour as far as the shape covers it."""
+    """Draw the first polygon without the others, antialiased: the colour is weighted by the share of a pixel that the shape covers."""
     size = canvas.shape[0]
     x1, y1 = np.clip(np.floor(polygons[0].min(axis=0)).astype(int), 0, size - 1)
     x2, y2 = np.clip(np.ceil(polygons[0].max(axis=0)).astype(int), 1, size)
     mask = Image.new("L", ((x2 - x1) * SUPERSAMPLING, (y2 - y1) * SUPERSAMPLING))
     for polygon, fill in zip(polygons, (255, *[0] * (len(polygons) - 1)), strict=True):
-        # Pillow's pixel centres have whole coordinates, ours halves
+        # Pillow's pixel centres are at integers, ours at integers + 0.5
         ImageDraw.Draw(mask).polygon([tuple(point) for point in (polygon - (x1, y1)) * SUPERSAMPLING - 0.5], fill=fill)
     coverage = np.asarray(mask.reduce(SUPERSAMPLING), dtype=np.float32)[..., None] / 255
     patch = canvas[y1:y2, x1:x2]
@@ -251,7 +258,7 @@ def _area(polygon: np.ndarray) -> float:
     return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
 
 
-def _covered(a: np.ndarray, b: np.ndarray) -> float:
-    """The part of the smaller box that lies in the other."""
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the share of the smaller box that the other one covers."""
     overlap = np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None))
     return float(overlap / min(np.prod(a[2:] - a[:2]), np.prod(b[2:] - b[:2])))

@@ -34,7 +34,7 @@ def test_a_missing_file_shows_the_layout(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"images": [', "not a json file, or was cut short"),
+        ('{"images": [', "not a json file, or is truncated"),
         ("[1, 2]", "holds a list"),
         ("[" * 100_000 + "]" * 100_000, "not a json file.*recursion"),
         ('{"images": [' + "1" * 10_000 + "]}", "not a json file.*Exceeds the limit"),
@@ -114,8 +114,8 @@ class TestChooseIds:
         [
             ({"subset": 4}, "subset=4 of 3 images: choose between 1 and 3"),
             ({"subset": 0}, "choose between 1 and 3"),
-            ({"ids": [1, 8, 9]}, "2 of the 3 image ids asked for are not in the annotations; the first is 8"),
-            ({"ids": [1], "subset": 1}, "not both"),
+            ({"ids": [1, 8, 9]}, "2 of 3 image ids are not in the annotations; the first is 8"),
+            ({"ids": [1], "subset": 1}, "exclude each other"),
         ],
     )
     def test_what_cannot_be_is_refused(self, options, message):
@@ -124,5 +124,5 @@ class TestChooseIds:
 
     def test_a_file_of_something_else_is_named(self, tmp_path):
         (tmp_path / "ids.txt").write_text(json.dumps({"ids": [1]}))
-        with pytest.raises(ValueError, match=r"ids\.txt should hold image ids"):
+        with pytest.raises(ValueError, match=r"ids\.txt: expected image ids"):
             choose_ids([1], ids=tmp_path / "ids.txt")

@@ -87,7 +87,7 @@ def test_a_set_is_made_once_and_anew_by_another_version(tmp_path, monkeypatch):
     (root / "witness").touch()
     EmbeddedSet(train=6, val=3, test=2, objects=[1, 5])(root)  # a list, as a config has it, is the same setting
     assert (root / "witness").exists()
-    monkeypatch.setattr(embedded, "DRAWING", 0)
+    monkeypatch.setattr(embedded, "DRAWING_VERSION", 0)
     SMALL(root)
     assert not (root / "witness").exists()
     assert json.loads((root / "complete.json").read_text())["drawing"] == 0
@@ -118,7 +118,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_a_full_disk_leaves_the_set_that_was_there(tmp_path, monkeypatch):
     SMALL(tmp_path / "set")
-    monkeypatch.setattr(embedded, "DRAWING", 0)
+    monkeypatch.setattr(embedded, "DRAWING_VERSION", 0)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     with full_disk(10_000), pytest.raises(NotWrittenError, match=r"set could not be written: .* Make room there"):
         SMALL(tmp_path / "set")

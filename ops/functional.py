@@ -71,9 +71,15 @@ def lattice_pool(
     if reduce not in ("mean", "max"):
         raise ValueError(f"reduce={reduce!r}: expected one of mean, max")
     rule = LatticeRule(quantize_roi, inclusive_end, half_pixel, min_extent, quantize_bins, sampling_ratio, sample_offset, border)
-    image, y, x = _place(
-        rule, spatial_scale, features, *prepare(features, boxes, output_size, differentiable_boxes=quantize_bins == "none")
-    )
+    return _pool_lattice(rule, features, boxes, output_size, spatial_scale, reduce)
+
+
+ROI_POOL = LatticeRule(quantize_roi="round", inclusive_end=True, half_pixel=False, quantize_bins="cover")
+"""Where RoIPool looks."""
+
+
+def _pool_lattice(rule: LatticeRule, features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float, reduce: str) -> Tensor:
+    image, y, x = place_bins(rule, features, boxes, output_size, spatial_scale)
     if _has_kernels(features):
         remembered = None  # which samples won, in as few bytes as their number needs: a gradient has to know
         if reduce == "max" and torch.is_grad_enabled() and (features.requires_grad or y.first.requires_grad):
@@ -90,17 +96,7 @@ def roi_pool(features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: f
 
     Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
-    return lattice_pool(
-        features,
-        boxes,
-        output_size,
-        spatial_scale,
-        quantize_roi="round",
-        inclusive_end=True,
-        half_pixel=False,
-        quantize_bins="cover",
-        reduce="max",
-    )
+    return _pool_lattice(ROI_POOL, features, boxes, output_size, spatial_scale, "max")
 
 
 def roi_align(
@@ -153,16 +149,18 @@ def prroi_pool(features: Tensor, boxes: Boxes, output_size: Size, spatial_scale:
     Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
     rule = IntegralRule(half_pixel)
-    image, y, x = _place(rule, spatial_scale, features, *prepare(features, boxes, output_size, differentiable_boxes=True))
+    image, y, x = place_bins(rule, features, boxes, output_size, spatial_scale)
     if _has_kernels(features):
         return library.integral_pool(features, image, *y, *x)
     return eager.integral_pool(features, image, y, x).to(features.dtype)
 
 
-def _place(
-    rule: LatticeRule | IntegralRule, spatial_scale: float, features: Tensor, image: Tensor, box: Tensor, bins: tuple[int, int]
+def place_bins(
+    rule: LatticeRule | IntegralRule, features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float
 ) -> tuple[Tensor, Axis, Axis] | tuple[Tensor, Bounds, Bounds]:
     """The image of each box, and where its bins look along y and along x."""
+    has_gradient = isinstance(rule, IntegralRule) or rule.quantize_bins == "none"
+    image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=has_gradient)
     if not 0 < spatial_scale < math.inf:
         raise ValueError(f"spatial_scale={spatial_scale!r}: expected cells a pixel, above 0, such as 1/16")
     # a compiled function keeps its tensors for one backward pass alone, and someone may want another (retain_graph=True)

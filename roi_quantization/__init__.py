@@ -4,9 +4,16 @@ In a checkout the subpackages are folders of its top level, which the installati
 """
 
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from roi_quantization.ops.acceleration import accelerate_torchvision as accelerate_torchvision
+
+_LAZY = {"accelerate_torchvision": "ops.acceleration"}  # imported when first asked for: a script that is not installed has no PyTorch
 
 try:
     __version__ = version("roi-quantization")
@@ -30,3 +37,13 @@ def _check_installed() -> None:
 
 
 _check_installed()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_LAZY]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from roi_quantization.ops.cpu import argmax as argmax_kernels
 from roi_quantization.ops.cpu import max as max_kernels
 from roi_quantization.ops.cpu import window as window_kernels
 from roi_quantization.ops.geometry import Axis, Bounds
@@ -57,6 +58,24 @@ def lattice_backward(
     of_y = window_kernels.lattice_gradient(*_numpy(y), features.shape[2], windows.y_start, of_weights[0].numpy())
     of_x = window_kernels.lattice_gradient(*_numpy(x), features.shape[3], windows.x_start, of_weights[1].numpy())
     return out, [torch.from_numpy(g) for g in (*of_y, *of_x)]
+
+
+def max_of_cells(features: Tensor, image: Tensor, y: Axis, x: Axis) -> tuple[Tensor, Tensor]:
+    """The largest cell of each bin, `[K, C, P, P]`, and its index `row * W + column` as int32, -1 for an empty bin: torchvision's form."""
+    out, winners = lattice_forward(features, image, y, x, "max", torch.int32)
+    cells = torch.empty(out.flatten(2).shape, dtype=torch.int32)
+    arrays = [*_numpy((winners, y.first.int(), x.first.int(), x.count)), features.shape[3], *_numpy((cells,))]
+    _each_block(features.shape[1], lambda _, *block: argmax_kernels.cells_of_winners(*arrays, *block))
+    return out, cells.view(out.shape)
+
+
+def scatter_to_cells(grad: Tensor, cells: Tensor, image: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """The backward of `max_of_cells`: gradient of features `[N, C, H, W]` of this `shape`, contiguous."""
+    source = _accumulable(grad).contiguous()
+    out = source.new_empty(*shape[:2], shape[2] * shape[3])
+    arrays = _numpy((source.flatten(2), cells.contiguous().flatten(2), image, out))
+    _each_block(shape[1], lambda _, *block: argmax_kernels.scatter_to_cells(*arrays, *block))
+    return out.view(shape).to(grad.dtype)
 
 
 def integral_forward(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> Tensor:

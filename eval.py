@@ -48,12 +48,17 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")
-def main(cfg: DictConfig) -> float:
+def _main(cfg: DictConfig) -> float:
     silence_other_ranks()
     with exit_with_message("eval.py"):
         return evaluate(cfg)[f"{cfg.split}/AP"]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compose the configuration from the checkpoint's and the command line, and run."""
     register_checkpoint(sys.argv[1:], "eval.py")
+    _main()
+
+
+if __name__ == "__main__":
     main()

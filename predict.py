@@ -93,11 +93,16 @@ def tell(found: Mapping, classes: Mapping[int, str], threshold: float) -> str:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="predict")
-def main(cfg: DictConfig) -> None:
+def _main(cfg: DictConfig) -> None:
     with exit_with_message("predict.py"):
         predict(cfg)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compose the configuration from the checkpoint's and the command line, and run."""
     register_checkpoint(sys.argv[1:], "predict.py")
+    _main()
+
+
+if __name__ == "__main__":
     main()

@@ -126,7 +126,7 @@ class CocoDetection(Dataset):
         boxes, labels, crowd = self.ground_truth(index)
         in_image = {"boxes": boxes, "crowd": crowd, "proposals": self.proposals(record)}
         target = {name: tv_tensors.BoundingBoxes(value, format="XYXY", canvas_size=size) for name, value in in_image.items()}
-        image = tv_tensors.Image(read_image(record))
+        image = tv_tensors.Image(read_image(record, has_boxes=True))
         if self.transform is not None:
             with seeded_rng(self.seed, int(self._epoch), record.id):
                 image, target = self.transform(image, target)

@@ -48,6 +48,12 @@ class FastRCNN(nn.Module):
 
     def batch(self, images: list[Tensor]) -> Tensor:
         """Normalised images in one `[N, 3, H, W]`, padded with zeros (the mean colour) right and below to multiples of the stride."""
+        for image in images:
+            if image.dtype != torch.uint8:
+                raise ValueError(
+                    f"an image is {image.dtype}, expected uint8 RGB from 0 to 255: convert it, if it is from 0 to 1 with "
+                    "(255 * image).round().to(torch.uint8)"
+                )
         stride = self.backbone.stride
         height, width = (-(-max(image.shape[axis] for image in images) // stride) * stride for axis in (1, 2))
         batch = torch.zeros(len(images), 3, height, width, device=self.mean.device).contiguous(memory_format=self.memory_format)

@@ -35,6 +35,13 @@ def test_a_batch_is_normalised_and_padded_with_zeros_to_the_stride():
     assert padded[0, :, 20:].abs().sum() == padded[0, :, :, 33:].abs().sum() == padded[1, :, 5:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("image", [torch.rand(3, 20, 33), torch.zeros(3, 20, 33, dtype=torch.uint16)])
+def test_an_image_that_is_not_uint8_is_refused(image):
+    """One from 0 to 1 would be nearly black."""
+    with pytest.raises(ValueError, match=rf"an image is {image.dtype}, expected uint8 RGB from 0 to 255"):
+        make().batch([image])
+
+
 def test_boxes_return_to_the_original_image_and_stay_in_it():
     """An image of 200 x 400 (height, width) was shown at 100 x 100: x grows by 4, y by 2."""
     assert to_original(torch.tensor([[10.0, 10.0, 50.0, 60.0]]), (100, 100), (200, 400)).tolist() == [[40.0, 20.0, 200.0, 120.0]]

@@ -1,6 +1,7 @@
 """Explain what RoI operators do with a box: `python explain.py box=[296,192,496,337] image_size=[512,512] stride=32 output_size=3`.
 
-Prints every step in numbers and draws it; `image=` on a real image, `data=` for all proposals of a data set. See `--help`.
+Prints every step and draws it. `image=` adds a real image and its features, `data=` averages over the proposals
+of a data set. See `--help`.
 """
 
 import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
@@ -15,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from roi_quantization.detection.alignment.bin_figure import draw_bin, tell_bin
-from roi_quantization.detection.alignment.explanation import Explanation, table, tell
+from roi_quantization.detection.alignment.bin_figure import draw_bin, format_bin
+from roi_quantization.detection.alignment.explanation import Explanation, format_steps, format_table
 from roi_quantization.detection.alignment.explanation import explain as explain_operator
-from roi_quantization.detection.alignment.explanation_figure import Photograph, draw
-from roi_quantization.detection.alignment.misalignment import Operator, format_summary, is_known, rule_of, summarise
+from roi_quantization.detection.alignment.explanation_figure import Photograph, draw_explanations
+from roi_quantization.detection.alignment.misalignment import Operator, format_summary, is_supported, lattice_rule, summarize
 from roi_quantization.detection.configuration import CONFIGS
 from roi_quantization.detection.data.images import decode
 from roi_quantization.detection.model.build import instantiate, read_operator
@@ -29,12 +30,12 @@ from roi_quantization.detection.runs.errors import exit_with_message
 
 
 def explain(cfg: DictConfig) -> list[Explanation]:
-    """Prints and draws what each of `cfg.operators` does with `cfg.box`."""
+    """Print and draw what each of `cfg.operators` does with `cfg.box`."""
     for knob in ("stride", "output_size"):
         if not (isinstance(cfg[knob], int) and cfg[knob] > 0):
             raise ValueError(f"{knob}={cfg[knob]}: expected a whole number above 0")
     operators = load_operators(cfg.operators)
-    image = None if cfg.image is None else read(cfg.image)
+    image = None if cfg.image is None else read_image(cfg.image)
     width, height = cfg.image_size if image is None else (image.shape[2], image.shape[1])
     found = [
         explain_operator(name, operator, cfg.box, (height, width), cfg.stride, cfg.output_size) for name, operator in operators.items()
@@ -42,26 +43,26 @@ def explain(cfg: DictConfig) -> list[Explanation]:
     e, (x1, y1, x2, y2) = found[0], cfg.box
     pixels, cells = f"{x2 - x1:g} x {y2 - y1:g} pixels", f"{e.box[2] - e.box[0]:.2f} x {e.box[3] - e.box[1]:.2f} cells"
     print(f"The box ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is {pixels} of an image {width} wide and {height} high.")
-    print(f"At stride {e.stride} the map has {e.map_size[1]} x {e.map_size[0]} cells, and the box is {cells}.\n")
+    print(f"At stride {e.stride} the map has {e.feature_map_size[1]} x {e.feature_map_size[0]} cells, and the box is {cells}.\n")
     if cfg.bin is not None:
         if not OmegaConf.is_list(cfg.bin) or len(cfg.bin) != 2:
             raise ValueError(f"bin={cfg.bin}: expected [row,column], each from 0 to {cfg.output_size - 1}")
         row, column = cfg.bin
-        sampling = [one for one in found if rule_of(one.operator) is not None] or found
-        print("\n\n".join(tell_bin(one, row, column) for one in sampling))
+        sampling = [one for one in found if lattice_rule(one.operator) is not None] or found
+        print("\n\n".join(format_bin(one, row, column) for one in sampling))
         draw_bin(sampling, row, column, cfg.picture)
         print(f"\nThe picture: {cfg.picture}")
         return found
-    print("\n\n".join(tell(one) for one in found))
-    print(f"\n{table(found)}")
-    title = f"What is read of a box of {pixels} at stride {e.stride}: {cells}, {e.bins} x {e.bins} bins"
-    draw(found, cfg.picture, title, None if image is None else photograph(image, found, cfg))
+    print("\n\n".join(format_steps(one) for one in found))
+    print(f"\n{format_table(found)}")
+    title = f"Sampled region of a box of {pixels} at stride {e.stride}: {cells}, {e.bins} x {e.bins} bins"
+    draw_explanations(found, cfg.picture, title, None if image is None else photograph(image, found, cfg))
     print(f"\nThe picture: {cfg.picture}")
     return found
 
 
 def explain_data(cfg: DictConfig) -> list[dict]:
-    """Prints the misalignment of all proposals of a data set's test split (val where there is none), by stride and size."""
+    """Print the mean misalignment of a data set's proposals by stride and size. The split is test, or val where there is no test."""
     operators = load_operators(cfg.operators)
     data = instantiate(cfg.data)
     data.prepare_data()
@@ -69,29 +70,33 @@ def explain_data(cfg: DictConfig) -> list[dict]:
     data.setup("test" if split == "test" else "validate")
     dataset = getattr(data, split)
     items = (dataset[i] for i in tqdm(range(len(dataset)), desc="images"))
-    rows = summarise(operators, ((target["proposals"], image.shape[-2:]) for image, target in items), output_size=cfg.output_size)
-    print(f"What operators read of the proposals of {len(dataset)} images ({split}), {cfg.output_size} x {cfg.output_size} bins; means\n")
+    rows = summarize(operators, ((target["proposals"], image.shape[-2:]) for image, target in items), output_size=cfg.output_size)
+    print(f"Mean misalignment of the proposals of {len(dataset)} images ({split}), {cfg.output_size} x {cfg.output_size} bins\n")
     print(format_summary(rows))
     return rows
 
 
 def load_operators(names: str | Sequence[str]) -> dict[str, Operator]:
-    """The operators of configs/roi by these names."""
+    """Instantiate operators by their names in `configs/roi`.
+
+    Raises:
+        ValueError: no names, an unknown name, or an operator whose sampling is unknown.
+    """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
-        raise ValueError("operators=[]: name one at least, such as operators=[pool,align] (configs/roi)")
+        raise ValueError("operators=[]: name at least one of configs/roi, such as operators=[pool,align]")
     try:
         operators = {name: instantiate(read_operator(name)) for name in names}
     except ValueError as error:
         raise ValueError(f"operators={names}: {error}") from error
     for name, operator in operators.items():
-        if not is_known(operator):
-            raise ValueError(f"operators={names}: what {name} reads is not known; ops.lattice_pool and ops.prroi_pool can be explained")
+        if not is_supported(operator):
+            raise ValueError(f"operators={names}: where {name} samples is not known. Name only operators of configs/roi.")
     return operators
 
 
-def read(path: str) -> Tensor:
-    """uint8 RGB `[3, H, W]`."""
+def read_image(path: str) -> Tensor:
+    """Read a picture as uint8 RGB `[3, H, W]`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"image={path}: no such file")
     try:
@@ -102,11 +107,11 @@ def read(path: str) -> Tensor:
 
 @torch.no_grad()
 def photograph(image: Tensor, explanations: list[Explanation], cfg: DictConfig) -> Photograph:
-    """The image's VGG16 features, normalised and padded as the detector does, and what each operator makes of them."""
+    """Compute the image's VGG16 features, normalised and padded as in the detector, and each operator's output on them."""
     torch.manual_seed(cfg.seed)
     detector = FastRCNN(VGG16(cfg.stride, weights=cfg.weights), roi_heads=None).eval()
     if cfg.weights is None:
-        print("The features are those of random weights: weights=IMAGENET1K_V1, or a file, shows trained ones.\n")
+        print("The VGG16 has random weights. Choose weights=IMAGENET1K_V1 or a file for trained ones.\n")
     features = detector.backbone(detector.batch([image]))
     boxes = [torch.tensor([list(cfg.box)], dtype=torch.float32)]
     pooled = [e.operator(features, boxes, e.bins, 1 / e.stride)[0].mean(0) for e in explanations]

@@ -20,7 +20,7 @@ from roi_quantization.detection.data.images import ImageRecord, decode
 from roi_quantization.detection.data.proposals.file import ProposalFile
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
 from roi_quantization.detection.evaluation.coco import to_coco_results, write_results
-from roi_quantization.detection.evaluation.figures import detections_picture
+from roi_quantization.detection.evaluation.figures import plot_detections
 from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
@@ -63,7 +63,7 @@ def predict(cfg: DictConfig) -> list[dict]:
     classes = {label: category["name"] for label, category in categories.items()}
     for record in tqdm(records, desc="drawing", unit="image", disable=not bar):
         path = run_dir / "pictures" / f"{names[record.id]}.png"
-        detections_picture(decode(record.path), found[record.id], classes, path, cfg.score_threshold)
+        plot_detections(decode(record.path), found[record.id], classes, path, cfg.score_threshold)
     for record in records[:10]:
         print(f"{names[record.id]}: {tell(found[record.id], classes, cfg.score_threshold)}")
     print(f"\n{len(records)} of {len(paths)} pictures, {len(results)} boxes. results.json, instances.json and pictures/ are in {run_dir}")

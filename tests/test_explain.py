@@ -26,7 +26,7 @@ def share(picture, colour):
     return (np.asarray(Image.open(picture).convert("RGB")) == tuple(bytes.fromhex(colour[1:]))).all(axis=2).mean()
 
 
-def told(text: str) -> dict[str, list[str]]:
+def steps_of(text: str) -> dict[str, list[str]]:
     """Operator -> its lines, from the output."""
     paragraphs = [paragraph.splitlines() for paragraph in text.split("\n\n")]
     return {lines[0].split(":")[0]: [line.strip() for line in lines[1:]] for lines in paragraphs if lines[0][:1].islower()}
@@ -38,7 +38,7 @@ def test_the_worked_box_in_text(composed, capsys):
     text = capsys.readouterr().out
     assert all(len(line) <= 100 for line in text.splitlines())
     assert "the map has 16 x 16 cells, and the box is 6.25 x 4.53 cells" in text
-    steps = told(text)
+    steps = steps_of(text)
     assert list(steps) == ["pool", "pool_floor", "pool_bins", "warp", "align", "prroi"]
 
     floor = steps["pool_floor"]
@@ -49,10 +49,10 @@ def test_the_worked_box_in_text(composed, capsys):
 
     pool = steps["pool"]
     assert pool[0] == "RoI      x 9.00 to 17.00, y 6.00 to 12.00: 8.00 x 6.00 = 48.00 cells", "round, + 1"
-    assert pool[4] == "reads    x 9.00 to 16.00, y 6.00 to 12.00: 7.00 x 6.00 = 42.00 cells", "the map ends with column 15"
+    assert pool[4] == "region   x 9.00 to 16.00, y 6.00 to 12.00: 7.00 x 6.00 = 42.00 cells", "the map ends with column 15"
     assert pool[5].startswith("lost 0.00 cells (0.0%), gained 13.68 (48.3%); IoU with the box 0.674")
     # 9.25 and 15.5 round alike for 8 px to the right and not one to the left; 6 and 10.53 for 16 px down and 1 px up
-    assert pool[6:] == ["centre 4.0 px right, 23.5 px down", "unseen   moves within 8 px in x, 17 px in y"]
+    assert pool[6:] == ["centre 4.0 px right, 23.5 px down", "dead zone moves within 8 px in x, 17 px in y"]
 
     # the RoI is rounded, its bins are not: samples at 1/4 and 3/4 of bins of 7/3 cells from 9
     warp = steps["warp"]
@@ -64,7 +64,7 @@ def test_the_worked_box_in_text(composed, capsys):
     assert align[6:] == [
         "lost 0.00 cells (0.0%), gained 0.00 (0.0%); IoU with the box 1.000; bin by bin 1.000",
         "centre in place",
-        "unseen   no move",
+        "dead zone no move",
     ]
 
     assert steps["prroi"][-2] == "centre 16.0 px right, 16.0 px down", "half a cell, as released"
@@ -74,7 +74,7 @@ def test_the_worked_box_in_text(composed, capsys):
 
 def test_the_bins_of_665_pixels(composed, capsys):
     explain(composed("box=[0,0,665,665]", "image_size=[800,800]", "output_size=7", "operators=[pool_floor,align]"))
-    steps = told(capsys.readouterr().out)
+    steps = steps_of(capsys.readouterr().out)
     assert "x 0.00 to 20.00" in steps["pool_floor"][0]
     assert steps["pool_floor"][2].startswith("bins     7 x 7 of 2.86 x 2.86, in whole cells: columns 0-1, 2-3")
     assert "14.00 x 14.00" in steps["pool_floor"][4] and "lost 235.86 cells (54.6%)" in steps["pool_floor"][5]
@@ -159,7 +159,7 @@ def test_all_proposals_of_a_data_set(composed, tmp_path, capsys):
         ("output_size=0", r"output_size=0: expected a whole number above 0"),
         ("bin=[0,3]", r"bin=\[0, 3\]: expected \[row,column\], each from 0 to 2"),
         ("bin=0", r"bin=0: expected \[row,column\], each from 0 to 2"),
-        ("operators=[]", "name one at least, such as "),
+        ("operators=[]", "name at least one of configs/roi, such as "),
         ("operators=rol", r"operators=\['rol'\]: there is no operator rol; choose from align, "),
     ],
 )
@@ -180,4 +180,4 @@ def test_every_shipped_operator_can_be_explained(composed, capsys):
     names = sorted(path.stem for path in (ROOT / "configs" / "roi").glob("*.yaml"))
     assert list(load_operators(names)) == names
     explain(composed(f"operators=[{','.join(names)}]"))
-    assert list(told(capsys.readouterr().out)) == names
+    assert list(steps_of(capsys.readouterr().out)) == names

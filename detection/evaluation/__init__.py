@@ -1,1 +1,1 @@
-"""How good are the detections: COCO's metrics, and pictures. Knows no model."""
+"""COCO's metrics of detections, statistics of their differences, and pictures. Depends on no model."""

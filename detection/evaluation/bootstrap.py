@@ -1,8 +1,8 @@
-"""How sure are we of an AP when other images might have been drawn: a bootstrap over images, for one seed as for several.
+"""Confidence intervals of AP by a bootstrap over images, for one seed or several.
 
-A resample is a weight for each image, how often it was drawn. The detections are matched once, by pycocotools; AP is then computed from
-weighted counts for all resamples at a time, and equals what COCOeval says of a data set in which the images lie that often (but for the
-order of equal scores within an image, which is arbitrary in either).
+A resample gives each image a weight, the number of times that it was drawn. pycocotools matches the detections once.
+AP is then computed from weighted counts, for all resamples at once. It equals COCOeval's AP of a data set that
+contains each image that often, except for the order of equal scores within an image, which is arbitrary in both.
 """
 
 import math
@@ -19,23 +19,24 @@ from roi_quantization.detection.evaluation.statistics import Combination, Estima
 
 METRICS = ("AP", "AP50", "AP75")
 _ALL_SIZES = {"all": (0.0, 1e10)}
-_CHUNK = 2**22  # numbers in the largest array while weights are worked off, which bounds the memory
+_CHUNK = 2**22  # elements of the largest array, which bounds the memory
 
 
 @dataclass(frozen=True)
 class _Class:
-    """The detections of one class over all images, the surest first, at each of T IoU thresholds."""
+    """The detections of one class over all images by falling score, at each of T IoU thresholds."""
 
-    image: np.ndarray  # int [D]: place of the detection's image
+    image: np.ndarray  # int [D]: index of the detection's image
     found: np.ndarray  # bool [T, D]: matched an object
-    counted: np.ndarray  # bool [T, D]: right or wrong, not absorbed by a crowd region
-    objects: np.ndarray  # int [I]: objects to be found in each image
+    counted: np.ndarray  # bool [T, D]: true or false positive, not absorbed by a crowd region
+    objects: np.ndarray  # int [I]: objects in each image, without crowd regions
 
 
 class MatchedDetections:
-    """Detections of a set of images, matched to the objects there, whose AP can be had for any weights of the images.
+    """Detections matched to objects once, from which AP is computed for any weights of the images.
 
-    Arguments as those of `roi_quantization.detection.evaluation.coco.evaluate`.
+    Args:
+        coco_gt, results, image_ids, max_detections: see `roi_quantization.detection.evaluation.coco.evaluate`.
     """
 
     def __init__(self, coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int = 100):
@@ -47,9 +48,10 @@ class MatchedDetections:
         self._classes = [_gather(matches) for matches in by_class if any(matches)]
 
     def average_precision(self, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """AP, AP50 and AP75 in percent, each `[B]`, for image weights `[B, I]` (in the order of `image_ids`; all 1 where None).
+        """Return AP, AP50 and AP75 in percent, each `[B]`. NaN where the images of positive weight have no object.
 
-        NaN where the images of positive weight have no object.
+        Args:
+            weights: `[B, I]`, of the images in the order of `image_ids`. None: all 1.
         """
         weights = np.ones((1, len(self.image_ids))) if weights is None else np.asarray(weights, dtype=np.float64)
         widest = max((len(c.image) for c in self._classes), default=1)
@@ -59,16 +61,16 @@ class MatchedDetections:
         return {"AP": precision.mean(axis=1), "AP50": precision[:, IOU50], "AP75": precision[:, IOU75]}
 
     def _at_thresholds(self, weights: np.ndarray) -> np.ndarray:
-        """`[B, T]`: mean over the classes that have objects."""
+        """Return AP as `[B, T]`, mean over the classes that have objects."""
         per_class = [_average_precision(c, weights, self.recalls) for c in self._classes]
         if not per_class:
             return np.full((len(weights), 10), math.nan)
-        present = np.array([weights @ c.objects > 0 for c in self._classes]).sum(axis=0)[:, None]  # how many classes; those absent add 0
+        present = np.array([weights @ c.objects > 0 for c in self._classes]).sum(axis=0)[:, None]  # classes with objects; others add 0
         with np.errstate(invalid="ignore"):
             return np.sum(per_class, axis=0) / present
 
 
-def over_images(
+def bootstrap_over_images(
     arms: Mapping[str, MatchedDetections | Sequence[MatchedDetections]],
     combinations: Mapping[str, Combination],
     resamples: int = 2000,
@@ -76,20 +78,29 @@ def over_images(
     seed: int = 0,
     method: str = "BCa",
 ) -> dict[str, dict[str, Estimate]]:
-    """Weighted sums of arms with bootstrap intervals over images: name of the sum -> AP, AP50, AP75 -> estimate.
+    """Estimate weighted sums of arms with bootstrap intervals over images.
 
-    arms: the matched detections of each arm, or those of its seeds, whose APs are averaged. All of the same images, and all are resampled
-        together, so that differences between arms are paired.
-    combinations: see `roi_quantization.detection.evaluation.statistics`.
+    An interval shows how a number varies with the images on which the trained weights are evaluated. Variation from
+    one training to the next is often larger, see `statistics.estimate_over_seeds`.
 
-    method: of `scipy.stats.bootstrap`. AP comes out higher on resamples than on the images themselves, so that percentile intervals lie too
-        high: in a simulation with 100 images and the detections of two real runs, 87 to 92 % of the 95 % intervals held the true value. Of
-        the bias-corrected and accelerated ones (BCa, Efron 1987) and of the "basic" ones 92 to 94 % did. BCa stays within 0 to 100, but
-        evaluates once more for each image: for thousands of images "basic" is the faster.
+    Args:
+        arms: name -> matched detections, or one per seed, whose APs are averaged. All arms must be of the same images.
+            They are resampled together, so differences between arms are paired.
+        combinations: name -> arm -> weight, see `statistics`.
+        resamples: number of resamples.
+        confidence: level of the intervals.
+        seed: of the resampling.
+        method: of `scipy.stats.bootstrap`. AP is biased upwards on resamples, so percentile intervals are too high:
+            in a simulation with 100 images and detections of two real runs, 87 to 92 % of the 95 % intervals covered
+            the true value, and 92 to 94 % with "BCa" (bias-corrected and accelerated, Efron 1987) or "basic". BCa
+            stays within 0 to 100. It evaluates once more per image, so "basic" is faster for thousands of images.
 
-    The interval says how the number varies with the images on which these very weights are judged, not with the training: for the latter,
-    which is often the larger part, see `statistics.over_seeds`. There is no p-value. Where nothing varies, as when everything is found in
-    every image, a BCa interval is NaN.
+    Returns:
+        Name of the sum -> AP, AP50, AP75 -> estimate without p-value. A BCa interval is NaN where nothing varies, for
+        example where every object is found in every image.
+
+    Raises:
+        ValueError: an arm without runs, or arms of different images.
     """
     runs = {arm: [matched] if isinstance(matched, MatchedDetections) else list(matched) for arm, matched in arms.items()}
     used = sorted({arm for combination in combinations.values() for arm in combination})
@@ -103,7 +114,7 @@ def over_images(
     sums = np.array([[combination.get(arm, 0.0) for arm in used] for combination in combinations.values()])  # [sums, arms]
 
     def evaluate(weights: np.ndarray) -> np.ndarray:
-        """`[B, I]` -> `[3 * sums, B]`."""
+        """Evaluate image weights `[B, I]` -> `[3 * sums, B]`."""
         averages = []
         for arm in used:
             precisions = [matched.average_precision(weights) for matched in runs[arm]]
@@ -111,11 +122,11 @@ def over_images(
         return np.einsum("sa,amb->msb", sums, np.array(averages)).reshape(-1, len(weights))
 
     def of_drawn(places: np.ndarray, axis: int = -1) -> np.ndarray:
-        """Places of drawn images `[..., n]` -> `[3 * sums, ...]`, as SciPy calls a statistic of several values."""
+        """Evaluate indices of drawn images `[..., n]` -> `[3 * sums, ...]`, the signature of a SciPy statistic."""
         return evaluate(_counts(places.reshape(-1, places.shape[-1]), images)).reshape(-1, *places.shape[:-1])
 
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # where nothing varies; NaN says it
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # nothing varies: the interval is NaN
         result = stats.bootstrap(
             (np.arange(images),), of_drawn, n_resamples=resamples, vectorized=True, confidence_level=confidence, method=method,
             batch=max(1, _CHUNK // images), rng=np.random.default_rng(seed),
@@ -128,7 +139,7 @@ def over_images(
 
 
 def _gather(matches: Sequence[Mapping | None]) -> _Class:
-    """COCOeval's matches of one class, image by image (None where there is nothing) -> all detections, sorted by falling score."""
+    """Join COCOeval's matches of one class, per image (None where it has nothing), sorted by falling score."""
     there = [(place, m) for place, m in enumerate(matches) if m is not None]
     scores = np.concatenate([m["dtScores"] for _, m in there])
     order = np.argsort(-scores, kind="mergesort")  # stable, as COCOeval's
@@ -140,16 +151,16 @@ def _gather(matches: Sequence[Mapping | None]) -> _Class:
 
 
 def _average_precision(c: _Class, weights: np.ndarray, recalls: np.ndarray) -> np.ndarray:
-    """`[B, T]`, 0..1: the mean, over the recall levels, of the best precision at that recall or a higher one. 0 without objects."""
+    """Return AP in 0..1 as `[B, T]`: mean over recall levels of the best precision at that or higher recall. 0 without objects."""
     objects = (weights @ c.objects)[:, None]
     weight = weights[:, c.image]  # [B, D]
     result = np.zeros((len(weights), len(c.found)))
     for t, (found, counted) in enumerate(zip(c.found, c.counted, strict=True)):
-        if t == 0 or (counted != c.counted[t - 1]).any():  # crowd regions alone make it differ between thresholds
+        if t == 0 or (counted != c.counted[t - 1]).any():  # only crowd regions make it differ between thresholds
             seen_so_far = np.cumsum(weight * counted, axis=1)
         if not found.any():
             continue
-        right = np.cumsum(weight[:, found], axis=1)  # precision and recall matter where an object was found: between, they only fall
+        right = np.cumsum(weight[:, found], axis=1)  # precision only falls between true positives
         precision = right / (seen_so_far[:, found] + np.spacing(1))
         best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         recall = right / np.maximum(objects, 1)
@@ -159,6 +170,6 @@ def _average_precision(c: _Class, weights: np.ndarray, recalls: np.ndarray) -> n
 
 
 def _counts(drawn: np.ndarray, images: int) -> np.ndarray:
-    """Places of images drawn `[B, I]` -> how often each was `[B, images]`."""
+    """Count how often each image was drawn: indices `[B, I]` -> `[B, images]`."""
     rows = np.arange(len(drawn))[:, None] * images
     return np.bincount((drawn.astype(np.int64) + rows).ravel(), minlength=len(drawn) * images).reshape(len(drawn), images)

@@ -1,4 +1,4 @@
-"""Detections -> COCO results -> COCO's metrics, as files and as a table. The matching is in `matching.py`."""
+"""Convert detections to COCO results and these to COCO's metrics, as files and as a table. `matching.py` has the matching."""
 
 import json
 import math
@@ -14,20 +14,20 @@ from torchvision.ops import box_convert
 from roi_quantization.detection.evaluation.matching import IOU50, IOU75, Evaluator, SilentCOCOeval, match, percent
 from roi_quantization.detection.files import atomic_write
 
-_ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # and of its size ranges: small is below 32^2 pixels, large above 96^2
+_ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # indices of COCOeval's size ranges: small is below 32^2 pixels, large above 96^2
 COCO_MAX_DETECTIONS = 100  # of an image and category
 _NAME = 15  # columns for a class name in the table, so that two classes side by side fit 80 columns
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """COCO's numbers in percent, 0 to 100; NaN where there is no ground truth to measure against.
+    """COCO's numbers in percent, 0 to 100. NaN where there is no ground truth.
 
     stats: AP (mean over IoU 0.5:0.05:0.95), AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10, AR_100, AR_small, AR_medium, AR_large.
     per_class: category name -> {AP, AP50, AP75}, in the order of the category ids.
-    image_ids: the images that were evaluated, ascending; None where the file that this was read from does not say.
-    of: how many images the split has; None where that is not known.
-    max_detections: the detections of an image and category that were looked at, at most; 100 in COCO.
+    image_ids: the evaluated images, ascending. None where the file that this was read from does not have them.
+    of: number of images of the split. None where it is unknown.
+    max_detections: maximum number of detections evaluated per image and category. 100 in COCO.
     """
 
     stats: dict[str, float]
@@ -38,12 +38,12 @@ class Metrics:
 
     @property
     def is_partial(self) -> bool:
-        """Were images of the split left out?"""
+        """Whether images of the split were left out."""
         return self.image_ids is not None and self.of is not None and len(self.image_ids) < self.of
 
     @property
     def coverage(self) -> str:
-        """`12 images`, or `4 of 12 images, a partial evaluation`."""
+        """The evaluated images in words: `12 images`, or `4 of 12 images, a partial evaluation`."""
         if self.image_ids is None:
             return "an unknown number of images"
         return f"{len(self.image_ids)} of {self.of} images, a partial evaluation" if self.is_partial else f"{len(self.image_ids)} images"
@@ -62,7 +62,7 @@ class Metrics:
 
     @classmethod
     def from_json(cls, content: Mapping) -> "Metrics":
-        """The inverse of `as_json`; also of files from before the images were written down."""
+        """Invert `as_json`. Files of earlier versions, which lack the images, are read too."""
 
         def numbers(values):
             return {name: math.nan if value is None else float(value) for name, value in values.items()}
@@ -84,18 +84,21 @@ def evaluate(
     coco_eval: Evaluator = SilentCOCOeval,
     of: int | None = None,
 ) -> Metrics:
-    """COCO's box metrics of `results` over the images `image_ids`.
+    """Compute COCO's box metrics of `results` over the images `image_ids`. Without results AP is 0.
 
-    coco_gt: the annotations, unchanged by the call. Crowd regions (`iscrowd`) absorb detections and are never missed. Annotations without
-        `iscrowd` count as single objects; those without `area` get their box's area, which decides nothing but the size range.
-    results: COCO's results format, dicts of image_id, category_id, bbox `[x, y, w, h]` in pixels of the annotated image, score. Results of
-        images that `coco_gt` knows but `image_ids` leaves out are ignored, so that one list of results serves every subset.
-    image_ids: the images to evaluate; an image that is found twice counts once, one without results counts as one without detections.
-    max_detections: per image *and category*, as COCO has it; those of lower score are not looked at. AR_k is the recall with k at most.
-    coco_eval: pycocotools' COCOeval, or one that takes its place: `detection.evaluation.matching.faster_coco_eval()`.
-    of: how many images the split has of which `image_ids` are evaluated; these are all of it where None.
+    Args:
+        coco_gt: the annotations, which are not modified. Crowd regions (`iscrowd`) absorb detections and are never
+            missed. Annotations without `iscrowd` count as single objects. Annotations without `area` get their box's
+            area, which only decides the size range.
+        results: COCO's results format, dicts of image_id, category_id, bbox `[x, y, w, h]` in pixels of the annotated
+            image, and score. Results of images of `coco_gt` that are not in `image_ids` are ignored.
+        image_ids: the images to evaluate. Duplicates count once. An image without results has no detections.
+        max_detections: per image and category. Detections of lower score are ignored. AR_k is the recall with at most k.
+        coco_eval: pycocotools' COCOeval, or a replacement such as `matching.faster_coco_eval()`.
+        of: number of images of the split. None: `image_ids` are the whole split.
 
-    No results at all give AP 0. Raises ValueError where a result or an image does not belong to `coco_gt`, or a number is not finite.
+    Raises:
+        ValueError: a result or an image that `coco_gt` does not have, or a number that is not finite.
     """
     matched = match(coco_gt, results, image_ids, max_detections, coco_eval=coco_eval)
     matched.accumulate()
@@ -105,14 +108,20 @@ def evaluate(
 
 
 def to_coco_results(detections: Mapping[int, Mapping[str, Tensor]], label_to_category_id: Mapping[int, int]) -> list[dict]:
-    """Detections by image id -> list in COCO's results format.
+    """Convert detections to COCO's results format.
 
-    detections: image id -> {boxes [L, 4] xyxy in pixels of the original image, scores [L], labels [L] in 1..C}. Where there are `proposals`
-        [L, 4] too, those the boxes were regressed from, each result has one key more than COCO asks for: `proposal`, `[x, y, w, h]`.
-    label_to_category_id: label -> category id of the annotations.
+    Args:
+        detections: image id -> `boxes` [L, 4] xyxy in pixels of the original image, `scores` [L], `labels` [L] in 1..C,
+            and optionally `proposals` [L, 4], from which the boxes were regressed. These add a key `proposal`,
+            `[x, y, w, h]`, to each result.
+        label_to_category_id: label -> category id of the annotations.
 
-    Sorted by image id and then by falling score, equal scores in the given order: the same detections give the same list. Boxes are
-    rounded to 1/1000 pixel and scores to 6 decimals, after sorting.
+    Returns:
+        Results sorted by image id and falling score, equal scores in the given order. Boxes are rounded to 1/1000 pixel
+        and scores to 6 decimals, after sorting.
+
+    Raises:
+        ValueError: boxes, scores and labels of different lengths, or a label without category.
     """
     results = []
     for image_id in sorted(detections):
@@ -137,15 +146,16 @@ def _xywh(boxes: Tensor) -> list[list[float]]:
 
 
 def write_results(path: str | os.PathLike, results: Sequence[Mapping]) -> None:
-    """Writes COCO results as one json array, a result per line. The file is there whole or not at all."""
+    """Write COCO results as one JSON array with a result per line, atomically."""
     lines = ",\n".join(json.dumps(result, allow_nan=False) for result in results)
     atomic_write(path, (f"[\n{lines}\n]\n" if lines else "[]\n").encode())
 
 
 def write_metrics(path: str | os.PathLike, metrics: Metrics) -> None:
-    """Write `Metrics.as_json` of metrics in percent, null where there is no ground truth. The file is there whole or not at all.
+    """Write metrics as JSON, atomically: percentages, null where there is no ground truth.
 
-    `images` were evaluated `of` the split's, whose ids are `image_ids`; `partial` where some were left out.
+    `images` is the number of evaluated images, `image_ids` their ids, `of` the number of images of the split, and
+    `partial` is true where some were left out.
     """
     content = metrics.as_json()
     image_ids = content.pop("image_ids", None)

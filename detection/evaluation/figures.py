@@ -1,7 +1,7 @@
-"""Pictures of a run: how the losses and the AP went, and what was found on some images.
+"""Figures of a run: loss and AP curves, and detections on images.
 
-Figures are built without pyplot, which would hold on to them and to a display. The colours are Okabe and Ito's, which people with any of
-the common kinds of colour blindness can tell apart ("Color Universal Design", 2008).
+Figures are built without pyplot, which keeps a reference to each and needs a display. The colours are Okabe and Ito's,
+which remain distinct under the common kinds of colour blindness ("Color Universal Design", 2008).
 """
 
 import csv
@@ -27,16 +27,24 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0
 DPI = 130
 
 
-def curves(metrics_csv: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Losses (left) and AP, AP50, AP75 on the validation split (right) over the optimizer's steps.
+def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Plot losses, and AP, AP50 and AP75 on the validation split, over the optimizer's steps.
 
-    metrics_csv: what Lightning's CSVLogger writes. The columns `step` and `train/loss` (or `train/loss_step`) must be there; `val/loss`,
-        `val/AP`, `val/AP50` and `val/AP75` are drawn where they are.
+    Args:
+        metrics_csv: file of Lightning's CSVLogger with the columns `step` and `train/loss` (or `train/loss_step`). The
+            columns `val/loss`, `val/AP`, `val/AP50` and `val/AP75` are drawn where they exist.
+        path: of the figure.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no training loss.
     """
     logged = _read_columns(metrics_csv)
     train = next((name for name in ("train/loss", "train/loss_step") if name in logged), None)
     if train is None:
-        raise ValueError(f"{metrics_csv} has no values of train/loss: is it a CSVLogger's file of a training run? It has {sorted(logged)}")
+        raise ValueError(
+            f"{metrics_csv} has no values of train/loss, only of {sorted(logged)}. Is it a CSVLogger's file of a training run?"
+        )
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     losses, precision = figure.subplots(1, 2)
@@ -51,7 +59,7 @@ def curves(metrics_csv: str | os.PathLike, path: str | os.PathLike) -> None:
         losses.plot(*logged["val/loss"], color=COLOURS[5], marker="o", markersize=4, label="val")
         highest = max(highest, logged["val/loss"][1].max())
     if math.isfinite(highest) and highest > 0:
-        losses.set_ylim(0, 1.1 * highest)  # a few wild first steps must not flatten the rest
+        losses.set_ylim(0, 1.1 * highest)  # large losses of the first steps must not flatten the rest
     losses.set(title="Loss", xlabel="step")
     losses.legend(frameon=False)
 
@@ -73,17 +81,22 @@ def curves(metrics_csv: str | os.PathLike, path: str | os.PathLike) -> None:
     _save(figure, path)
 
 
-def detections_sheet(
+def plot_detection_sheet(
     dataset: CocoDetection,
     detections: Mapping[int, Mapping[str, Tensor]],
     path: str | os.PathLike,
     count: int = 12,
     score_threshold: float = 0.5,
 ) -> None:
-    """Contact sheet of `count` images, evenly spread over the data set, with ground truth (dashed) and detections (coloured by class).
+    """Draw `count` images, evenly spread over the data set, with ground truth (dashed) and detections (coloured by class).
 
-    detections: image id -> {boxes [L, 4] xyxy in pixels of the original image, scores [L], labels [L]}; an image may be missing.
-        Those with a score below `score_threshold` are not drawn.
+    Args:
+        dataset: the images and their annotations.
+        detections: image id -> `boxes` [L, 4] xyxy in pixels of the original image, `scores` [L], `labels` [L]. Images
+            may be missing.
+        path: of the figure.
+        count: number of images.
+        score_threshold: detections of lower score are not drawn.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -121,16 +134,21 @@ def detections_sheet(
     _save(figure, path)
 
 
-def detections_picture(
+def plot_detections(
     pixels: Tensor,
     found: Mapping[str, Tensor],
     names: Mapping[int, str],
     path: str | os.PathLike,
     score_threshold: float = 0.5,
 ) -> None:
-    """One image with its detections, 1000 pixels on its longer side; a class has the same colour on all pictures.
+    """Draw detections on one image, 1000 pixels on its longer side. A class has the same colour in all pictures.
 
-    pixels: uint8 RGB `[3, H, W]`. found: boxes `[L, 4]` xyxy in its pixels, scores `[L]`, labels `[L]`. names: label -> class.
+    Args:
+        pixels: uint8 RGB `[3, H, W]`.
+        found: `boxes` [L, 4] xyxy in pixels of the image, `scores` [L], `labels` [L].
+        names: label -> class name.
+        path: of the picture.
+        score_threshold: detections of lower score are not drawn.
     """
     height, width = pixels.shape[1:]
     inches = 1000 / DPI / max(height, width)
@@ -144,9 +162,9 @@ def detections_picture(
 
 
 def _read_columns(metrics_csv: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Column -> (steps, values): CSVLogger leaves a cell empty where something was not logged in that row."""
+    """Read column -> (steps, values). CSVLogger leaves a cell empty where a column was not logged in that row."""
     if not Path(metrics_csv).is_file():
-        raise FileNotFoundError(f"{metrics_csv} is not there: expected the metrics.csv of Lightning's CSVLogger")
+        raise FileNotFoundError(f"{metrics_csv} does not exist. Expected the metrics.csv of Lightning's CSVLogger.")
     columns: dict[str, list[tuple[float, float]]] = {}
     with open(metrics_csv, newline="") as file:
         for row in csv.DictReader(file):
@@ -157,13 +175,13 @@ def _read_columns(metrics_csv: str | os.PathLike) -> dict[str, tuple[np.ndarray,
 
 
 def _spread(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
-    """`count` of them at even distances: all of a sorted data set is seen, and nobody chose what."""
+    """Return `count` records at even distances."""
     count = min(count, len(records))
     return [records[i * len(records) // count] for i in range(count)]
 
 
 def _above(found: Mapping[str, Tensor] | None, threshold: float) -> list[tuple[list[float], float, int]]:
-    """(box, score, label) of the detections to draw, the surest last and so on top."""
+    """Return (box, score, label) of the detections to draw by rising score, so that the highest is on top."""
     if found is None:
         return []
     triples = zip(found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)

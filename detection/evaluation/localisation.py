@@ -1,7 +1,7 @@
-"""How far off are the boxes of what was found, before and after box regression.
+"""Localisation errors of matched detections, before and after box regression.
 
-AP says that localisation is worse; this says by how many pixels, at which edge, and whether it is a bias (a signed mean: what a systematic
-shift of the features does) or a scatter (an absolute median: what rounding does).
+The errors are in pixels, for each edge. The signed mean is a bias, as a systematic shift of the features causes. The
+median absolute error is a scatter, as rounding causes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,15 @@ EDGES = ("left", "top", "right", "bottom")
 
 @dataclass(frozen=True)
 class Localisation:
-    """The N detections that found an object, one row each; boxes float64 `[N, 4]`, xyxy, in pixels of the original image.
+    """The N detections that match an object at IoU 0.5. Boxes are float64 `[N, 4]`, xyxy, in pixels of the original image.
 
-    image_id, category_id, score: `[N]`.
-    object_id: `[N]`, the number of the object among those of all the images evaluated: the same object has the same one in every run.
-    truth: the object's box. detection: after regression. proposal: before it, that is the RoI; None where the results do not have it.
-    objects: how many there were to be found, so that N / objects is the recall.
+    Attributes:
+        image_id, category_id, score: `[N]`.
+        object_id: `[N]`, index of the object among those of all evaluated images. An object has the same one in every run.
+        truth: the object's box.
+        detection: the box after regression.
+        proposal: the box before regression, which is the RoI. None where the results lack it.
+        objects: number of annotated objects. N / objects is the recall.
     """
 
     image_id: np.ndarray
@@ -41,51 +44,56 @@ class Localisation:
 
     @property
     def iou(self) -> np.ndarray:
-        """`[N]`: of detection and object, at least 0.5 since that is what "found" means."""
+        """`[N]`: IoU of detection and object, at least 0.5."""
         return _iou(self.detection, self.truth)
 
     @property
     def offset(self) -> np.ndarray:
-        """`[N, 4]`: edges of the detection minus those of the object, pixels; positive is right or down."""
+        """`[N, 4]`: edges of the detection minus those of the object, in pixels. Positive is right or down."""
         return self.detection - self.truth
 
     @property
     def proposal_iou(self) -> np.ndarray | None:
-        """`[N]`: of proposal and object. May lie below 0.5, which regression then made good."""
+        """`[N]`: IoU of proposal and object, which may be below 0.5."""
         return None if self.proposal is None else _iou(self.proposal, self.truth)
 
     @property
     def proposal_offset(self) -> np.ndarray | None:
-        """`[N, 4]`: edges of the proposal minus those of the object, pixels."""
+        """`[N, 4]`: edges of the proposal minus those of the object, in pixels."""
         return None if self.proposal is None else self.proposal - self.truth
 
     @property
     def size(self) -> np.ndarray:
-        """`[N]`: square root of the area of the object's box, pixels."""
+        """`[N]`: square root of the area of the object's box, in pixels."""
         return np.sqrt((self.truth[:, 2:] - self.truth[:, :2]).prod(axis=1))
 
     def where(self, chosen: np.ndarray) -> "Localisation":
-        """Some of the rows (a mask or places), for example `where(found.size < 64)`; `objects` stays that of all."""
+        """Select rows by a mask or by indices, for example `where(found.size < 64)`. `objects` is unchanged."""
         rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objects"}
         return Localisation(**{name: None if value is None else value[chosen] for name, value in rows.items()}, objects=self.objects)
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """`after` regression, and `before` it where the proposals are known -> numbers, NaN where nothing was found.
+        """Summarize the errors `after` regression, and `before` it where the proposals are known. NaN without matches.
 
-        iou (mean), iou_median, iou_above_75 (share, percent); of each edge `bias_<edge>` (mean offset, pixels) and `off_<edge>` (median
-        absolute offset, pixels); `off`: the median absolute offset over all edges.
+        The numbers are `iou` (mean), `iou_median`, `iou_above_75` (percent), for each edge `bias_<edge>` (mean offset in
+        pixels) and `off_<edge>` (median absolute offset in pixels), and `off` (median absolute offset over all edges).
         """
         parts = {"before": (self.proposal_iou, self.proposal_offset), "after": (self.iou, self.offset)}
         return {name: _summary(iou, offset) for name, (iou, offset) in parts.items() if iou is not None}
 
 
 def localisation(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int = 100) -> Localisation:
-    """Matches as COCO does at IoU 0.5: class by class, the surest detection first, each object once, crowd regions left out.
+    """Match detections to objects as COCO does at IoU 0.5: per class, by falling score, each object once, without crowds.
 
-    results: COCO's, with one more key `proposal` (`[x, y, w, h]`, pixels of the original image) on all of them or on none.
+    Operators find different objects, and one that misses the difficult ones looks better than it is. Compare arms after
+    `restrict_to_common`, and state the recall `len(found) / found.objects` as well.
 
-    Operators find different objects, and one that misses the difficult ones looks better than it is: compare arms on what they have in
-    `common`, and tell `len(found) / found.objects` as well.
+    Args:
+        coco_gt, results, image_ids, max_detections: see `roi_quantization.detection.evaluation.coco.evaluate`. All of the
+            results or none have a key `proposal`, `[x, y, w, h]` in pixels of the original image.
+
+    Raises:
+        ValueError: some of the results have no proposal, or see `evaluate`.
     """
     with_proposal = sum("proposal" in result for result in results)
     if 0 < with_proposal < len(results):
@@ -111,8 +119,8 @@ def localisation(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[
     )
 
 
-def common(found: Sequence[Localisation]) -> list[Localisation]:
-    """The same, restricted to the objects that every one of them found. They must be of the same images."""
+def restrict_to_common(found: Sequence[Localisation]) -> list[Localisation]:
+    """Restrict each to the objects that all of them found. They must be of the same images, else ValueError."""
     if len({one.objects for one in found}) > 1:
         raise ValueError(f"there were {', '.join(str(one.objects) for one in found)} objects to be found: are these of the same images?")
     everywhere = set.intersection(*(set(one.object_id.tolist()) for one in found)) if found else set()
@@ -124,7 +132,7 @@ def _boxes(xywh: list) -> np.ndarray:
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Row by row."""
+    """Compute IoU row by row."""
     return box_iou(from_numpy(a)[:, None], from_numpy(b)[:, None])[:, 0, 0].numpy() if len(a) else np.zeros(0)
 
 

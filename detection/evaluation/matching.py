@@ -1,7 +1,8 @@
-"""pycocotools' matching of detections to ground truth, without its traps.
+"""pycocotools' matching of detections to ground truth, with its inputs checked and copied.
 
-In pycocotools an empty list of results crashes, an annotation with id 0 counts as never found, annotations that share an id disappear, a
-NaN box matches everything, an empty list of images means all images, and results and annotations are written into. None of that here.
+In pycocotools an empty list of results crashes, an annotation with id 0 is never found, annotations that share an id
+disappear, a NaN box matches everything, an empty list of images means all images, and results and annotations are
+modified. `match` avoids all of these.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from roi_quantization.detection.data.garbage_collection import without_garbage_c
 
 log = logging.getLogger(__name__)
 
-IOU50, IOU75 = 0, 5  # places of the IoU thresholds 0.5 and 0.75 among COCOeval's 0.5, 0.55 ... 0.95
+IOU50, IOU75 = 0, 5  # indices of the IoU thresholds 0.5 and 0.75 among COCOeval's 0.5, 0.55 ... 0.95
 Areas = Mapping[str, tuple[float, float]]
 Evaluator = Callable[[COCO, COCO, str], COCOeval]
 
@@ -37,14 +38,17 @@ class SilentCOCOeval(COCOeval):
 
 
 def faster_coco_eval() -> Evaluator:
-    """The COCOeval of faster-coco-eval, in C++: the same matches and recalls, precisions to within their last bit. It has no `evalImgs`.
+    """Return the COCOeval of faster-coco-eval, in C++. Its matches and recalls are equal, its precisions within one ulp.
 
-    ImportError where it is not installed.
+    It has no `evalImgs`.
+
+    Raises:
+        ImportError: faster-coco-eval is not installed.
     """
     try:
         from faster_coco_eval import COCOeval_faster
     except ImportError as error:
-        wanted = 'coco_eval=faster wants faster-coco-eval: pip install -e ".[faster-evaluation]", or choose coco_eval=pycocotools'
+        wanted = 'coco_eval=faster needs faster-coco-eval. Run pip install -e ".[faster-evaluation]", or choose coco_eval=pycocotools.'
         raise ImportError(wanted) from error
     return partial(COCOeval_faster, print_function=log.debug)
 
@@ -57,14 +61,21 @@ def match(
     areas: Areas | None = None,
     coco_eval: Evaluator = SilentCOCOeval,
 ) -> COCOeval:
-    """A `COCOeval` in which detections and ground truth are matched, class by class and image by image; `accumulate()` is yet to be called.
+    """Match detections to ground truth per class and image. The caller calls `accumulate()` on what is returned.
 
-    coco_gt: the annotations, unchanged by the call. `cocoGt` of what is returned is a copy of those of `image_ids`, with ids from 1 on.
-    results: COCO's results; `cocoDt` of what is returned has them, with ids from 1 on. Those of other images are left out.
-    areas: size ranges by name, square pixels, both ends included; COCO's all, small, medium and large where None.
-    coco_eval: `(ground truth, detections, "bbox") -> COCOeval`.
+    Args:
+        coco_gt: the annotations, which are not modified.
+        results: COCO's results. Those of other images are left out.
+        image_ids: the images to evaluate.
+        max_detections: per image and category.
+        areas: size ranges by name in square pixels, both ends included. None: COCO's all, small, medium and large.
+        coco_eval: `(ground truth, detections, "bbox") -> COCOeval`.
 
-    Raises ValueError where a result or an image does not belong to `coco_gt`, or a number is not finite.
+    Returns:
+        A COCOeval whose `cocoGt` and `cocoDt` are copies with ids from 1.
+
+    Raises:
+        ValueError: a result or an image that `coco_gt` does not have, or a number that is not finite.
     """
     if max_detections < 1:
         raise ValueError(f"max_detections must be at least 1, got {max_detections}")
@@ -83,7 +94,7 @@ def match(
 
 
 def percent(values: np.ndarray) -> float:
-    """Mean of COCOeval's numbers in percent, without the -1 of what has no ground truth; NaN where nothing is left."""
+    """Return the mean of COCOeval's numbers in percent without its -1 for "no ground truth". NaN where nothing is left."""
     measured = values[values > -1]
     return 100.0 * float(measured.mean()) if measured.size else math.nan
 
@@ -96,7 +107,7 @@ def _check_results(coco_gt: COCO, results: Sequence[Mapping]) -> None:
         for key, known in (("image_id", coco_gt.imgs), ("category_id", coco_gt.cats)):
             if result[key] not in known:
                 raise ValueError(
-                    f"result {index} has {key} {result[key]!r}, which the annotations do not know: are these results of another data set?"
+                    f"result {index} has {key} {result[key]!r}, which the annotations do not have. Are these results of another data set?"
                 )
         box, score = result["bbox"], result["score"]
         if len(box) != 4 or not all(map(math.isfinite, (*box, score))) or box[2] < 0 or box[3] < 0:
@@ -107,7 +118,7 @@ def _check_results(coco_gt: COCO, results: Sequence[Mapping]) -> None:
 
 
 def _ground_truth(coco_gt: COCO, image_ids: Sequence[int]) -> COCO:
-    """A private copy of the annotations of these images, numbered from 1 because COCOeval takes id 0 for "no match"."""
+    """Copy the annotations of these images, numbered from 1 because COCOeval takes id 0 for "no match"."""
     unknown = [image_id for image_id in image_ids if image_id not in coco_gt.imgs]
     if unknown:
         raise ValueError(f"{len(unknown)} of the images to evaluate are not in the annotations, the first is image {unknown[0]}")
@@ -131,12 +142,12 @@ def _ground_truth(coco_gt: COCO, image_ids: Sequence[int]) -> COCO:
                 }
             )
     if without_area:
-        log.warning("%d annotations have no area: their boxes' areas decide which are small, medium and large", without_area)
+        log.warning("%d annotations have no area. The areas of their boxes decide which are small, medium and large.", without_area)
     return _indexed([coco_gt.imgs[i] for i in sorted(set(image_ids))], list(coco_gt.cats.values()), annotations)
 
 
 def _detections(ground_truth: COCO, results: Sequence[Mapping]) -> COCO:
-    """What `COCO.loadRes` makes of results, for an empty list as well and without writing into it."""
+    """Do as `COCO.loadRes`, for an empty list as well, and without modifying the results."""
     kept = [result for result in results if result["image_id"] in ground_truth.imgs]
     annotations = [
         {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for number, result in enumerate(kept, 1)

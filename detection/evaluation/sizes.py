@@ -1,7 +1,7 @@
-"""AP by the size of the objects in cells of the feature map, which is what a RoI operator sees.
+"""AP by object size in cells of the feature map, the unit in which a RoI operator rounds.
 
-COCO's borders of small, medium and large, 32 and 96 pixels, are 2 and 6 cells at stride 16. At stride 32 the same pixels are 1 and 3 cells:
-to compare strides, the borders go with the cells.
+COCO's borders between small, medium and large, 32 and 96 pixels, are 2 and 6 cells at stride 16, and 1 and 3 cells at
+stride 32. Strides are compared at equal sizes in cells.
 """
 
 import math
@@ -26,13 +26,20 @@ def average_precision_by_cells(
     borders: Sequence[float] = CELLS,
     max_detections: int = 100,
 ) -> dict[str, dict[str, float]]:
-    """`"< 2 cells"`, `"2 to 6 cells"`, `"> 6 cells"` -> AP, AP50, AP75 in percent and `objects`, their number; NaN without objects.
+    """Compute AP by object size in cells. The size is the square root of the annotated `area`, as in COCO.
 
-    The size of an object is the square root of its `area`, as COCO has it; an object on a border counts on both sides, as there.
+    Args:
+        coco_gt, results, image_ids, max_detections: see `roi_quantization.detection.evaluation.coco.evaluate`.
+        stride: pixels of the network's input per cell.
+        scales: image id -> pixels of the network's input per pixel of the image. None: images are not resized.
+        borders: between the sizes, in cells, ascending. An object on a border counts on both sides, as in COCO.
 
-    stride: pixels of the network's input to a cell.
-    scales: image id -> pixels of the network's input to a pixel of the image, where images are resized; None: they are not.
-    borders: between the sizes, in cells of a side, ascending.
+    Returns:
+        `"< 2 cells"`, `"2 to 6 cells"`, `"> 6 cells"` -> AP, AP50, AP75 in percent, NaN without objects, and their
+        number `objects`.
+
+    Raises:
+        ValueError: borders that do not ascend from above 0, or images without scale.
     """
     if list(borders) != sorted(set(borders)) or not borders or borders[0] <= 0:
         raise ValueError(f"borders must be positive and ascending, got {list(borders)}")
@@ -59,9 +66,9 @@ def average_precision_by_cells(
 
 
 def resize_scales(coco_gt: COCO, short_side: int | None, max_side: int | None = None) -> dict[int, float] | None:
-    """Image id -> pixels of the resized image to one of the original; None where images keep their size.
+    """Return image id -> pixels of the resized image per pixel of the original. None where images keep their size.
 
-    Resizing as `roi_quantization.detection.data.transforms.resize_and_flip` does, but for the rounding to whole pixels.
+    The rule is that of `roi_quantization.detection.data.transforms.resize_and_flip`, without rounding to whole pixels.
     """
     if short_side is None:
         return None
@@ -73,7 +80,7 @@ def resize_scales(coco_gt: COCO, short_side: int | None, max_side: int | None = 
 
 
 def _scaled_truth(coco_gt: COCO, image_ids: Sequence[int], scales: Mapping[int, float]) -> COCO:
-    """The annotations as the network sees them. IoU does not change; areas do."""
+    """Scale the annotations to the network's input. IoUs do not change, areas do."""
     annotations = []
     for image_id in sorted(set(image_ids)):
         for annotation in coco_gt.imgToAnns.get(image_id, []):

@@ -1,8 +1,8 @@
-"""How large is an effect, and how sure are we of it: estimates over training seeds.
+"""Effect sizes of an ablation with confidence intervals over training seeds.
 
-Everything that is asked of an ablation is a weighted sum of its arms: an arm alone `{arm: 1}`, a difference `{arm: 1, reference: -1}`, a
-cost, an interaction. Within a seed all arms share initial weights, images and sampled RoIs, so the sum is taken seed by seed first and only
-then over the seeds: what a seed does to all arms alike cancels. `bootstrap.py` estimates the same sums over images.
+Every quantity of an ablation is a weighted sum of its arms: an arm `{arm: 1}`, a difference `{arm: 1, reference: -1}`, a
+cost, an interaction. Within a seed all arms share initial weights, images and sampled RoIs. The sum is therefore computed
+per seed before averaging, so that effects common to all arms cancel. `bootstrap.py` estimates the same sums over images.
 """
 
 import math
@@ -17,13 +17,14 @@ Combination = Mapping[str, float]  # arm -> its weight in the sum
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % confidence interval (or that of another level, where one was asked for).
+    """A number with its confidence interval, 95 % unless another level was chosen.
 
-    value: the mean of `n` observations.
-    low, high: ends of the interval; NaN where there is too little to tell, as with a single seed.
-    standard_error: standard deviation of `value` (over seeds: that of one seed is `standard_error * sqrt(n)`).
-    p_value: two-sided, of "the true value is 0", not corrected for the number of comparisons; NaN where it cannot be told or is not asked.
-    n: seeds, or images for a bootstrap.
+    Attributes:
+        value: the mean of `n` observations.
+        low, high: ends of the interval. NaN where it is undefined, as for a single seed.
+        standard_error: standard deviation of `value`. That of one observation is `standard_error * sqrt(n)`.
+        p_value: two-sided, of "the true value is 0", not corrected for multiple comparisons. NaN where it is undefined.
+        n: number of seeds, or of images for a bootstrap.
     """
 
     value: float
@@ -39,11 +40,11 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Is 0 outside the interval? False where there is none."""
+        """Whether 0 is outside the interval. False without an interval."""
         return self.has_interval and not self.low <= 0 <= self.high
 
     def text(self, digits: int = 1, signed: bool = False) -> str:
-        """`-26.7 [-30.1, -23.3]`; without the bracket where there is no interval, and `-` where there is no value."""
+        """Format as `-26.7 [-30.1, -23.3]`, without brackets where there is no interval, `-` where there is no value."""
         if math.isnan(self.value):
             return "-"
         form = f"{'+' if signed else ''}.{digits}f"
@@ -53,7 +54,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TwoByTwo:
-    """The arms that differ in nothing but the two quantizations: of the projected RoI (rows) and of its bins (columns)."""
+    """The 2 x 2 factorial design: arms that differ only in the two quantizations, of the projected RoI and of its bins."""
 
     exact: str = "align_max"
     rounded_roi: str = "warp_max"
@@ -65,8 +66,8 @@ class TwoByTwo:
         return self.exact, self.rounded_roi, self.quantized_bins, self.both
 
     def costs(self) -> dict[str, Combination]:
-        """What is lost, as a positive number, to the first quantization (`projection`), to the second (`bins`), to `both` together, and the
-        `interaction` = both - projection - bins: negative where the second hurts less once the first has been done.
+        """Return the costs, positive where something is lost: of rounding the RoI (`projection`), of quantizing its bins
+        (`bins`), of `both`, and the `interaction` = both - projection - bins.
         """
         return {
             "projection": {self.exact: 1, self.rounded_roi: -1},
@@ -77,36 +78,46 @@ class TwoByTwo:
 
 
 def difference(arm: str, reference: str = "align") -> Combination:
-    """`arm` minus `reference`: negative where the arm is worse."""
+    """Return the weights of `arm` minus `reference`. The sum is negative where the arm is worse."""
     if arm == reference:
         raise ValueError(f"{arm} has no difference to itself")
     return {arm: 1, reference: -1}
 
 
 def mean(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean of independent observations with Student's t interval, and the p-value of the one-sample t-test against 0.
+    """Return the mean of independent observations with Student's t interval and the p-value of the t-test against 0.
 
-    One observation has no interval; one that is NaN makes all NaN. Equal observations have an interval of no width.
+    A single observation has no interval. A NaN makes everything NaN. Equal observations have an interval of width 0.
+
+    Raises:
+        ValueError: no observations.
     """
     if len(values) == 0:
-        raise ValueError("there are no observations to take the mean of")
+        raise ValueError("mean: there are no observations")
     values = [float(value) for value in values]
     if len(values) == 1:
         return Estimate(values[0])
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)  # equal observations: nothing is lost that matters
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)  # equal observations: no precision that matters is lost
         test = stats.ttest_1samp(values, popmean=0.0)
         low, high = test.confidence_interval(confidence)
         error = float(stats.sem(values))
     return Estimate(math.fsum(values) / len(values), float(low), float(high), error, float(test.pvalue), len(values))
 
 
-def over_seeds(values: Mapping[str, Mapping[int, float]], combination: Combination, confidence: float = 0.95) -> Estimate:
-    """The weighted sum of arms, estimated over the seeds that all of its arms have.
+def estimate_over_seeds(values: Mapping[str, Mapping[int, float]], combination: Combination, confidence: float = 0.95) -> Estimate:
+    """Estimate a weighted sum of arms over the seeds that all of its arms have.
 
-    values: arm -> seed -> a metric. Arms and seeds that the sum does not need may be there.
-    The p-value is given where the weights add up to 0, that is for differences and costs.
-    Raises ValueError where an arm is missing or no seed is common to all.
+    Args:
+        values: arm -> seed -> metric. Other arms and seeds are ignored.
+        combination: arm -> weight.
+        confidence: level of the interval.
+
+    Returns:
+        The estimate, with a p-value where the weights add up to 0, that is for differences and costs.
+
+    Raises:
+        ValueError: an arm is missing, or no seed is common to all arms.
     """
     missing = [arm for arm in combination if not values.get(arm)]
     if missing:
@@ -121,24 +132,37 @@ def over_seeds(values: Mapping[str, Mapping[int, float]], combination: Combinati
 
 
 def is_comparison(combination: Combination) -> bool:
-    """Do the weights add up to 0, so that 0 means "no effect"?"""
+    """Return whether the weights add up to 0, so that a sum of 0 means "no effect"."""
     return math.isclose(math.fsum(combination.values()), 0, abs_tol=1e-12)
 
 
 def differences(values: Mapping[str, Mapping[int, float]], reference: str = "align", confidence: float = 0.95) -> dict[str, Estimate]:
-    """Every other arm minus the reference, paired by seed. Arms that share no seed with the reference are left out."""
+    """Estimate every other arm minus the reference, paired by seed. Arms without a common seed are left out."""
     shared = [arm for arm in values if arm != reference and set(values[arm]) & set(values.get(reference, ()))]
-    return {arm: over_seeds(values, difference(arm, reference), confidence) for arm in shared}
+    return {arm: estimate_over_seeds(values, difference(arm, reference), confidence) for arm in shared}
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Correct p-values for their number by Holm's step-down method (1979), which controls the family-wise error rate.
+
+    The smallest of m values is multiplied by m, the next by m - 1, and so on. Values never fall in this order and end at 1. A
+    NaN stays NaN and does not count.
+    """
+    corrected, highest = dict(p_values), 0.0
+    known = sorted((p, name) for name, p in p_values.items() if not math.isnan(p))
+    for rank, (p, name) in enumerate(known):
+        highest = corrected[name] = max(highest, min(1.0, (len(known) - rank) * p))
+    return corrected
 
 
 def quantization_costs(
     values: Mapping[str, Mapping[int, float]], arms: TwoByTwo | None = None, confidence: float = 0.95
 ) -> dict[str, Estimate]:
-    """The costs of `TwoByTwo.costs`, estimated over the seeds that all four arms have, so that they add up."""
+    """Estimate `TwoByTwo.costs` over the seeds that all four arms have, so that the costs add up."""
     arms = arms or TwoByTwo()
     missing = [arm for arm in arms.arms if not values.get(arm)]
     if missing:
         raise ValueError(f"the 2 x 2 needs runs of {', '.join(arms.arms)}; there are none of {', '.join(missing)}")
     seeds = set.intersection(*(set(values[arm]) for arm in arms.arms))
     common = {arm: {seed: values[arm][seed] for seed in seeds} for arm in arms.arms}
-    return {name: over_seeds(common, cost, confidence) for name, cost in arms.costs().items()}
+    return {name: estimate_over_seeds(common, cost, confidence) for name, cost in arms.costs().items()}

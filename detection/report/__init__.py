@@ -1,4 +1,4 @@
-"""The report on a sweep: what the quantization of RoI coordinates costs, how sure that is, and why."""
+"""The report of a sweep: the cost of quantizing RoI coordinates, its confidence intervals, and its causes."""
 
 from roi_quantization.detection.report.write import write_report
 

@@ -1,4 +1,4 @@
-"""Everything that the report says of a sweep, computed once: metrics, differences, costs, localisation, sizes, misalignment."""
+"""The numbers of a sweep's report, computed once: metrics, differences, costs, localisation, sizes, misalignment."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,21 +10,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from roi_quantization.detection.alignment.misalignment import Operator, is_known, rule_of, summarise
-from roi_quantization.detection.evaluation.bootstrap import MatchedDetections, over_images
+from roi_quantization.detection.alignment.misalignment import Operator, is_supported, lattice_rule, summarize
+from roi_quantization.detection.evaluation.bootstrap import MatchedDetections, bootstrap_over_images
 from roi_quantization.detection.evaluation.localisation import Localisation, localisation
 from roi_quantization.detection.evaluation.matching import match, percent
 from roi_quantization.detection.evaluation.sizes import average_precision_by_cells
-from roi_quantization.detection.evaluation.statistics import Combination, Estimate, TwoByTwo, difference, over_seeds
+from roi_quantization.detection.evaluation.statistics import Combination, Estimate, TwoByTwo, difference, estimate_over_seeds
 from roi_quantization.detection.report.sweep import Run, Sweep
 
 METRICS = ("AP", "AP50", "AP75")
+METRIC = "AP"  # the one of the headline and the figures, chosen before any result
 PIXELS = {"AP_small": "< 32 px", "AP_medium": "32 to 96 px", "AP_large": "> 96 px"}
 
 
 @dataclass(frozen=True)
 class RunFindings:
-    """What is computed from a run's detections."""
+    """Numbers computed from one run's detections."""
 
     localisation: Localisation
     by_threshold: np.ndarray  # [10] AP in percent at IoU 0.5, 0.55 ... 0.95
@@ -32,10 +33,12 @@ class RunFindings:
 
 
 class Findings:
-    """Numbers of a sweep, arm by arm. Estimates are over seeds; with one seed the intervals are over images, and `over` says so.
+    """Numbers of a sweep by arm. Intervals are over seeds, or over images where there is one seed (`varies_over`).
 
     Args:
-        reference: the arm that others are held against; where it has no finished run, the first arm that has one.
+        sweep: its finished runs.
+        reference: the arm that others are compared with. Where it has no finished run, the first arm that has one.
+
     Raises:
         ValueError: no run is finished.
     """
@@ -49,43 +52,43 @@ class Findings:
         self.arms = tuple(self.values["AP"])
         self.reference = reference if reference in self.arms else self.arms[0]
         self.seeds = sorted({run.seed for run in sweep.finished})
-        self.over = "seeds" if len(self.seeds) > 1 else "images"
-        self.of_run = {run.folder: self._of_run(run) for run in tqdm(sweep.finished, desc="reading runs", unit="run", leave=False)}
+        self.varies_over = "seeds" if len(self.seeds) > 1 else "images"
+        self.run_findings = {run.folder: self._analyse(run) for run in tqdm(sweep.finished, desc="reading runs", unit="run", leave=False)}
 
     def runs(self, arm: str) -> list[Run]:
         return [run for run in self.sweep.finished if run.arm == arm]
 
     @cached_property
-    def others(self) -> tuple[str, ...]:
+    def other_arms(self) -> tuple[str, ...]:
         return tuple(arm for arm in self.arms if arm != self.reference)
 
     @cached_property
     def means(self) -> dict[str, dict[str, Estimate]]:
-        """metric -> arm -> estimate."""
+        """Metric -> arm -> estimate."""
         return self._estimates({arm: {arm: 1} for arm in self.arms})
 
     @cached_property
     def differences(self) -> dict[str, dict[str, Estimate]]:
-        """metric -> arm -> estimate of the arm minus the reference; arms that share no seed with it are left out."""
-        return self._estimates({arm: difference(arm, self.reference) for arm in self.others if self._paired_seeds(arm)})
+        """Metric -> arm -> estimate of the arm minus the reference. Arms without a common seed are left out."""
+        return self._estimates({arm: difference(arm, self.reference) for arm in self.other_arms if self._paired_seeds(arm)})
 
     @cached_property
     def differences_over_images(self) -> dict[str, dict[str, Estimate]]:
-        """As `differences`, of the same runs, but with intervals over images."""
+        """As `differences`, with intervals over images."""
         found = {}
         for arm in tqdm(self.differences["AP"], desc="resampling images", unit="operator", leave=False):
             seeds = self._paired_seeds(arm)
             pair = {name: [self._matched[run.folder] for run in self.runs(name) if run.seed in seeds] for name in (arm, self.reference)}
-            found |= over_images(pair, {arm: difference(arm, self.reference)})
+            found |= bootstrap_over_images(pair, {arm: difference(arm, self.reference)})
         return {metric: {arm: of_arm[metric] for arm, of_arm in found.items()} for metric in METRICS}
 
     def _paired_seeds(self, arm: str) -> set[int]:
-        """Those that the arm has in common with the reference."""
+        """Return the seeds that the arm has in common with the reference."""
         return {run.seed for run in self.runs(arm)} & {run.seed for run in self.runs(self.reference)}
 
     @cached_property
     def costs(self) -> dict[str, dict[str, Estimate]]:
-        """metric -> projection, bins, both, interaction -> estimate; empty where the four arms of the 2 x 2 have no seed in common."""
+        """Metric -> projection, bins, both, interaction -> estimate. Empty where the four arms have no common seed."""
         cells = TwoByTwo()
         seeds = [{run.seed for run in self.runs(arm)} for arm in cells.arms]
         common = set.intersection(*seeds)
@@ -94,32 +97,37 @@ class Findings:
     def _estimates(self, combinations: Mapping[str, Combination], seeds: set[int] | None = None) -> dict[str, dict[str, Estimate]]:
         if not combinations:
             return {metric: {} for metric in METRICS}
-        if self.over == "images":
-            found = over_images({arm: [self._matched[run.folder] for run in self.runs(arm)] for arm in self.arms}, combinations)
+        if self.varies_over == "images":
+            found = bootstrap_over_images({arm: [self._matched[run.folder] for run in self.runs(arm)] for arm in self.arms}, combinations)
             return {metric: {name: found[name][metric] for name in combinations} for metric in METRICS}
         values = {
             metric: {arm: {seed: v for seed, v in of_arm.items() if seeds is None or seed in seeds} for arm, of_arm in by_arm.items()}
             for metric, by_arm in self.values.items()
         }
-        return {metric: {name: over_seeds(values[metric], sums) for name, sums in combinations.items()} for metric in METRICS}
+        return {metric: {name: estimate_over_seeds(values[metric], sums) for name, sums in combinations.items()} for metric in METRICS}
 
     @cached_property
     def _matched(self) -> dict[Path, MatchedDetections]:
-        return {run.folder: MatchedDetections(self.sweep.annotations, run.results(), self.image_ids) for run in self.sweep.finished}
+        return {
+            run.folder: MatchedDetections(self.sweep.annotations, run.results(), self.image_ids, self.sweep.max_detections)
+            for run in self.sweep.finished
+        }
 
     @cached_property
     def image_ids(self) -> list[int]:
         return sorted(self.sweep.annotations.imgs)
 
-    def _of_run(self, run: Run) -> RunFindings:
+    def _analyse(self, run: Run) -> RunFindings:
         results = run.results()
         truth = self.sweep.annotations
-        thresholds = match(truth, results, self.image_ids, areas={"all": (0.0, 1e10)})
+        thresholds = match(truth, results, self.image_ids, self.sweep.max_detections, areas={"all": (0.0, 1e10)})
         thresholds.accumulate()
         return RunFindings(
-            localisation=localisation(truth, results, self.image_ids),
+            localisation=localisation(truth, results, self.image_ids, self.sweep.max_detections),
             by_threshold=np.array([percent(precision) for precision in thresholds.eval["precision"][..., 0, -1]]),
-            by_cells=average_precision_by_cells(truth, results, self.image_ids, run.stride, self.sweep.scales),
+            by_cells=average_precision_by_cells(
+                truth, results, self.image_ids, run.stride, self.sweep.scales, max_detections=self.sweep.max_detections
+            ),
         )
 
     @cached_property
@@ -128,30 +136,30 @@ class Findings:
 
     @cached_property
     def curves(self) -> dict[str, np.ndarray]:
-        """arm -> `[10]` AP at the IoU thresholds, mean over seeds."""
-        return {arm: np.mean([self.of_run[run.folder].by_threshold for run in self.runs(arm)], axis=0) for arm in self.arms}
+        """Arm -> `[10]`, AP at the IoU thresholds, mean over seeds."""
+        return {arm: np.mean([self.run_findings[run.folder].by_threshold for run in self.runs(arm)], axis=0) for arm in self.arms}
 
     @cached_property
     def by_cells(self) -> dict[str, dict[str, float]]:
-        """arm -> size in cells -> AP, mean over seeds."""
-        sizes = next(iter(self.of_run.values())).by_cells
+        """Arm -> size in cells -> AP, mean over seeds."""
+        sizes = next(iter(self.run_findings.values())).by_cells
         return {
-            arm: {s: float(np.mean([self.of_run[run.folder].by_cells[s]["AP"] for run in self.runs(arm)])) for s in sizes}
+            arm: {s: float(np.mean([self.run_findings[run.folder].by_cells[s]["AP"] for run in self.runs(arm)])) for s in sizes}
             for arm in self.arms
         }
 
     @cached_property
     def by_pixels(self) -> dict[str, dict[str, float]]:
-        """arm -> size in pixels -> AP, mean over seeds."""
+        """Arm -> size in pixels -> AP, mean over seeds."""
         return {arm: {name: float(np.mean(list(self.values[key][arm].values()))) for key, name in PIXELS.items()} for arm in self.arms}
 
-    def located(self, arm: str) -> list[Localisation]:
-        """What was found, one for each seed."""
-        return [self.of_run[run.folder].localisation for run in self.runs(arm)]
+    def localisations(self, arm: str) -> list[Localisation]:
+        """Return the localisation errors, one for each seed."""
+        return [self.run_findings[run.folder].localisation for run in self.runs(arm)]
 
     @cached_property
     def cross(self) -> dict[str, dict[str, dict[str, float]]]:
-        """metric -> arm trained with -> operator tested with -> mean over seeds. Empty where nothing was cross-evaluated."""
+        """Metric -> arm of training -> operator of testing -> mean over seeds. Empty without cross-evaluation."""
         found: dict[str, dict[str, dict[str, float]]] = {}
         for metric in METRICS:
             for arm in self.arms:
@@ -166,12 +174,9 @@ class Findings:
 
     @cached_property
     def misalignment(self) -> dict[str, dict[str, float]]:
-        """arm -> how what its operator reads differs from the RoI, mean over the RoIs that the reference's detections came from.
-
-        Without the operators that are not this project's: where they look is not known.
-        """
+        """Arm -> mean misalignment over the RoIs of the reference's detections. Operators of other projects are left out."""
         proposals, scales = {}, self.sweep.scales
-        for found in self.located(self.reference):
+        for found in self.localisations(self.reference):
             if found.proposal is None:
                 return {}
             for image_id, box in zip(found.image_id.tolist(), found.proposal, strict=True):
@@ -182,23 +187,23 @@ class Findings:
             boxes.append((torch.from_numpy(np.array(some)).float(), (round(image["height"] * scale), round(image["width"] * scale))))
         if not boxes:
             return {}
-        operators = {arm: operator for arm, operator in self.operators.items() if is_known(operator)}
+        operators = {arm: operator for arm, operator in self.operators.items() if is_supported(operator)}
         size = self.sweep.finished[0].config.head.extractor.output_size
-        return {row["operator"]: row for row in summarise(operators, boxes, [self.stride], size) if row["size"] == "all"}
+        return {row["operator"]: row for row in summarize(operators, boxes, [self.stride], size) if row["size"] == "all"}
 
     @cached_property
     def operators(self) -> dict[str, Operator]:
         return {arm: hydra.utils.instantiate(self.runs(arm)[0].config.roi) for arm in self.arms}
 
-    def knobs(self, arm: str) -> tuple[str, str, str]:
-        """What an arm does to the RoI, to its bins, and how it reduces a bin, in words; of an operator not of this project its name."""
+    def describe_operator(self, arm: str) -> tuple[str, str, str]:
+        """Describe an arm's treatment of the RoI, of its bins, and its reduction. Of another project's operator return the name."""
         operator = self.operators[arm]
-        return knobs(operator) if is_known(operator) else (self.runs(arm)[0].config.roi._target_, "-", "-")
+        return describe_operator(operator) if is_supported(operator) else (self.runs(arm)[0].config.roi._target_, "-", "-")
 
 
-def knobs(operator: Operator) -> tuple[str, str, str]:
-    """In words: the RoI, its bins, the reduction."""
-    rule, given = rule_of(operator), operator.keywords if isinstance(operator, partial) else {}
+def describe_operator(operator: Operator) -> tuple[str, str, str]:
+    """Describe an operator's treatment of the RoI, of its bins, and its reduction."""
+    rule, given = lattice_rule(operator), operator.keywords if isinstance(operator, partial) else {}
     half = "" if (given.get("half_pixel", False) if rule is None else rule.half_pixel) else ", half a pixel off"
     if rule is None:
         return f"exact{half}", "exact", "integral"

@@ -1,4 +1,4 @@
-"""What a sweep was made from and with: written when it starts, told in the report."""
+"""Provenance of a sweep: command, commit, versions, machine and data, written when it starts and shown in the report."""
 
 import json
 import os
@@ -18,10 +18,12 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "pycocoto
 
 
 def add_origin(folder: Path | str, data: Mapping[str, str], runs: Sequence[tuple[str, int]]) -> None:
-    """Adds this start of the sweep to `<folder>/origin.json`: command, commit, versions, machine, time.
+    """Append this start of the sweep to `<folder>/origin.json`: command, commit, versions, machine, time.
 
-    data: split -> what is in it, in words.
-    runs: (arm, seed) of every run that is planned.
+    Args:
+        folder: of the sweep.
+        data: split -> description of its contents.
+        runs: (arm, seed) of every planned run.
     """
     start = {
         "command": shlex.join(["python", *sys.argv]),
@@ -36,13 +38,13 @@ def add_origin(folder: Path | str, data: Mapping[str, str], runs: Sequence[tuple
 
 
 def read_origin(folder: Path | str) -> list[dict]:
-    """Every start of the sweep, the first one first; empty where nothing was written down."""
+    """Return the starts of the sweep in order. Empty where there is no origin.json."""
     path = Path(folder) / NAME
     return json.loads(path.read_text()) if path.is_file() else []
 
 
 def commit() -> str:
-    """Of the code that is running; says so where files differ from it, or where it is no git checkout."""
+    """Return the commit of the running code, marked where files differ from it, or "not a git checkout"."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -55,6 +57,7 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

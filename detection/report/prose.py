@@ -1,55 +1,68 @@
-"""The result in words and numbers."""
+"""The report's sentences."""
 
 from roi_quantization.detection.evaluation.statistics import Estimate
-from roi_quantization.detection.report.findings import Findings
+from roi_quantization.detection.report.findings import METRIC, METRICS, Findings
 
 NAMES = {"pool": "RoIPool", "warp": "RoIWarp", "align": "RoIAlign", "prroi": "PrRoIPool"}
 
 
-def result(found: Findings) -> str:
-    """One sentence: what RoIPool (where it is missing, the arm that differs most) loses in AP75 to the reference."""
-    changes = found.differences["AP75"]
+def headline(findings: Findings) -> str:
+    """State what RoIPool costs against the reference in AP, AP50 and AP75. Without RoIPool: the arm that differs most."""
+    changes = findings.differences[METRIC]
+    reference = paper_name(findings.reference)
+    partial = f" Of {findings.sweep.partial}." if findings.sweep.partial else ""
     if not changes:
-        value = found.means["AP75"][found.reference].text()
-        return (
-            f"{name(found.reference)} reaches an AP75 of {value} at stride {found.stride}; there is no other operator to hold against it."
-        )
+        value = findings.means[METRIC][findings.reference].text()
+        return f"{reference} reaches {value} {METRIC} at stride {findings.stride}. There is no other operator to compare it with.{partial}"
     arm = "pool" if "pool" in changes else min(changes, key=lambda a: changes[a].value)
-    change, ours, theirs = changes[arm], found.means["AP75"][arm].value, found.means["AP75"][found.reference].value
-    verdict = "costs" if change.value < 0 else "gains"
+    change = changes[arm]
+    ours, theirs = (findings.means[METRIC][one].value for one in (arm, findings.reference))
     sentence = (
-        f"{name(arm)} in the place of {name(found.reference)} {verdict} {abs(change.value):.1f} points of AP75 at stride {found.stride}: "
-        f"{ours:.1f} against {theirs:.1f} {evidence(found, change)}."
+        f"{paper_name(arm)} in the place of {reference} {_verdict(change)} points of {METRIC} at stride {findings.stride}: "
+        f"{ours:.1f} against {theirs:.1f} {evidence(findings, change)}."
     )
-    if change.has_interval and not change.excludes_zero:
-        sentence = sentence[:-1] + "; the interval holds 0, so no difference is shown."
-    return sentence
+    others = " and ".join(
+        f"{_verdict(of_metric)} {metric} {_bracket(of_metric)}".rstrip()
+        for metric in METRICS
+        if metric != METRIC and (of_metric := findings.differences[metric].get(arm)) is not None
+    )
+    unclear = f" The interval of {METRIC} holds 0." if change.has_interval and not change.excludes_zero else ""
+    return f"{sentence}{unclear} It {others}.{partial}"
 
 
-def explanation(found: Findings) -> str:
-    """One sentence more: the costs of the two quantizations apart; empty where the 2 x 2 is not complete."""
-    if not found.costs:
+def _verdict(change: Estimate) -> str:
+    return f"{'costs' if change.value < 0 else 'gains'} {abs(change.value):.1f}"
+
+
+def _bracket(change: Estimate) -> str:
+    return f"[{change.low:.1f}, {change.high:.1f}]" if change.has_interval else ""
+
+
+def cost_breakdown(findings: Findings) -> str:
+    """State the costs of the two quantizations separately. Empty where the 2 x 2 is incomplete."""
+    if not findings.costs:
         return ""
-    costs = found.costs["AP75"]
+    costs = findings.costs[METRIC]
     projection, bins, both = (costs[key].text() for key in ("projection", "bins", "both"))
     brackets = " (95 % intervals in brackets)" if costs["both"].has_interval else ""
     return (
-        f"With all else held equal, rounding the RoI alone costs {projection} and quantizing its bins alone costs {bins}; both together "
-        f"cost {both}{brackets}."
+        f"With all else equal, rounding the RoI alone costs {projection} points of {METRIC}, quantizing its bins alone {bins}, and both "
+        f"together {both}{brackets}."
     )
 
 
-def name(arm: str) -> str:
+def paper_name(arm: str) -> str:
+    """Return the name of an arm's operator in its paper, or the arm."""
     return NAMES.get(arm, arm)
 
 
-def evidence(found: Findings, estimate: Estimate) -> str:
-    """`(95 % interval of the difference 28.0 to 38.2, 3 seeds, p = 0.001)`"""
+def evidence(findings: Findings, estimate: Estimate) -> str:
+    """Format the evidence of a difference: `(95 % interval of the difference 28.0 to 38.2, 3 seeds, p = 0.001)`"""
     parts = []
     if estimate.has_interval:
         ends = sorted((abs(estimate.low), abs(estimate.high))) if estimate.excludes_zero else (estimate.low, estimate.high)
         parts.append(f"95 % interval of the difference {ends[0]:.1f} to {ends[1]:.1f}")
-    parts.append(f"{estimate.n} seeds, paired" if found.over == "seeds" else f"one seed, {estimate.n} images resampled")
+    parts.append(f"{estimate.n} seeds, paired" if findings.varies_over == "seeds" else f"one seed, {estimate.n} images resampled")
     if estimate.p_value == estimate.p_value:
         parts.append("p < 0.001" if estimate.p_value < 0.001 else f"p = {estimate.p_value:.3f}")
     return f"({', '.join(parts)})"

@@ -1,4 +1,4 @@
-"""How the report's figures look: on light and on dark ground, in the width of a phone, to the colour-blind and in grey."""
+"""Style of the report's figures: light and dark themes, phone width, colours that remain distinct to the colour-blind and in grey."""
 
 import io
 from collections.abc import Callable
@@ -9,13 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-WIDTH = 4.7  # inches; at 9 points a text can still be read when 360 pixels show it all
+WIDTH = 4.7  # inches: text of 9 points is legible when the figure is 360 pixels wide
 
 
 @dataclass(frozen=True)
 class Theme:
-    """ink: of text and axes. exact, rounded, floored: what an operator does to the RoI; colours apart in hue and,
-    for what is compared most, in lightness."""
+    """Colours. `ink` is that of text and axes, `exact`, `rounded` and `floored` show what an operator does to the RoI."""
 
     ink: str
     faint: str
@@ -34,7 +33,7 @@ class Theme:
             "legend.frameon": False,
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "svg.hashsalt": "report",  # the same figure is the same file
+            "svg.hashsalt": "report",  # the same figure gives the same bytes
         }
 
 
@@ -43,8 +42,8 @@ DARK = Theme(ink="#e4e4e4", faint="#444444", exact="#a6d5f7", rounded="#e08214",
 
 
 @dataclass(frozen=True)
-class Look:
-    """One arm's: the colour says what becomes of the RoI; the marker and the line what becomes of its bins; hollow is a mean."""
+class ArmStyle:
+    """Style of one arm. The colour shows the treatment of the RoI, marker and line that of the bins. Hollow markers are means."""
 
     colour: str
     marker: str
@@ -56,31 +55,32 @@ class Look:
         return {"color": self.colour, "marker": self.marker, "markerfacecolor": self.colour if self.filled else "none"}
 
 
-def look(roi: DictConfig, theme: Theme) -> Look:
+def arm_style(roi: DictConfig, theme: Theme) -> ArmStyle:
+    """Return the style of an arm with the operator configuration `roi`."""
     colour = {"none": theme.exact, "round": theme.rounded, "floor": theme.floored}[roi.get("quantize_roi", "none")]
     whole = roi.get("quantize_bins", "none") != "none"
     line = ":" if colour == theme.floored else "--" if whole else "-"
-    return Look(colour, "s" if whole else "o", line, roi.get("reduce") == "max")
+    return ArmStyle(colour, "s" if whole else "o", line, roi.get("reduce") == "max")
 
 
-def rows(axes: Axes, names: list[str]) -> range:
-    """Makes the y axis a list of names, the first on top, and returns their places."""
-    places = range(len(names))
-    axes.set_yticks(places, names)
+def label_rows(axes: Axes, names: list[str]) -> range:
+    """Label the y axis with names, the first on top, and return their positions."""
+    positions = range(len(names))
+    axes.set_yticks(positions, names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", linewidth=0.6)
     axes.set_axisbelow(True)
-    return places
+    return positions
 
 
-def height(lines: int) -> float:
-    """Inches of a figure with so many rows."""
+def figure_height(lines: int) -> float:
+    """Return the height in inches of a figure with so many rows."""
     return 0.25 * lines + 0.9
 
 
-def rendered(draw: Callable[[Theme], Figure], theme: Theme, kind: str, transparent: bool = False) -> bytes:
-    """A figure as a file: `kind` svg or png."""
+def render(draw: Callable[[Theme], Figure], theme: Theme, kind: str, transparent: bool = False) -> bytes:
+    """Render a figure to the bytes of an SVG or PNG file, as `kind` says."""
     with matplotlib.rc_context(theme.settings):
         figure = draw(theme)
         buffer = io.BytesIO()

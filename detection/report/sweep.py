@@ -1,11 +1,11 @@
-"""A folder of finished, failed and missing runs, read into one structure: what the statistics and the report work on.
+"""Read a sweep's folder of finished, failed and missing runs.
 
 <sweep>/<arm>_seed<seed>/config.yaml    what was run: arm, seed, backbone.stride, data ...
-                         metrics.json   of the test split; written last, so that its presence means "finished"
-                         results.json   the detections, each with the `proposal` that it was regressed from
+                         metrics.json   of the test split. Written last: a run that has it is finished
+                         results.json   detections, each with the `proposal` that it was regressed from
                          cross.json     metrics of the same weights with other operators
-                         failed.txt     why there is no metrics.json
-<sweep>/multirun.yaml                   Hydra's: what was planned
+                         failed.txt     traceback of a failed run
+<sweep>/multirun.yaml                   Hydra's plan
 """
 
 import json
@@ -30,8 +30,9 @@ _FOLDER = re.compile(r"(?P<arm>.+)_seed(?P<seed>\d+)")
 class Run:
     """One arm trained with one seed.
 
-    metrics: of the test split (of val where the data has no test); None while the run is not finished.
-    error: the traceback of a run that failed; None otherwise.
+    Attributes:
+        metrics: of the test split, or of val where the data has no test. None while the run is not finished.
+        error: traceback of a failed run, else None.
     """
 
     arm: str
@@ -52,11 +53,11 @@ class Run:
     def config(self) -> DictConfig:
         path = self.folder / "config.yaml"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there: is {self.folder} the folder of a run of train.py?")
+            raise FileNotFoundError(f"{path} does not exist. Is {self.folder} the folder of a run of train.py?")
         config = OmegaConf.load(path)
         for key, said in (("arm", self.arm), ("seed", self.seed)):
             if config.get(key) not in (None, said):
-                raise ValueError(f"{path} has {key}={config[key]}, but the folder says {said}: was it renamed or copied?")
+                raise ValueError(f"{path} has {key}={config[key]}, but the folder says {said}. Was it renamed or copied?")
         return config
 
     @property
@@ -64,11 +65,11 @@ class Run:
         return int(self.config.backbone.stride)
 
     def results(self) -> list[dict]:
-        """COCO results of the evaluated split, boxes in pixels of the original images."""
+        """Read the COCO results of the evaluated split, with boxes in pixels of the original images."""
         return _read_json(self.folder / "results.json", list)
 
     def cross(self) -> dict[str, Metrics]:
-        """The same weights with other operators: arm -> metrics; empty where that was not evaluated."""
+        """Read the metrics of the same weights with other operators: operator -> metrics. Empty without cross-evaluation."""
         path = self.folder / "cross.json"
         if not path.is_file():
             return {}
@@ -77,7 +78,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """runs: those that have a folder. arms, seeds: in the order of the plan, those that nobody planned behind."""
+    """Runs that have a folder, with arms and seeds in the order of the plan, unplanned ones last."""
 
     folder: Path
     runs: tuple[Run, ...]
@@ -94,18 +95,19 @@ class Sweep:
 
     @property
     def missing(self) -> tuple[tuple[str, int], ...]:
-        """(arm, seed) of every run that neither finished nor failed: never begun, going on, or killed."""
+        """(arm, seed) of every run that is neither finished nor failed: not started, running, or killed."""
         settled = {(run.arm, run.seed) for run in self.runs if run.finished or run.failed}
         return tuple((arm, seed) for arm in self.arms for seed in self.seeds if (arm, seed) not in settled)
 
     def run(self, arm: str, seed: int) -> Run:
+        """Return one run, or raise KeyError."""
         for run in self.runs:
             if (run.arm, run.seed) == (arm, seed):
                 return run
         raise KeyError(f"{self.folder} has no run {arm}_seed{seed}")
 
     def values(self, metric: str) -> dict[str, dict[int, float]]:
-        """arm -> seed -> the metric (`AP`, `AP75`, `AP_small` ...) in percent, finished runs only: what `statistics` takes."""
+        """Return arm -> seed -> metric (`AP`, `AP75`, `AP_small` ...) in percent of the finished runs, as `statistics` takes it."""
         values: dict[str, dict[int, float]] = {arm: {} for arm in self.arms}
         for run in self.finished:
             if metric not in run.metrics.stats:
@@ -115,39 +117,68 @@ class Sweep:
 
     @cached_property
     def annotations(self) -> COCO:
-        """Of exactly the images that the finished runs were evaluated on. A relative `data.root` is taken from the working folder.
+        """Annotations of exactly the images that the finished runs were evaluated on.
 
-        ValueError where the runs do not agree on the images.
+        A relative `data.root` is resolved against the working folder.
+
+        Raises:
+            ValueError: no run is finished, or the runs were evaluated on different images.
         """
-        evaluated = {_evaluated(run) for run in self.finished}
-        if not evaluated:
+        splits = {_evaluated(run) for run in self.finished}
+        if not splits:
             raise ValueError(f"{self.folder} has no finished run")
-        if len(evaluated) > 1:
-            which = "; ".join(
-                f"{path} (part={part}, subset={subset}, ids={ids})" for path, part, subset, ids, _ in sorted(evaluated, key=str)
-            )
+        if len(splits) > 1:
+            which = "; ".join(f"{path} (part={part}, subset={subset}, ids={ids})" for path, part, subset, ids, _ in sorted(splits, key=str))
             raise ValueError(f"{self.folder}: the runs were evaluated on different data: {which}")
-        path, part, subset, ids, subset_seed = evaluated.pop()
+        path, part, subset, ids, subset_seed = splits.pop()
         instances = read_instances(path)
-        return as_coco(restrict(instances, choose_images(instances, part, subset=subset, ids=ids, seed=subset_seed)))
+        chosen = choose_images(instances, part, subset=subset, ids=ids, seed=subset_seed)
+        evaluated = [list(run.metrics.image_ids) if run.metrics.is_partial else chosen for run in self.finished]
+        for run, image_ids in zip(self.finished, evaluated, strict=True):
+            if image_ids != evaluated[0]:
+                both = "; ".join(f"{one.folder.name}: {one.metrics.coverage}" for one in (self.finished[0], run))
+                raise ValueError(
+                    f"{self.folder}: the runs were evaluated on different images ({both}). Evaluate all runs on the same images."
+                )
+        return as_coco(restrict(instances, evaluated[0]))
+
+    @property
+    def partial(self) -> str:
+        """`4 of 12 images, a partial evaluation` where the runs were evaluated on a part of their split, else empty."""
+        return next((run.metrics.coverage for run in self.finished if run.metrics.is_partial), "")
+
+    @property
+    def max_detections(self) -> int:
+        """Maximum number of detections evaluated per image and category. ValueError where runs differ in it."""
+        limits = sorted({run.metrics.max_detections for run in self.finished})
+        if len(limits) > 1:
+            raise ValueError(
+                f"{self.folder}: runs were evaluated with at most {limits} detections per image and category. Choose one limit."
+            )
+        return limits[0]
 
     @cached_property
     def scales(self) -> dict[int, float] | None:
-        """Image id -> pixels of the network's input to one of the image, as `sizes` takes it; None where images keep their size."""
+        """Image id -> pixels of the network's input per pixel of the image, see `sizes`. None where images keep their size."""
         transform = self.finished[0].config.data.eval_transform
         return resize_scales(self.annotations, transform.short_side, transform.max_side)
 
 
 def read_sweep(folder: Path | str, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> Sweep:
-    """Reads `<arm>_seed<seed>` folders; others are passed over.
+    """Read the `<arm>_seed<seed>` folders of a sweep. Other folders are ignored.
 
-    arms, seeds: what was planned, which is what `missing` goes by. Where empty, they are taken from Hydra's multirun.yaml, or else from the
-        folders themselves.
-    Raises FileNotFoundError where there is no such folder and ValueError that names the file where one cannot be read.
+    Args:
+        folder: of the sweep.
+        arms, seeds: the plan, from which `missing` follows. Where empty, they are taken from Hydra's multirun.yaml, or
+            from the folders.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: a file cannot be read. The message names it.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there: expected the folder of a sweep, with a folder <arm>_seed<seed> for each run")
+        raise FileNotFoundError(f"{folder} does not exist. Expected the folder of a sweep, with a folder <arm>_seed<seed> for each run.")
     runs = tuple(_read_run(path, *match.group("arm", "seed")) for path, match in _run_folders(folder))
     planned_arms, planned_seeds = _plan(folder / "multirun.yaml")
     arms = (*(arms or planned_arms), *sorted(run.arm for run in runs))
@@ -172,7 +203,7 @@ def _read_run(folder: Path, arm: str, seed: str) -> Run:
 
 
 def _plan(path: Path) -> tuple[list[str], list[int]]:
-    """What `roi` and `seed` were to be swept over: Hydra keeps the sweeper's parameters apart from the command line, which goes before."""
+    """Read the planned values of `roi` and `seed`. The command line takes precedence over the sweeper's parameters."""
     if not path.is_file():
         return [], []
     config = OmegaConf.load(path)
@@ -196,11 +227,11 @@ def _evaluated(run: Run) -> tuple:
 
 def _read_json(path: Path, kind: type) -> list | dict:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: a finished run has it")
+        raise FileNotFoundError(f"{path} does not exist, but every finished run has it")
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not a json file, or was cut short: {error}") from error
+        raise ValueError(f"{path} is not a JSON file, or was truncated: {error}") from error
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a {kind.__name__}")
     return content

@@ -1,16 +1,16 @@
-"""The report's tables: as text for people, as CSV with all digits for programs."""
+"""The report's tables: formatted text for readers, CSV with all digits for programs."""
 
 import csv
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from roi_quantization.detection.evaluation.localisation import EDGES
-from roi_quantization.detection.evaluation.statistics import Estimate
-from roi_quantization.detection.report.findings import METRICS, Findings
+from roi_quantization.detection.evaluation.statistics import Estimate, holm
+from roi_quantization.detection.report.findings import METRIC, METRICS, Findings
 
 Cell = str | int | float | Estimate
 COSTS = {
@@ -33,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """name: of its file. note: what a reader has to know beneath it. Rows hold numbers, which columns turn to text."""
+    """A table whose rows hold numbers, which its columns format. `name` is that of its file, `note` stands below it."""
 
     name: str
     title: str
@@ -47,7 +47,7 @@ class Table:
 
     @property
     def csv(self) -> str:
-        """Estimates become five columns: value, low, high, p and n."""
+        """The table as CSV. An estimate takes five columns: value, low, high, p and n."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         parts = ("", " low", " high", " p", " n")
@@ -64,15 +64,15 @@ class Table:
         return file.getvalue()
 
 
-def number(digits: int = 1, signed: bool = False) -> Callable[[Cell], str]:
+def format_number(digits: int = 1, signed: bool = False) -> Callable[[Cell], str]:
     def form(cell: Cell) -> str:
         return "-" if cell == "" or math.isnan(cell) else f"{cell:{'+' if signed else ''}.{digits}f}"
 
     return form
 
 
-def estimate(signed: bool = False) -> Callable[[Cell], str]:
-    """`76.2 ± 2.1`, the half width of the interval; with both ends where it is not symmetric, and alone where there is none."""
+def format_estimate(signed: bool = False) -> Callable[[Cell], str]:
+    """Return a formatter to `76.2 ± 2.1` (half the interval), to both ends where it is not symmetric, or to the value alone."""
 
     def form(cell: Cell) -> str:
         if not isinstance(cell, Estimate):
@@ -85,85 +85,95 @@ def estimate(signed: bool = False) -> Callable[[Cell], str]:
     return form
 
 
-def p_value(cell: Cell) -> str:
+def format_p_value(cell: Cell) -> str:
     if cell == "" or math.isnan(cell):
         return "-"
     return "< 0.001" if cell < 0.001 else f"{cell:.3f}"
 
 
-def main_table(found: Findings) -> Table:
-    """Every arm: its metrics, and how its AP75 differs from the reference's."""
+def main_table(findings: Findings) -> Table:
+    """Return the metrics of every arm, and the difference of its AP to the reference's."""
+    changes = findings.differences[METRIC]
+    corrected = holm({arm: change.p_value for arm, change in changes.items()})
     rows = []
-    for arm in found.arms:
-        change = found.differences["AP75"].get(arm, "" if arm == found.reference else "-")
+    for arm in findings.arms:
+        change = changes.get(arm, "" if arm == findings.reference else "-")
         p = change.p_value if isinstance(change, Estimate) else ""
-        mean = {metric: found.means[metric][arm] for metric in METRICS}
-        rows.append((arm, mean["AP75"], change, p, mean["AP"], mean["AP50"], *found.knobs(arm), len(found.runs(arm))))
-    of_images = "images, a bootstrap: there is one seed, and how training varies is not known"
-    interval = "seeds, Student's t" if found.over == "seeds" else of_images
-    score, apart = estimate(), Column(f"AP75 - {found.reference}", estimate(signed=True))
-    numbers = (Column("AP75", score), apart, Column("p", p_value), Column("AP", score), Column("AP50", score))
+        first, *others = (findings.means[metric][arm] for metric in METRICS)
+        rows.append((arm, first, change, p, corrected.get(arm, ""), *others, *findings.describe_operator(arm), len(findings.runs(arm))))
+    of_images = "images, a bootstrap. There is one seed, so the variation between trainings is unknown"
+    interval = "seeds, Student's t" if findings.varies_over == "seeds" else of_images
+    first, *others = (Column(metric, format_estimate()) for metric in METRICS)
+    apart = Column(f"{METRIC} - {findings.reference}", format_estimate(signed=True))
+    numbers = (first, apart, Column("p", format_p_value), Column("p, Holm", format_p_value), *others)
     return Table(
         "main",
         "Accuracy of every operator",
         (Column("operator"), *numbers, *map(Column, ("RoI", "bins", "of a bin", "runs"))),
         tuple(rows),
-        f"Percent; ± is the 95 % interval over {interval}. Differences are paired: within a seed all operators start from the same weights "
-        "and see the same images, proposals and sampled RoIs. p is two-sided and not corrected for the number of comparisons.",
+        f"Percent. ± is the 95 % interval over {interval}. Differences are paired: within a seed all operators start from the same weights "
+        "and see the same images, proposals and sampled RoIs. p is two-sided and of one comparison. Holm's p is corrected for the "
+        f"{len(changes)} comparisons of this table.",
     )
 
 
-def differences_table(found: Findings) -> Table:
-    rows = []
-    for arm in found.others:
-        changes = [found.differences[metric].get(arm) for metric in METRICS]
-        if all(changes):
-            rows.append((arm, *(cell for change in changes for cell in (change, change.p_value))))
-    columns = [column for metric in METRICS for column in (Column(metric, estimate(signed=True)), Column(f"p of {metric}", p_value))]
-    return Table("differences", f"Paired differences to {found.reference}", (Column("operator"), *columns), tuple(rows), "Points of AP.")
+def differences_table(findings: Findings) -> Table:
+    """Return the differences to the reference in every metric, with plain and corrected p-values."""
+    changes = findings.differences
+    corrected = {metric: holm({arm: change.p_value for arm, change in changes[metric].items()}) for metric in METRICS}
+    rows = [
+        (arm, *(cell for metric in METRICS for cell in (changes[metric][arm], changes[metric][arm].p_value, corrected[metric][arm])))
+        for arm in changes[METRIC]
+    ]
+    columns = [Column("operator")]
+    for metric in METRICS:
+        columns += [Column(metric, format_estimate(signed=True))]
+        columns += [Column(f"p of {metric}", format_p_value), Column(f"p of {metric}, Holm", format_p_value)]
+    note = f"Points of AP. p is two-sided. Holm's p is corrected for {len(rows)} comparisons."
+    return Table("differences", f"Paired differences to {findings.reference}", tuple(columns), tuple(rows), note)
 
 
-def images_table(found: Findings) -> Table | None:
-    """The differences once more, with intervals over images; None where there is one seed, and all intervals are over images already."""
-    if found.over == "images" or not found.others:
+def images_table(findings: Findings) -> Table | None:
+    """Return the differences with intervals over images. None for one seed, where all intervals are over images already."""
+    if findings.varies_over == "images" or not findings.other_arms:
         return None
-    changes = found.differences_over_images
+    changes = findings.differences_over_images
     rows = [(arm, *(changes[metric][arm] for metric in METRICS)) for arm in changes["AP"]]
     return Table(
         "images",
-        f"Paired differences to {found.reference}, had other images been drawn",
-        (Column("operator"), *(Column(metric, estimate(signed=True)) for metric in METRICS)),
+        f"Paired differences to {findings.reference}, with intervals over images",
+        (Column("operator"), *(Column(metric, format_estimate(signed=True)) for metric in METRICS)),
         tuple(rows),
-        f"Points of AP, mean over the same runs. In brackets the 95 % interval of a bootstrap over the {len(found.image_ids)} images, all "
-        "operators and seeds resampled together: how sure the difference is for these very weights. The intervals above say how it varies "
-        "from one training to the next, on these very images.",
+        f"Points of AP, mean over the same runs. In brackets the 95 % interval over the {len(findings.image_ids)} images, "
+        "by a bootstrap that resamples all operators and seeds together: how the difference of these trained weights varies with the "
+        "images. The intervals above are over seeds: how it varies from one training to the next on the same images.",
     )
 
 
-def costs_table(found: Findings) -> Table | None:
-    """The 2 x 2; None where it is not complete."""
-    if not found.costs:
+def costs_table(findings: Findings) -> Table | None:
+    """Return the costs of the 2 x 2 factorial design. None where it is incomplete."""
+    if not findings.costs:
         return None
-    costs = {metric: found.costs[metric] for metric in ("AP75", "AP", "AP50")}
-    rows = [
-        (words, costs["AP75"][name], costs["AP75"][name].p_value, costs["AP"][name], costs["AP50"][name]) for name, words in COSTS.items()
-    ]
-    change = estimate(signed=True)
+    first, *others = (findings.costs[metric] for metric in METRICS)
+    rows = [(words, first[name], first[name].p_value, *(costs[name] for costs in others)) for name, words in COSTS.items()]
+    columns = [Column("cost of"), *(Column(metric, format_estimate(signed=True)) for metric in METRICS)]
+    columns.insert(2, Column("p", format_p_value))
     return Table(
         "costs",
         "What each quantization costs, all else equal",
-        (Column("cost of"), Column("AP75", change), Column("p", p_value), Column("AP", change), Column("AP50", change)),
+        tuple(columns),
         tuple(rows),
-        "Points lost to {exact, rounded RoI} x {exact, whole-cell bins} with the largest value of a bin and no + 1: align_max, warp_max, "
-        "pool_bins, pool_exclusive. A negative interaction: the second quantization hurts less once the first has been done.",
+        "Points lost to {exact, rounded RoI} x {exact, whole-cell bins} with max pooling and without + 1: align_max, warp_max, pool_bins, "
+        "pool_exclusive. A negative interaction means that the second quantization costs less after the first. p is two-sided and not "
+        "corrected for the number of comparisons.",
     )
 
 
-def localisation_table(found: Findings) -> Table | None:
-    """Before and after regression; None where the results do not name their proposals."""
+def localisation_table(findings: Findings) -> Table | None:
+    """Return localisation errors before and after regression. None where the results have no proposals."""
     rows = []
-    for arm in found.arms:
-        of_seeds = found.located(arm)
+    for arm in findings.arms:
+        of_seeds = findings.localisations(arm)
         summaries = [one.summary() for one in of_seeds if len(one)]
         if not summaries or "before" not in summaries[0]:
             continue
@@ -181,75 +191,83 @@ def localisation_table(found: Findings) -> Table | None:
         "Localisation of the objects found, before and after box regression",
         (
             Column("operator"),
-            Column("found, %", number()),
-            Column("IoU before", number(3)),
-            Column("IoU after", number(3)),
-            Column("px off before", number()),
-            Column("px off after", number()),
-            *(Column(edge, number(1, signed=True)) for edge in EDGES),
+            Column("found, %", format_number()),
+            Column("IoU before", format_number(3)),
+            Column("IoU after", format_number(3)),
+            Column("px off before", format_number()),
+            Column("px off after", format_number()),
+            *(Column(edge, format_number(1, signed=True)) for edge in EDGES),
         ),
         tuple(rows),
-        "Of detections matched at IoU 0.5: mean IoU with the object and median distance of its edges in pixels; then the mean offset of "
-        "each edge after regression (positive: right, down), which is a bias and not a scatter. Mean over seeds.",
+        "Of detections matched at IoU 0.5: mean IoU with the object, median distance of the edges in pixels, and the mean signed offset of "
+        "each edge after regression (positive: right, down). Mean over seeds.",
     )
 
 
-def sizes_table(found: Findings) -> Table:
-    of_pixels, of_cells = next(iter(found.by_pixels.values())), next(iter(found.by_cells.values()))
-    rows = [(arm, *found.by_pixels[arm].values(), *found.by_cells[arm].values()) for arm in found.arms]
+def sizes_table(findings: Findings) -> Table:
+    of_pixels, of_cells = next(iter(findings.by_pixels.values())), next(iter(findings.by_cells.values()))
+    rows = [(arm, *findings.by_pixels[arm].values(), *findings.by_cells[arm].values()) for arm in findings.arms]
     names = [f"AP {size}" for size in (*of_pixels, *of_cells)]
     return Table(
         "sizes",
         "AP by the size of the object",
-        (Column("operator"), *(Column(name, number()) for name in names)),
+        (Column("operator"), *(Column(name, format_number()) for name in names)),
         tuple(rows),
-        f"Size is the square root of the object's area: in pixels of the image, and in cells of {found.stride} pixels of the network's "
+        f"Size is the square root of the object's area: in pixels of the image, and in cells of {findings.stride} pixels of the network's "
         "input. Mean over seeds.",
     )
 
 
-def cross_table(found: Findings, metric: str = "AP75") -> Table | None:
-    """Rows are trained, columns are tested; None where nothing was cross-evaluated."""
-    if not found.cross:
+def cross_table(findings: Findings, metric: str = METRIC) -> Table | None:
+    """Return the cross-evaluation, trained in rows, tested in columns. None where there is none."""
+    if not findings.cross:
         return None
-    matrix = found.cross[metric]
-    tested = tested_operators(found, metric)
+    matrix = findings.cross[metric]
+    tested = tested_operators(findings, metric)
     rows = [(arm, *(matrix[arm].get(other, "") for other in tested)) for arm in matrix]
     return Table(
         "cross",
         f"Trained with one operator, tested with another: {metric}",
-        (Column("trained with"), *(Column(f"tested: {name}", number()) for name in tested)),
+        (Column("trained with"), *(Column(f"tested: {name}", format_number()) for name in tested)),
         tuple(rows),
         "Mean over seeds.",
     )
 
 
-def tested_operators(found: Findings, metric: str = "AP75") -> list[str]:
-    """In the order of the arms, those that are no arm behind; only operators that some other arm was tested with."""
-    matrix = found.cross[metric]
+def tested_operators(findings: Findings, metric: str = METRIC) -> list[str]:
+    """Return the operators that another arm was tested with, in the order of the arms, others last."""
+    matrix = findings.cross[metric]
     others = {other for arm, of_arm in matrix.items() for other in of_arm if other != arm}
-    return [*(arm for arm in found.arms if arm in others), *sorted(others - set(found.arms))]
+    return [*(arm for arm in findings.arms if arm in others), *sorted(others - set(findings.arms))]
 
 
-def misalignment_table(found: Findings) -> Table | None:
-    if not found.misalignment:
+def misalignment_table(findings: Findings) -> Table | None:
+    if not findings.misalignment:
         return None
     keys = {"iou": 3, "bin_iou": 3, "lost": 1, "gained": 1, "shift_x": 1, "shift_y": 1, "distance": 1}
     names = ("IoU of RoI", "IoU of bins", "lost, %", "gained, %", "right, px", "down, px", "centre off, px")
-    rows = [(arm, *(found.misalignment[arm][key] for key in keys), found.means["AP75"][arm].value) for arm in found.misalignment]
-    columns = [Column(n, number(d, n.endswith("px") and "centre" not in n)) for n, d in zip(names, keys.values(), strict=True)]
-    boxes = next(iter(found.misalignment.values()))["boxes"]
+    rows = [(arm, *(findings.misalignment[arm][key] for key in keys), findings.means[METRIC][arm].value) for arm in findings.misalignment]
+    columns = [Column(n, format_number(d, n.endswith("px") and "centre" not in n)) for n, d in zip(names, keys.values(), strict=True)]
+    boxes = next(iter(findings.misalignment.values()))["boxes"]
     return Table(
         "misalignment",
-        "What each operator really reads of a RoI, before any training",
-        (Column("operator"), *columns, Column("AP75", number())),
+        "Sampled region of each operator, before any training",
+        (Column("operator"), *columns, Column(METRIC, format_number())),
         tuple(rows),
-        f"Mean over {boxes} RoIs, those that {found.reference}'s detections were regressed from: overlap of the RoI, and of its bins one "
-        "by one, with what the operator reads of them; the share of the RoI's area that is not read, and that is read beside it; how far "
-        "the centre moves.",
+        f"Mean over the {boxes} RoIs of {findings.reference}'s detections: IoU of the RoI, and of each bin, with the sampled region. "
+        "The RoI's area outside that region and the region's area outside the RoI, in percent of the RoI. The centre's offset.",
     )
 
 
-def all_tables(found: Findings) -> dict[str, Table]:
+def make_tables(findings: Findings) -> dict[str, Table]:
     make = (main_table, costs_table, images_table, differences_table, localisation_table, sizes_table, misalignment_table, cross_table)
-    return {table.name: table for table in (build(found) for build in make) if table is not None}
+    tables = [table for table in (build(findings) for build in make) if table is not None]
+    return {table.name: _mark_partial(table, findings.sweep.partial) for table in tables}
+
+
+def _mark_partial(table: Table, partial: str) -> Table:
+    """Name a partial evaluation in the title, and in a column of its own, which the CSV has too."""
+    if not partial:
+        return table
+    columns, rows = (*table.columns, Column("evaluated on")), tuple((*row, partial) for row in table.rows)
+    return replace(table, title=f"{table.title} ({partial})", columns=columns, rows=rows)

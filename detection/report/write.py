@@ -1,4 +1,4 @@
-"""Writes the report: report.html, the same as report.md, tables as CSV, figures as PNG and SVG."""
+"""Write the report: report.html, the same as report.md, tables as CSV, figures as PNG and SVG."""
 
 import base64
 import shutil
@@ -11,61 +11,67 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from roi_quantization.detection.evaluation.coco import COCO_MAX_DETECTIONS
 from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.report import prose
-from roi_quantization.detection.report.figures import Drawing, all_drawings
+from roi_quantization.detection.report.figures import ReportFigure, make_figures
 from roi_quantization.detection.report.findings import Findings
 from roi_quantization.detection.report.origin import commit, read_origin, versions
-from roi_quantization.detection.report.style import DARK, LIGHT, rendered
+from roi_quantization.detection.report.style import DARK, LIGHT, render
 from roi_quantization.detection.report.sweep import Sweep, read_sweep
-from roi_quantization.detection.report.tables import Table, all_tables
+from roi_quantization.detection.report.tables import Table, make_tables
 
 WITH_NUMBERS = {"differences", "localisation", "sizes", "misalignment", "cross"}  # figures that have a table of the same name
 
 
 @dataclass(frozen=True)
 class Section:
-    """A figure for light and for dark ground, as data: URIs, and the table with its numbers where there is one."""
+    """A figure in the light and the dark theme as data: URIs, and the table with its numbers where there is one."""
 
-    drawing: Drawing
+    figure: ReportFigure
     light: str
     dark: str
     table: Table | None
 
 
 def write_report(folder: Path | str, reference: str = "align") -> Path:
-    """Writes `<folder>/report/` on the finished runs of a sweep, and returns the path of report.html.
+    """Write `<folder>/report/` from the finished runs of a sweep.
 
     Args:
         folder: of the sweep, see `roi_quantization.detection.report.sweep`.
-        reference: the arm that others are held against; the first that has finished runs where this one has none.
+        reference: the arm that others are compared with. Where it has no finished run, the first arm that has one.
+
+    Returns:
+        Path of report.html.
+
     Raises:
-        ValueError: no run is finished, or a file of a run cannot be read; the message names it.
+        ValueError: no run is finished, or a file of a run cannot be read. The message names it.
     """
     planned = [run for start in read_origin(folder)[-1:] for run in start["runs"]]
     sweep = read_sweep(folder, arms=[arm for arm, _ in planned], seeds=[seed for _, seed in planned])
-    found = Findings(sweep, reference)
+    findings = Findings(sweep, reference)
     out = sweep.folder / "report"
-    tables, drawings = all_tables(found), all_drawings(found)
+    tables, figures = make_tables(findings), make_figures(findings)
     for name in ("tables", "figures"):
-        shutil.rmtree(out / name, ignore_errors=True)  # of an earlier report, which may have had others
+        shutil.rmtree(out / name, ignore_errors=True)  # an earlier report may have had others
     for table in tables.values():
         atomic_write(out / "tables" / f"{table.name}.csv", table.csv.encode())
     sections = []
-    for drawing in tqdm(drawings, desc="drawing", unit="figure", leave=False):
+    for figure in tqdm(figures, desc="figure", unit="figure", leave=False):
         for kind in ("png", "svg"):
-            atomic_write(out / "figures" / f"{drawing.name}.{kind}", rendered(drawing.draw, LIGHT, kind))
-        light, dark = (_uri(rendered(drawing.draw, theme, "svg", transparent=True)) for theme in (LIGHT, DARK))
-        sections.append(Section(drawing, light, dark, tables.get(drawing.name) if drawing.name in WITH_NUMBERS else None))
+            atomic_write(out / "figures" / f"{figure.name}.{kind}", render(figure.draw, LIGHT, kind))
+        light, dark = (_uri(render(figure.draw, theme, "svg", transparent=True)) for theme in (LIGHT, DARK))
+        sections.append(Section(figure, light, dark, tables.get(figure.name) if figure.name in WITH_NUMBERS else None))
     content = {
         "title": "What does quantizing RoI coordinates cost?",
-        "subtitle": f"{_count(found.arms, 'operator')}, {_count(found.seeds, 'seed')}, {_count(sweep.finished, 'finished run')}",
-        "result": prose.result(found),
-        "explanation": prose.explanation(found),
+        "subtitle": f"{_count(findings.arms, 'operator')}, {_count(findings.seeds, 'seed')}, {_count(sweep.finished, 'finished run')}"
+        + (f", {sweep.partial}" if sweep.partial else ""),
+        "result": prose.headline(findings),
+        "explanation": prose.cost_breakdown(findings),
         "tables": tables,
         "sections": sections,
-        "problems": _problems(sweep, found, reference),
-        "made_from": _made_from(found),
+        "problems": _problems(sweep, findings, reference),
+        "made_from": _made_from(findings),
     }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=lambda name: name.endswith(".html.jinja"), undefined=StrictUndefined,
@@ -84,28 +90,32 @@ def _uri(svg: bytes) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
-def _problems(sweep: Sweep, found: Findings, reference: str) -> list[str]:
-    """What a reader must know before trusting the numbers."""
+def _problems(sweep: Sweep, findings: Findings, reference: str) -> list[str]:
+    """Return what a reader must know before trusting the numbers."""
     problems = [f"{run.arm}, seed {run.seed}: failed. {run.error.strip().splitlines()[-1]}" for run in sweep.failed]
     problems += [f"{arm}, seed {seed}: not finished." for arm, seed in sweep.missing]
-    if found.reference != reference:
-        problems.append(f"There is no finished run of {reference}: the others are held against {found.reference}.")
-    if found.over == "images":
-        problems.append("There is one seed: intervals are over images and say nothing of how training varies.")
+    if findings.reference != reference:
+        problems.append(f"There is no finished run of {reference}. The others are compared with {findings.reference}.")
+    if sweep.partial:
+        problems.append(f"All figures and tables are of {sweep.partial}.")
+    if sweep.max_detections != COCO_MAX_DETECTIONS:
+        problems.append(f"Up to {sweep.max_detections} detections of an image and class count, where COCO has {COCO_MAX_DETECTIONS}.")
+    if findings.varies_over == "images":
+        problems.append("There is one seed. Intervals are over images and do not include the variation between trainings.")
     return problems
 
 
-def _made_from(found: Findings) -> list[tuple[str, str]]:
-    """Data, settings, software and command: (what, which)."""
-    run = found.sweep.finished[0]
-    config, starts = run.config, read_origin(found.sweep.folder)
+def _made_from(findings: Findings) -> list[tuple[str, str]]:
+    """Return data, settings, software and command as (name, value)."""
+    run = findings.sweep.finished[0]
+    config, starts = run.config, read_origin(findings.sweep.folder)
     data = starts[-1]["data"] if starts else {}
-    truth = found.sweep.annotations
+    truth = findings.sweep.annotations
     evaluated = f"{len(truth.imgs)} images, {len(truth.anns)} objects of {len(truth.cats)} categories"
     facts = [("data", str(config.data.root)), *((f"data: {split}", words) for split, words in data.items())]
-    facts += [("evaluated on", evaluated), ("stride", f"{found.stride} pixels a cell"), ("seeds", ", ".join(map(str, found.seeds)))]
-    facts += [("training", _training([run.config for run in found.sweep.finished]))]
-    commits = dict.fromkeys(start["commit"] for start in starts) or [f"{commit()} (of this report; the sweep's was not written down)"]
+    facts += [("evaluated on", evaluated), ("stride", f"{findings.stride} pixels per cell"), ("seeds", ", ".join(map(str, findings.seeds)))]
+    facts += [("training", _training([run.config for run in findings.sweep.finished]))]
+    commits = dict.fromkeys(start["commit"] for start in starts) or [f"{commit()} (of this report, the sweep's was not recorded)"]
     used = starts[-1]["versions"] if starts else versions()
     facts += [("commit", ", ".join(commits)), ("versions", ", ".join(f"{name} {number}" for name, number in used.items()))]
     if starts:
@@ -115,7 +125,7 @@ def _made_from(found: Findings) -> list[tuple[str, str]]:
 
 
 def _training(configs: Sequence[DictConfig]) -> str:
-    """Length, batch and rate, each with all the values that runs had."""
+    """Describe length, batch size and learning rate, each with all values that the runs had."""
 
     def values(*of_runs: str) -> str:
         return " or ".join(dict.fromkeys(of_runs))

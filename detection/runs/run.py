@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from roi_quantization.detection.evaluation.coco import Metrics, format_table, write_metrics, write_results
-from roi_quantization.detection.evaluation.figures import curves, detections_sheet
+from roi_quantization.detection.evaluation.figures import plot_curves, plot_detection_sheet
 from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.model.lightning_module import LOGGED, DetectionModule
 from roi_quantization.detection.runs.distributed import is_rank_zero
@@ -98,7 +98,7 @@ def check_metric(name: str, validates: bool, objects: int = 1) -> str:
 def draw_curves(run_dir: Path) -> None:
     """Draws curves.png from metrics.csv; a run too short to have logged a loss keeps its results all the same."""
     try:
-        curves(run_dir / "metrics.csv", run_dir / "curves.png")
+        plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     except (FileNotFoundError, ValueError) as error:
         log.warning("No curves.png: %s", error)
 
@@ -121,6 +121,6 @@ def report_cross(cross: dict[str, Metrics], run_dir: Path) -> None:
 def report(module: DetectionModule, dataset: Any, run_dir: Path, title: str) -> None:
     """Writes results.json, metrics.json and detections.png of the module's last evaluation, and prints the table."""
     write_results(run_dir / "results.json", module.results)
-    detections_sheet(dataset, module.detections, run_dir / "detections.png")
+    plot_detection_sheet(dataset, module.detections, run_dir / "detections.png")
     write_metrics(run_dir / FINISHED, module.metrics)
     print(f"\n{title}: {len(dataset)} images\n{format_table(module.metrics)}\n\nThe run folder: {run_dir}")

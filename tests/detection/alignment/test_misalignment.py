@@ -5,7 +5,14 @@ import torch
 from torchvision.ops import box_iou, roi_align
 
 from roi_quantization import ops
-from roi_quantization.detection.alignment.misalignment import format_summary, map_size, misalignment, read, slack, summarise
+from roi_quantization.detection.alignment.misalignment import (
+    dead_zone,
+    feature_map_size,
+    format_summary,
+    misalignment,
+    sampled_region,
+    summarize,
+)
 from tests.ops.presets import preset
 
 BOX = torch.tensor([[296.0, 192.0, 496.0, 337.0]])  # 6.25 x 4.53 cells of 32 pixels at (9.25, 6)
@@ -34,7 +41,7 @@ def boxes_inside(width, height, count=200, seed=0):
 def test_the_worked_box(name, knobs, bins, size, cells, lost, gained, iou):
     operator = preset(name, **knobs)
     m = misalignment(operator, BOX, (512, size), 32, bins)
-    x1, y1, x2, y2 = (read(operator, BOX, (512, size), 32, bins).extent[0] / 32).tolist()
+    x1, y1, x2, y2 = (sampled_region(operator, BOX, (512, size), 32, bins).extent[0] / 32).tolist()
     assert (x2 - x1) * (y2 - y1) == pytest.approx(cells, rel=1e-5)
     assert m.lost.item() * TRUE_CELLS == pytest.approx(lost, abs=0.006)
     assert m.gained.item() * TRUE_CELLS == pytest.approx(gained, abs=0.006)
@@ -68,7 +75,9 @@ def test_without_the_half_pixel_the_box_is_read_half_a_cell_down_right(name, kno
 
 def test_the_mnc_layer_reads_from_the_start_of_its_bins():
     # [0, 64) is 4 cells in 2 bins: samples at index 0 and 2, that is at 0.5 and 2.5, each for a step of 2: -0.5 to 3.5
-    assert read(preset("warp_mnc"), torch.tensor([[0.0, 0.0, 64.0, 64.0]]), (128, 128), 16, 2).extent.tolist() == [[-8, -8, 56, 56]]
+    assert sampled_region(preset("warp_mnc"), torch.tensor([[0.0, 0.0, 64.0, 64.0]]), (128, 128), 16, 2).extent.tolist() == [
+        [-8, -8, 56, 56]
+    ]
 
 
 def test_bins_can_be_misread_where_the_box_is_not():
@@ -94,7 +103,7 @@ def test_bins_can_be_misread_where_the_box_is_not():
     ],
 )
 def test_slack_is_how_far_a_box_moves_unseen(name, bins, x, y):
-    found = slack(preset(name), torch.tensor([[20.0, 20.0, 100.0, 105.0]]), (512, 512), 16, bins, steps=128)
+    found = dead_zone(preset(name), torch.tensor([[20.0, 20.0, 100.0, 105.0]]), (512, 512), 16, bins, steps=128)
     assert found.tolist() == [[x, y]]
 
 
@@ -104,13 +113,13 @@ def test_a_box_off_the_map_is_not_read():
         m = misalignment(preset(name), away, (128, 128), 16)
         assert (m.iou.item(), m.lost.item(), m.gained.item(), m.bin_iou.item()) == (0, 1, 0, 0)
         assert m.shift.isnan().all()
-        assert read(preset(name), away, (128, 128), 16).cells[0, ::2].tolist() == [0, 0]
+        assert sampled_region(preset(name), away, (128, 128), 16).cells[0, ::2].tolist() == [0, 0]
 
 
 def test_iou_is_torchvisions():
     boxes = boxes_inside(300, 200)
     for name in ("pool", "warp", "pool_floor"):
-        extent = read(preset(name), boxes, (200, 300), 16).extent
+        extent = sampled_region(preset(name), boxes, (200, 300), 16).extent
         assert torch.allclose(misalignment(preset(name), boxes, (200, 300), 16).iou, box_iou(boxes.double(), extent).diagonal())
 
 
@@ -119,7 +128,7 @@ def test_iou_is_torchvisions():
     [("align", {}), ("align", {"half_pixel": False}), ("warp", {}), ("warp_mnc", {}), ("prroi", {}), ("prroi", {"half_pixel": True})],
 )
 def test_the_centre_of_what_is_read_is_what_the_operator_returns_of_a_ramp(name, knobs):
-    """On a map whose cells hold the place of their centre the operator itself tells where it looks."""
+    """On a map whose cells hold the place of their centre the operator itself tells where it samples."""
     boxes = torch.tensor([[70.0, 50.0, 190.0, 130.0], [81.0, 66.0, 141.0, 177.0]])
     x = (torch.arange(20.0) + 0.5).expand(16, 20) * 16
     y = (torch.arange(16.0) + 0.5)[:, None].expand(16, 20) * 16
@@ -138,17 +147,17 @@ def test_cells_are_those_that_the_output_depends_on(name):
         operator(features, [box[None].double()], 3, 1 / 16).sum().backward()
         rows, columns = features.grad[0, 0].abs().gt(1e-9).nonzero().T
         expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        assert read(operator, box[None], (128, 160), 16, 3).cells[0].tolist() == [int(e) for e in expected]
+        assert sampled_region(operator, box[None], (128, 160), 16, 3).cells[0].tolist() == [int(e) for e in expected]
 
 
 def test_the_map_of_an_image_that_is_no_multiple_of_the_stride_is_padded():
-    assert map_size((481, 640), 32) == (16, 20)
+    assert feature_map_size((481, 640), 32) == (16, 20)
 
 
 def test_a_summary_by_stride_and_size():
     operators = {"align": preset("align"), "pool": preset("pool")}
     small, large = torch.tensor([[16.0, 16.0, 32.0, 32.0]]), torch.tensor([[0.0, 0.0, 112.0, 112.0]])
-    rows = summarise(operators, [(small, (128, 128)), (large, (128, 128)), (small, (256, 256))], strides=(16,), output_size=1)
+    rows = summarize(operators, [(small, (128, 128)), (large, (128, 128)), (small, (256, 256))], strides=(16,), output_size=1)
     by = {(row["operator"], row["size"]): row for row in rows}
     assert [row["boxes"] for row in rows if row["operator"] == "pool"] == [3, 2, 1] and ("pool", "medium") not in by
     # Caffe's + 1: one cell is read as 2 x 2, 7 as 8
@@ -163,13 +172,13 @@ def test_a_summary_by_stride_and_size():
 
 def test_a_large_data_set_is_judged_by_some_of_its_boxes():
     boxes = boxes_inside(256, 256, count=3000)
-    all_of_them, some = (summarise({"warp": preset("warp")}, [(boxes, (256, 256))], (16,), most=most)[0] for most in (3000, 1000))
+    all_of_them, some = (summarize({"warp": preset("warp")}, [(boxes, (256, 256))], (16,), most=most)[0] for most in (3000, 1000))
     assert (all_of_them["boxes"], some["boxes"]) == (3000, 1000)
     assert all_of_them["iou"] != some["iou"] == pytest.approx(all_of_them["iou"], abs=0.02)
 
 
 def test_a_foreign_operator_and_a_box_without_area_are_refused():
-    with pytest.raises(TypeError, match=r"where this operator looks is not known; expected one of configs/roi"):
+    with pytest.raises(TypeError, match=r"where this operator samples is not known. Choose one of configs/roi"):
         misalignment(roi_align, BOX, (512, 512), 32)
     with pytest.raises(ValueError, match=r"^Box 1 is \[5.0, 0.0, 5.0, 9.0\]: expected x1 < x2"):
         misalignment(ops.lattice_pool, torch.tensor([[0.0, 0, 9, 9], [5, 0, 5, 9]]), (512, 512), 32)

@@ -8,7 +8,7 @@ import pytest
 from pytest import approx
 from scipy import stats
 
-from roi_quantization.detection.evaluation.bootstrap import METRICS, MatchedDetections, over_images
+from roi_quantization.detection.evaluation.bootstrap import METRICS, MatchedDetections, bootstrap_over_images
 from roi_quantization.detection.evaluation.coco import evaluate
 from roi_quantization.detection.evaluation.statistics import difference
 from tests.detection.evaluation.coco_sets import CAT, DOG, annotation, coco, random_set, result
@@ -93,7 +93,9 @@ def test_intervals_hold_the_truth():
         align = found_with_probability(rng, 0.7, 80)
         pool = found_with_probability(rng, 0.8, 80, among=align)
         sums = {"align": {"align": 1}, "difference": difference("pool"), "pool": {"pool": 1}}
-        estimates = over_images({"align": matched_of(align), "pool": matched_of(pool)}, sums, resamples=400, seed=int(rng.integers(2**31)))
+        estimates = bootstrap_over_images(
+            {"align": matched_of(align), "pool": matched_of(pool)}, sums, resamples=400, seed=int(rng.integers(2**31))
+        )
         ap = {name: estimate["AP"] for name, estimate in estimates.items()}
         assert ap["difference"].value == approx(ap["pool"].value - ap["align"].value)
         held["align"].append(ap["align"].low <= 70 <= ap["align"].high)
@@ -108,7 +110,7 @@ def test_intervals_hold_the_truth():
 
 def test_the_standard_error_is_the_binomials():
     found = np.arange(100) < 70
-    estimate = over_images({"align": matched_of(found)}, {"align": {"align": 1}}, resamples=2000)["align"]["AP"]
+    estimate = bootstrap_over_images({"align": matched_of(found)}, {"align": {"align": 1}}, resamples=2000)["align"]["AP"]
     assert estimate.standard_error == approx(100 * math.sqrt(0.7 * 0.3 / 100), rel=0.05)
     assert estimate.n == 100
     assert math.isnan(estimate.p_value)
@@ -123,7 +125,7 @@ def test_a_percentile_interval_lies_higher_than_the_corrected_one():
     results += [result(i, [300, 300, 50, 50], score=float(rng.random())) for i in ids if rng.random() < 0.7]
     arms = {"align": MatchedDetections(gt, results, ids)}
     methods = ("percentile", "BCa")
-    percentile, corrected = (over_images(arms, {"a": {"align": 1}}, 1000, method=method)["a"]["AP"] for method in methods)
+    percentile, corrected = (bootstrap_over_images(arms, {"a": {"align": 1}}, 1000, method=method)["a"]["AP"] for method in methods)
     assert percentile.value == corrected.value
     assert percentile.low + percentile.high > corrected.low + corrected.high + 1  # points
 
@@ -133,7 +135,7 @@ def test_every_sum_has_every_metric():
     gt, ids = coco(*annotations, images=range(1, 13)), range(1, 13)
     arms = {"align": MatchedDetections(gt, results, ids), "pool": MatchedDetections(gt, results[::2], ids)}
     align, pool = (arms[arm].average_precision() for arm in ("align", "pool"))
-    estimates = over_images(arms, {"lost": {"align": 1, "pool": -1}, "pool": {"pool": 1}}, resamples=30)
+    estimates = bootstrap_over_images(arms, {"lost": {"align": 1, "pool": -1}, "pool": {"pool": 1}}, resamples=30)
     for metric in METRICS:
         assert estimates["pool"][metric].value == approx(pool[metric].item())
         assert estimates["lost"][metric].value == approx((align[metric] - pool[metric]).item())
@@ -142,14 +144,14 @@ def test_every_sum_has_every_metric():
 def test_the_seeds_of_an_arm_are_averaged():
     gt = coco(annotation(1), annotation(2), annotation(3, category_id=DOG))
     runs = [MatchedDetections(gt, results, [1, 2, 3]) for results in ([result(1), result(2)], [result(3, category_id=DOG)], [])]
-    estimate = over_images({"align": runs}, {"align": {"align": 1}}, resamples=50)["align"]["AP"]
+    estimate = bootstrap_over_images({"align": runs}, {"align": {"align": 1}}, resamples=50)["align"]["AP"]
     assert estimate.value == approx((50 + 50 + 0) / 3)
 
 
 def test_the_same_seed_gives_the_same_interval():
     annotations, results = random_set(np.random.default_rng(0))
     arms = {"align": MatchedDetections(coco(*annotations, images=range(1, 13)), results, range(1, 13))}
-    first, again, other = (over_images(arms, {"align": {"align": 1}}, resamples=100, seed=s)["align"]["AP"] for s in (0, 0, 1))
+    first, again, other = (bootstrap_over_images(arms, {"align": {"align": 1}}, resamples=100, seed=s)["align"]["AP"] for s in (0, 0, 1))
     assert first == again
     assert (first.low, first.high) != (other.low, other.high)
 
@@ -157,7 +159,9 @@ def test_the_same_seed_gives_the_same_interval():
 def test_where_nothing_varies_there_is_no_interval_and_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        estimate = over_images({"align": matched_of(np.ones(5, dtype=bool))}, {"align": {"align": 1}}, resamples=20)["align"]["AP"]
+        estimate = bootstrap_over_images({"align": matched_of(np.ones(5, dtype=bool))}, {"align": {"align": 1}}, resamples=20)["align"][
+            "AP"
+        ]
     assert estimate.value == 100
     assert not estimate.has_interval
 
@@ -166,9 +170,9 @@ def test_arms_must_have_been_evaluated_on_the_same_images():
     gt = coco(annotation(1), annotation(2))
     arms = {"align": MatchedDetections(gt, [], [1, 2]), "pool": MatchedDetections(gt, [], [1, 3])}
     with pytest.raises(ValueError, match="different images"):
-        over_images(arms, {"d": difference("pool")})
+        bootstrap_over_images(arms, {"d": difference("pool")})
     with pytest.raises(ValueError, match="no finished run of warp; there are runs of align, pool"):
-        over_images(arms, {"d": difference("warp")})
+        bootstrap_over_images(arms, {"d": difference("warp")})
 
 
 def test_a_class_that_no_drawn_image_has_is_left_out_of_the_mean():

@@ -130,5 +130,5 @@ def test_faster_coco_eval_on_coco(faster, real_data):
 
 def test_without_faster_coco_eval_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    with pytest.raises(ImportError, match=r'coco_eval=faster wants .* pip install -e "\.\[faster-evaluation\]"'):
+    with pytest.raises(ImportError, match=r'coco_eval=faster needs .* pip install -e "\.\[faster-evaluation\]"'):
         faster_coco_eval()

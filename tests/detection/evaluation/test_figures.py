@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.proposals.grid import Grid
-from roi_quantization.detection.evaluation.figures import COLOURS, curves, detections_sheet
+from roi_quantization.detection.evaluation.figures import COLOURS, plot_curves, plot_detection_sheet
 
 PAPER = [(200, 30, 30), (30, 130, 60), (40, 40, 190), (90, 90, 90), (150, 60, 170)]  # five images of one colour each; none is in COLOURS
 
@@ -43,19 +43,19 @@ def found(score, label=1, box=(10.0, 10.0, 50.0, 50.0)):
 
 
 def test_the_sheet_shows_every_image(dataset, tmp_path):
-    detections_sheet(dataset, {}, tmp_path / "sheet.png")
+    plot_detection_sheet(dataset, {}, tmp_path / "sheet.png")
     assert all(share(tmp_path / "sheet.png", colour) > 0.03 for colour in PAPER)
 
 
 def test_a_short_sheet_spreads_over_the_data_set(dataset, tmp_path):
-    detections_sheet(dataset, {}, tmp_path / "sheet.png", count=2)
+    plot_detection_sheet(dataset, {}, tmp_path / "sheet.png", count=2)
     assert [share(tmp_path / "sheet.png", colour) > 0.1 for colour in PAPER] == [True, False, True, False, False]
 
 
 def test_detections_are_drawn_from_the_threshold_on(dataset, tmp_path):
     shares = []
     for score in (0.4, 0.6):
-        detections_sheet(dataset, {1: found(score), 2: found(score, label=2)}, tmp_path / "sheet.png", score_threshold=0.5)
+        plot_detection_sheet(dataset, {1: found(score), 2: found(score, label=2)}, tmp_path / "sheet.png", score_threshold=0.5)
         shares.append([share(tmp_path / "sheet.png", colour) for colour in COLOURS[:2]])  # a colour a class
     assert shares[0] == [0, 0]
     assert min(shares[1]) > 0.001
@@ -64,13 +64,13 @@ def test_detections_are_drawn_from_the_threshold_on(dataset, tmp_path):
 def test_more_classes_than_colours(dataset, tmp_path):
     dataset.categories = [{"id": i, "name": f"class {i}"} for i in range(1, 31)]
     detections = {1: {key: torch.cat([found(0.8, label)[key] for label in range(1, 31)]) for key in ("boxes", "scores", "labels")}}
-    detections_sheet(dataset, detections, tmp_path / "sheet.png")
+    plot_detection_sheet(dataset, detections, tmp_path / "sheet.png")
     assert all(share(tmp_path / "sheet.png", colour) > 0.03 for colour in PAPER)
 
 
 def test_a_sheet_of_no_images_is_refused(dataset, tmp_path):
     with pytest.raises(ValueError, match="count must be at least 1"):
-        detections_sheet(dataset, {}, tmp_path / "sheet.png", count=0)
+        plot_detection_sheet(dataset, {}, tmp_path / "sheet.png", count=0)
     assert not (tmp_path / "sheet.png").exists()
 
 
@@ -86,21 +86,21 @@ def logged(folder, *rows):
 def test_curves_of_what_lightning_logs(tmp_path):
     train = [(step, {"train/loss": 3 / (1 + step)}) for step in range(0, 40, 2)]
     val = [(step, {"val/loss": 2.0, "val/AP": 20.0 + step, "val/AP50": 40.0 + step, "val/AP75": 30.0 + step}) for step in (19, 39)]
-    curves(logged(tmp_path, *train, *val), tmp_path / "curves.png")
+    plot_curves(logged(tmp_path, *train, *val), tmp_path / "curves.png")
     drawn = {name: share(tmp_path / "curves.png", COLOURS[i]) for name, i in {"train": 6, "val": 5, "AP50": 2, "AP75": 0}.items()}
     assert min(drawn.values()) > 1e-4, drawn
 
 
 def test_curves_without_validation_or_with_a_loss_that_ran_away(tmp_path):
     metrics = logged(tmp_path, (0, {"train/loss": 2.0}), (1, {"train/loss": 1.0}), (2, {"train/loss": float("nan")}))
-    curves(metrics, tmp_path / "curves.png")
+    plot_curves(metrics, tmp_path / "curves.png")
     assert share(tmp_path / "curves.png", COLOURS[6]) > 1e-4
     assert share(tmp_path / "curves.png", COLOURS[5]) == 0
 
 
 def test_curves_of_another_file_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.csv has no values of train/loss.*speed"):
-        curves(logged(tmp_path, (0, {"speed": 2.0})), tmp_path / "curves.png")
+        plot_curves(logged(tmp_path, (0, {"speed": 2.0})), tmp_path / "curves.png")
     with pytest.raises(FileNotFoundError, match=r"other\.csv"):
-        curves(tmp_path / "other.csv", tmp_path / "curves.png")
+        plot_curves(tmp_path / "other.csv", tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()

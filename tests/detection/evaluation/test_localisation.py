@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pytest import approx
 
-from roi_quantization.detection.evaluation.localisation import common, localisation
+from roi_quantization.detection.evaluation.localisation import localisation, restrict_to_common
 from tests.detection.evaluation.coco_sets import CAT, DOG, annotation, coco, result
 
 OBJECT = [100, 100, 100, 100]  # xywh: its edges are 100, 100, 200, 200
@@ -82,12 +82,12 @@ def test_arms_are_compared_on_the_objects_that_all_of_them_found():
     good = localisation(gt, [result(2, [116, 100, 100, 100]), result(1, OBJECT)], [1, 2])
     sloppy = localisation(gt, [result(1, [108, 100, 100, 100])], [1, 2])
     assert good.summary()["after"]["bias_left"] == sloppy.summary()["after"]["bias_left"] == 8
-    good, sloppy = common([good, sloppy])
+    good, sloppy = restrict_to_common([good, sloppy])
     assert good.object_id.tolist() == sloppy.object_id.tolist() == [1]
     assert [good.summary()["after"]["bias_left"], sloppy.summary()["after"]["bias_left"]] == [0, 8]
-    assert common([]) == []
+    assert restrict_to_common([]) == []
     with pytest.raises(ValueError, match="2, 1 objects"):
-        common([good, localisation(gt, [], [1])])
+        restrict_to_common([good, localisation(gt, [], [1])])
 
 
 def test_no_results_at_all():

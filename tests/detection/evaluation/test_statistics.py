@@ -13,8 +13,9 @@ from roi_quantization.detection.evaluation.statistics import (
     TwoByTwo,
     difference,
     differences,
+    estimate_over_seeds,
+    holm,
     mean,
-    over_seeds,
     quantization_costs,
 )
 
@@ -31,7 +32,7 @@ def is_95_percent(hits):
 
 
 def test_mean_and_interval_of_three_seeds():
-    estimate = over_seeds(VALUES, {"align": 1})
+    estimate = estimate_over_seeds(VALUES, {"align": 1})
     assert estimate.value == 72
     assert estimate.standard_error == approx(2 / math.sqrt(3))  # the standard deviation of 70, 72, 74 is 2
     half = 4.302653 * 2 / math.sqrt(3)  # Student's t with 2 degrees of freedom leaves 2.5 % above 4.302653
@@ -41,7 +42,7 @@ def test_mean_and_interval_of_three_seeds():
 
 
 def test_differences_are_paired_by_seed():
-    estimate = over_seeds(VALUES, difference("pool", "align"))
+    estimate = estimate_over_seeds(VALUES, difference("pool", "align"))
     assert estimate.value == -10
     assert (estimate.low, estimate.high) == approx((-10 - 4.302653 / math.sqrt(3), -10 + 4.302653 / math.sqrt(3)))
     t = 10 * math.sqrt(3)
@@ -51,12 +52,12 @@ def test_differences_are_paired_by_seed():
 
 def test_only_seeds_that_both_arms_have_are_paired():
     values = {"align": {0: 70.0, 1: 72.0, 5: 99.0}, "pool": {1: 61.0, 0: 60.0, 6: 1.0}}
-    estimate = over_seeds(values, difference("pool"))
+    estimate = estimate_over_seeds(values, difference("pool"))
     assert (estimate.value, estimate.n) == (-10.5, 2)
 
 
 def test_one_seed_has_no_interval_and_proves_nothing():
-    estimate = over_seeds({"align": {0: 70.0}, "pool": {0: 60.0}}, difference("pool"))
+    estimate = estimate_over_seeds({"align": {0: 70.0}, "pool": {0: 60.0}}, difference("pool"))
     assert (estimate.value, estimate.n) == (-10, 1)
     assert not estimate.has_interval
     assert not estimate.excludes_zero
@@ -111,9 +112,9 @@ def test_an_arm_that_is_missing_is_named():
     with pytest.raises(ValueError, match=r"none of warp_max, pool_exclusive"):
         quantization_costs({"align_max": {0: 1.0}, "pool_bins": {0: 1.0}})
     with pytest.raises(ValueError, match="no finished run of warp; there are runs of align, pool"):
-        over_seeds(VALUES, difference("warp"))
+        estimate_over_seeds(VALUES, difference("warp"))
     with pytest.raises(ValueError, match="no seed in common"):
-        over_seeds({"align": {0: 1.0}, "pool": {1: 1.0}}, difference("pool"))
+        estimate_over_seeds({"align": {0: 1.0}, "pool": {1: 1.0}}, difference("pool"))
     with pytest.raises(ValueError, match="no observations"):
         mean([])
 
@@ -142,7 +143,7 @@ def test_pairing_removes_what_seeds_have_in_common():
     for _ in range(800):
         seeds = rng.normal(60, 5, size=4)
         align, pool = seeds + rng.normal(0, 0.5, size=4), seeds - 3 + rng.normal(0, 0.5, size=4)
-        estimate = over_seeds({"align": dict(enumerate(align)), "pool": dict(enumerate(pool))}, difference("pool"))
+        estimate = estimate_over_seeds({"align": dict(enumerate(align)), "pool": dict(enumerate(pool))}, difference("pool"))
         held.append(estimate.low <= -3 <= estimate.high)
         found.append(estimate.p_value < 0.05)
         found_unpaired.append(stats.ttest_ind(pool, align).pvalue < 0.05)
@@ -156,7 +157,7 @@ def test_without_an_effect_one_p_value_in_twenty_is_below_5_percent():
     above = []
     for _ in range(1500):
         values = {arm: dict(enumerate(rng.normal(60, 2, size=3))) for arm in ("align", "pool")}
-        estimate = over_seeds(values, difference("pool"))
+        estimate = estimate_over_seeds(values, difference("pool"))
         above.append(estimate.p_value >= 0.05)
         assert estimate.excludes_zero == (estimate.p_value < 0.05)  # interval and test say the same
     assert is_95_percent(above)
@@ -174,3 +175,11 @@ def test_intervals_of_the_costs_hold_the_true_costs():
             held[name].append(cost.low <= true[name] <= cost.high)
     for name, hits in held.items():
         assert is_95_percent(hits), f"{name}: {np.mean(hits)}"
+
+
+def test_holm_multiplies_the_smallest_p_by_their_number_the_next_by_one_less():
+    corrected = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005, "e": math.nan})
+    assert [corrected[name] for name in "abcd"] == pytest.approx([0.03, 0.06, 0.06, 0.02])  # 0.04 x 1 is below c's 0.03 x 2
+    assert math.isnan(corrected["e"])
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}

@@ -37,8 +37,12 @@ def write_fake_sweep(
     failed: Collection[str] = (),
     missing: Collection[str] = (),
     overrides: Sequence[str] = (),
+    evaluated: int | None = None,
 ) -> Path:
-    """Writes runs of all `arms` (name -> scatter) and `seeds` below `folder`; `failed` and `missing` name runs such as "pool_seed1"."""
+    """Writes runs of all `arms` (name -> scatter) and `seeds` below `folder`; `failed` and `missing` name runs such as "pool_seed1".
+
+    evaluated: the runs were stopped after so many images; None: they were evaluated on all.
+    """
     rng = np.random.default_rng(0)
     root = folder.parent / f"{folder.name}_data"
     truth = {split: _instances(rng, images if split == "test" else 4) for split in ("train", "val", "test")}
@@ -62,13 +66,13 @@ def write_fake_sweep(
             if name in failed:
                 (run / "failed.txt").write_text("Traceback (most recent call last):\n  ...\nRuntimeError: no memory left\n")
                 continue
-            found = _detect(truth["test"], scatter, seed)
+            found = [one for one in _detect(truth["test"], scatter, seed) if one["image_id"] <= (evaluated or images)]
             write_results(run / "results.json", found)
             cross = {
                 other: _metrics(truth["test"], _detect(truth["test"], scatter + 2 * (other != arm), seed)).as_json() for other in CROSS
             }
             (run / "cross.json").write_text(json.dumps(cross))
-            write_metrics(run / "metrics.json", _metrics(truth["test"], found))
+            write_metrics(run / "metrics.json", _metrics(truth["test"], found, evaluated))
     return folder
 
 
@@ -110,8 +114,9 @@ def _result(image_id: int, category_id: int, box: np.ndarray, score: float, prop
     return {"image_id": image_id, "category_id": category_id, "bbox": xywh(box), "score": round(score, 6), "proposal": xywh(proposal)}
 
 
-def _metrics(instances: dict, results: list[dict]) -> Metrics:
-    return evaluate(as_coco(instances), results, [image["id"] for image in instances["images"]])
+def _metrics(instances: dict, results: list[dict], evaluated: int | None = None) -> Metrics:
+    image_ids = [image["id"] for image in instances["images"]]
+    return evaluate(as_coco(instances), results, image_ids[:evaluated], of=len(image_ids))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def sweep(tmp_path_factory):
 
 
 def test_an_operator_of_somebody_else_is_in_the_report(tmp_path):
-    """Where it looks is not known; what it scores is."""
+    """Where the operator samples is unknown, its scores are not."""
     folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "pool": 7.5, "warp": 6.0}, seeds=(0, 1), images=10)
     for run in folder.glob("warp_seed*"):
         config = OmegaConf.load(run / "config.yaml")
@@ -59,12 +59,12 @@ def test_it_opens_with_the_result_in_numbers(sweep):
     """The sentence's numbers are those of the runs."""
 
     def mean(arm):
-        values = [json.loads((sweep / f"{arm}_seed{seed}" / "metrics.json").read_text())["stats"]["AP75"] for seed in (0, 1)]
+        values = [json.loads((sweep / f"{arm}_seed{seed}" / "metrics.json").read_text())["stats"]["AP"] for seed in (0, 1)]
         return sum(values) / 2
 
     lost = mean("align") - mean("pool")
     first = text(sweep, "report.md").split("\n\n")[1]
-    assert first.startswith(f"**RoIPool in the place of RoIAlign costs {lost:.1f} points of AP75 at stride 16: ")
+    assert first.startswith(f"**RoIPool in the place of RoIAlign costs {lost:.1f} points of AP at stride 16: ")
     assert f"{mean('pool'):.1f} against {mean('align'):.1f} (95 % interval of the difference" in first and "2 seeds, paired" in first
     assert "rounding the RoI alone costs" in first
     assert first[2:60] in text(sweep, "report.html"), "the page opens as the text does"
@@ -73,9 +73,9 @@ def test_it_opens_with_the_result_in_numbers(sweep):
 def test_tables_hold_the_numbers_with_all_digits(sweep):
     main = table(sweep, "main")
     assert list(main) == list(SCATTER)
-    assert float(main["pool"]["AP75 - align"]) == pytest.approx(float(main["pool"]["AP75"]) - float(main["align"]["AP75"]))
-    assert float(main["pool"]["AP75 - align low"]) < float(main["pool"]["AP75 - align"]) < float(main["pool"]["AP75 - align high"])
-    assert main["prroi"]["runs"] == "1" and main["prroi"]["AP75 low"] == "", "one run has no interval"
+    assert float(main["pool"]["AP - align"]) == pytest.approx(float(main["pool"]["AP"]) - float(main["align"]["AP"]))
+    assert float(main["pool"]["AP - align low"]) < float(main["pool"]["AP - align"]) < float(main["pool"]["AP - align high"])
+    assert main["prroi"]["runs"] == "1" and main["prroi"]["AP low"] == "", "one run has no interval"
     costs = table(sweep, "costs")
     both = (
         costs["rounding the RoI alone"]["AP"],
@@ -93,11 +93,11 @@ def test_differences_have_an_interval_over_images_as_well(sweep):
     main, images = table(sweep, "main"), table(sweep, "images")
     assert list(images) == [arm for arm in SCATTER if arm != "align"]
     for arm in ("pool", "prroi"):
-        change = {end: float(images[arm][f"AP75{end}"]) for end in ("", " low", " high")}
-        assert change[""] == pytest.approx(float(main[arm]["AP75 - align"]))
+        change = {end: float(images[arm][f"AP{end}"]) for end in ("", " low", " high")}
+        assert change[""] == pytest.approx(float(main[arm]["AP - align"]))
         assert change[" low"] < change[""] < change[" high"], "also where one seed is shared"
-    assert images["pool"]["AP75 n"] == "30"
-    assert "had other images been drawn" in text(sweep, "report.md") and "had other images been drawn" in text(sweep, "report.html")
+    assert images["pool"]["AP n"] == "30"
+    assert "with intervals over images" in text(sweep, "report.md") and "with intervals over images" in text(sweep, "report.html")
 
 
 def test_every_figure_is_there_as_png_and_svg(sweep):
@@ -136,7 +136,7 @@ def test_it_says_what_it_was_made_from(sweep):
     assert re.search(r"- commit: ([0-9a-f]{40}|not a git checkout)", report)
     for words in (
         "- seeds: 0, 1",
-        "- stride: 16 pixels a cell",
+        "- stride: 16 pixels per cell",
         "- evaluated on: 30 images,",
         "torch 2.",
         "- training: 8 epochs of 4 images",
@@ -148,16 +148,64 @@ def test_one_seed_has_intervals_over_images_and_says_so(tmp_path):
     folder = write_fake_sweep(tmp_path / "one", arms={"align": 3.0, "pool": 7.5}, seeds=(4,), images=20)
     write_report(folder)
     report = text(folder, "report.md")
-    assert "one seed, 20 images resampled)" in report and "say nothing of how training varies" in report
-    assert float(table(folder, "main")["pool"]["AP75 - align high"]) < 0
+    assert "one seed, 20 images resampled)" in report and "do not include the variation between trainings" in report
+    assert float(table(folder, "main")["pool"]["AP - align high"]) < 0
     assert "What each quantization costs" not in report, "two arms are no 2 x 2"
-    assert "had other images been drawn" not in report, "all intervals are over images"
+    assert "with intervals over images" not in report, "all intervals are over images"
+
+
+def test_the_headline_is_of_ap_whatever_the_other_metrics_show(tmp_path):
+    """AP was chosen beforehand. AP75's interval may hold 0 where AP's does not."""
+    folder = write_fake_sweep(tmp_path / "other", arms={"align": 3.0, "pool": 7.5}, seeds=(0, 1, 2), images=20)
+    for seed, (ap, ap75) in enumerate(((40.0, 20.0), (41.0, 45.0), (40.5, 30.0))):
+        metrics = folder / f"pool_seed{seed}" / "metrics.json"
+        content = json.loads(metrics.read_text())
+        content["stats"] |= {"AP": ap, "AP75": ap75}
+        metrics.write_text(json.dumps(content))
+        metrics = folder / f"align_seed{seed}" / "metrics.json"
+        content = json.loads(metrics.read_text())
+        content["stats"] |= {"AP": ap + 5, "AP75": 35.0}
+        metrics.write_text(json.dumps(content))
+    write_report(folder)
+    report = text(folder, "report.md")
+    assert "costs 5.0 points of AP at stride 16: 40.5 against 45.5 (95 % interval of the difference 5.0 to 5.0, 3 seeds, paired" in report
+    assert "costs 3.3 AP75 [-34.6, 27.9]" in report and "no difference is shown" not in report
+    assert "p, Holm" in report
+
+
+def test_a_partial_evaluation_is_marked_wherever_its_figures_go(tmp_path):
+    folder = write_fake_sweep(tmp_path / "partial", arms={"align": 3.0, "pool": 7.5}, seeds=(0,), images=20, evaluated=8)
+    write_report(folder)
+    report = text(folder, "report.md")
+    headline = report.split("\n\n")[1]
+    assert "8 of 20 images, a partial evaluation" in headline
+    assert report.count("8 of 20 images, a partial evaluation") > 10, "and in tables and captions"
+    assert table(folder, "main")["pool"]["evaluated on"] == "8 of 20 images, a partial evaluation"
+    assert "- evaluated on: 8 images," in report
+    main = json.loads((folder / "pool_seed0" / "metrics.json").read_text())["stats"]["AP"]
+    assert float(table(folder, "main")["pool"]["AP"]) == pytest.approx(main), "images that were not evaluated are not missed objects"
+    assert float(table(folder, "localisation")["align"]["found, %"]) > 80
+
+
+def test_partial_and_whole_evaluations_are_not_mixed(tmp_path):
+    folder = write_fake_sweep(tmp_path / "mixed", arms={"align": 3.0, "pool": 7.5}, seeds=(0,), images=20)
+    write_fake_sweep(folder, arms={"pool": 7.5}, seeds=(0,), images=20, evaluated=8)
+    with pytest.raises(ValueError, match=r"different images \(align_seed0: 20 images; pool_seed0: 8 of 20 images, a partial evaluation\)"):
+        write_report(folder)
+
+
+def test_runs_with_different_limits_of_detections_are_not_mixed(tmp_path):
+    folder = write_fake_sweep(tmp_path / "limits", arms={"align": 3.0, "pool": 7.5}, seeds=(0,), images=10)
+    metrics = folder / "pool_seed0" / "metrics.json"
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"max_detections": 300}))
+    with pytest.raises(ValueError, match=r"at most \[100, 300\] detections per image and category"):
+        write_report(folder)
 
 
 def test_without_the_reference_another_arm_takes_its_place(tmp_path):
     folder = write_fake_sweep(tmp_path / "other", arms={"warp": 5.0, "pool": 7.5}, seeds=(0, 1), images=10)
     write_report(folder)
-    assert "There is no finished run of align: the others are held against warp." in text(folder, "report.md")
+    assert "There is no finished run of align. The others are compared with warp." in text(folder, "report.md")
     assert "RoIPool in the place of RoIWarp costs" in text(folder, "report.md")
 
 

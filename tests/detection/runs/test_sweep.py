@@ -80,7 +80,7 @@ def test_a_sweep_that_fills_two_folders_writes_two_reports(tmp_path):
     assert ended.returncode == 0, ended.stderr
     for stride in (16, 32):
         report = (tmp_path / f"runs/quantization_embedded_stride{stride}" / "report" / "report.md").read_text()
-        assert f"{stride} pixels a cell" in report and "2 operators, 1 seed, 2 finished runs" in report
+        assert f"{stride} pixels per cell" in report and "2 operators, 1 seed, 2 finished runs" in report
         assert "not finished" not in report
 
 

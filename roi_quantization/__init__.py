@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from roi_quantization.ops.acceleration import accelerate_torchvision as accelerate_torchvision
 
-_LAZY = {"accelerate_torchvision": "ops.acceleration"}  # imported when first asked for: a script that is not installed has no PyTorch
+_LAZY = {"accelerate_torchvision": "roi_quantization.ops.acceleration"}  # imported when first asked for: a script that is not installed has no PyTorch
 
 __version__ = "0.2.0"
 
@@ -37,7 +37,7 @@ _check_installed()
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

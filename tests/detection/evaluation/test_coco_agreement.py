@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import json
 import math
 import random
 import sys
@@ -16,6 +17,7 @@ from pytest import approx
 from roi_quantization.detection.evaluation.coco import evaluate
 from roi_quantization.detection.evaluation.matching import SilentCOCOeval, faster_coco_eval, match
 from tests.detection.evaluation.coco_sets import annotation, coco, result
+from tests.trainings import run_train
 
 
 def imagined_results(gt, seed=0):
@@ -132,3 +134,21 @@ def test_without_faster_coco_eval_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(ImportError, match=r'coco_eval=faster needs .* pip install -e "\.\[faster-evaluation\]"'):
         faster_coco_eval()
+
+
+def test_plain_pycocotools_recomputes_the_metrics_of_a_trained_detector(tmp_path):
+    """From the files of a run alone: annotations and results.json. The detector has learned its four images by heart."""
+    overfit = ["data.test={images: train, annotations: annotations/instances_train.json}", "data.val=null", "optimized_metric=test/AP"]
+    overfit += ["data.source.train=4", "data.train_transform.flip=0", "backbone.width=0.125", "optim.groups.lr=5e-3"]
+    run_train(tmp_path, *overfit, "trainer.max_epochs=60", "threads=1")
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO(str(tmp_path / "data/annotations/instances_train.json"))
+        plain = COCOeval(gt, gt.loadRes(str(tmp_path / "run" / "results.json")), "bbox")
+        plain.evaluate()
+        plain.accumulate()
+        plain.summarize()
+    stats = [math.nan if value is None else value for value in written["stats"].values()]
+    assert stats == approx([100 * s if s > -1 else math.nan for s in plain.stats], nan_ok=True)
+    assert written["stats"]["AP"] > 30, "a comparison of zeros shows nothing"
+    assert (written["images"], written["of"], written["partial"]) == (4, 4, False)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.images import ImageRecord, read_image
+from roi_quantization.detection.evaluation.fonts import plain_text
 from roi_quantization.detection.files import atomic_write
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
@@ -101,6 +102,13 @@ def plot_detection_sheet(
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     records = _spread(dataset.records, count)
+    with plain_text(category["name"] for category in dataset.categories):
+        _save(_detection_sheet(dataset, detections, records, score_threshold), path)
+
+
+def _detection_sheet(
+    dataset: CocoDetection, detections: Mapping[int, Mapping[str, Tensor]], records: Sequence[ImageRecord], score_threshold: float
+) -> Figure:
     drawn = {record.id: _above(detections.get(record.id), score_threshold) for record in records}
     truth = {record.id: dataset.coco.imgToAnns.get(record.id, []) for record in records}
     labels = sorted({label for found in drawn.values() for _, _, label in found})
@@ -131,7 +139,7 @@ def plot_detection_sheet(
         entries.append(Patch(color="grey", label=f"detections: {len(labels)} classes, colours repeat"))
     figure.legend(handles=entries, loc="outside lower center", ncols=2 * columns + 1, frameon=False)
     figure.suptitle(f"Detections with a score of at least {score_threshold:g}", fontsize=11)
-    _save(figure, path)
+    return figure
 
 
 def plot_detections(
@@ -143,6 +151,8 @@ def plot_detections(
 ) -> None:
     """Draw detections on one image, 1000 pixels on its longer side. A class has the same colour in all pictures.
 
+    An image with a side ratio above 20 is stretched, so that its detections remain visible.
+
     Args:
         pixels: uint8 RGB `[3, H, W]`.
         found: `boxes` [L, 4] xyxy in pixels of the image, `scores` [L], `labels` [L].
@@ -151,14 +161,19 @@ def plot_detections(
         score_threshold: detections of lower score are not drawn.
     """
     height, width = pixels.shape[1:]
-    inches = 1000 / DPI / max(height, width)
-    figure = Figure(figsize=(width * inches, height * inches))
+    longer = max(height, width)
+    with plain_text(names.values()):
+        figure = Figure(figsize=[1000 / DPI * max(side / longer, 1 / 20) for side in (width, height)])
+        _draw_picture(figure, pixels, found, names, score_threshold)
+        _save(figure, path)
+
+
+def _draw_picture(figure: Figure, pixels: Tensor, found: Mapping[str, Tensor], names: Mapping[int, str], score_threshold: float) -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     axes.imshow(pixels.permute(1, 2, 0).numpy(), aspect="auto")
     for box, score, label in _above(found, score_threshold):
         _draw_detection(axes, box, f"{names[label]} {score:.2f}", COLOURS[int(label) % len(COLOURS)], fontsize=8)
-    _save(figure, path)
 
 
 def _read_columns(metrics_csv: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:

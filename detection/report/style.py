@@ -33,6 +33,7 @@ class Theme:
             "legend.frameon": False,
             "axes.spines.top": False,
             "axes.spines.right": False,
+            "text.parse_math": False,  # names of arms are text
             "svg.hashsalt": "report",  # the same figure gives the same bytes
         }
 

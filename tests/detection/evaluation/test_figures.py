@@ -2,15 +2,20 @@
 
 import json
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger
 
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.proposals.grid import Grid
-from roi_quantization.detection.evaluation.figures import COLOURS, plot_curves, plot_detection_sheet
+from roi_quantization.detection.evaluation.figures import COLOURS, plot_curves, plot_detection_sheet, plot_detections
+from roi_quantization.detection.evaluation.fonts import plain_text
 
 PAPER = [(200, 30, 30), (30, 130, 60), (40, 40, 190), (90, 90, 90), (150, 60, 170)]  # five images of one colour each; none is in COLOURS
 
@@ -66,6 +71,65 @@ def test_more_classes_than_colours(dataset, tmp_path):
     detections = {1: {key: torch.cat([found(0.8, label)[key] for label in range(1, 31)]) for key in ("boxes", "scores", "labels")}}
     plot_detection_sheet(dataset, detections, tmp_path / "sheet.png")
     assert all(share(tmp_path / "sheet.png", colour) > 0.03 for colour in PAPER)
+
+
+@pytest.mark.parametrize("name", ["$x_1$", "cash $", r"$\\frac{", "100 % _a_ ^b^ {c} \\d", "字", "قطة", "🐈", "", "two\nlines"])
+def test_a_class_name_is_text_whatever_is_in_it(dataset, tmp_path, name, caplog):
+    dataset.categories[0]["name"] = name
+    plot_detection_sheet(dataset, {1: found(0.9)}, tmp_path / "sheet.png")
+    plot_detections(torch.zeros(3, 40, 60, dtype=torch.uint8), found(0.9), {1: name}, tmp_path / "picture.png")
+    assert share(tmp_path / "sheet.png", COLOURS[0]) > 0 and share(tmp_path / "picture.png", COLOURS[1]) > 0
+
+
+def test_a_dollar_starts_no_mathematics(tmp_path):
+    """As mathematics `$aaaaaaaa$` is drawn without its dollars: the coloured box behind the text is narrower."""
+    shares = []
+    for name in ("$aaaaaaaa$", "aaaaaaaa"):
+        pixels = torch.zeros(3, 40, 60, dtype=torch.uint8)
+        plot_detections(pixels, found(0.9, box=(5.0, 20.0, 6.0, 21.0)), {1: name}, tmp_path / "picture.png")
+        shares.append(share(tmp_path / "picture.png", COLOURS[1]))
+    assert shares[0] > 1.1 * shares[1]
+    with plain_text([]):
+        assert not Figure().text(0, 0, "$a$").get_parse_math()
+
+
+def test_a_script_without_a_font_is_named(caplog):
+    with plain_text(["cat", "\U0001f408\ufe0e \U000e0041\U0010fffd字"]):
+        pass
+    with plain_text(["Katze", "кот", "γάτα"]):
+        pass
+    fonts = {font.name for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")}
+    if fonts <= {"DejaVu Sans", "DejaVu Sans Mono"}:
+        assert "字" in caplog.text
+    assert len(caplog.records) <= 1, "the default font has Cyrillic and Greek"
+
+
+def test_a_character_is_drawn_with_a_font_that_has_it():
+    """DejaVu Sans has no MATHEMATICAL SCRIPT CAPITAL A. STIX, which Matplotlib brings, has."""
+    with plain_text(["\U0001d49c"]):
+        families = matplotlib.rcParams["font.family"]
+    assert len(families) == 2
+    assert 0x1D49C in FT2Font(font_manager.findfont(families[1])).get_charmap()
+
+
+@pytest.mark.parametrize(("width", "height"), [(3000, 2), (2, 3000)])
+def test_a_very_narrow_image_is_drawn(tmp_path, width, height):
+    box = (0.0, 0.0, float(width), float(height))
+    plot_detections(torch.zeros(3, height, width, dtype=torch.uint8), found(0.9, box=box), {1: "wire"}, tmp_path / "picture.png")
+    assert max(Image.open(tmp_path / "picture.png").size) == 1000
+    assert min(Image.open(tmp_path / "picture.png").size) == 50
+    assert share(tmp_path / "picture.png", COLOURS[1]) > 0.01
+
+
+def test_a_very_narrow_image_does_not_break_the_sheet(dataset, tmp_path):
+    Image.new("RGB", (3000, 2), PAPER[0]).save(tmp_path / "1.png")
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content["images"][0] |= {"width": 3000, "height": 2}
+    content["annotations"][0] |= {"bbox": [8, 0, 40, 2]}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    narrow = CocoDetection(tmp_path, tmp_path / "instances.json", Grid([0.5]))
+    plot_detection_sheet(narrow, {1: found(0.9, box=(8.0, 0.0, 48.0, 2.0)), 2: found(0.9, label=2)}, tmp_path / "sheet.png")
+    assert all(share(tmp_path / "sheet.png", colour) > 0.03 for colour in PAPER[1:])
 
 
 def test_a_sheet_of_no_images_is_refused(dataset, tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -183,7 +184,14 @@ def _check_ids(path: Path, instances: dict) -> None:
     images, categories = ({entry["id"] for entry in instances[section]} for section in ("images", "categories"))
     for section, ids in (("images", images), ("categories", categories)):
         if len(ids) != len(instances[section]):
-            raise ValueError(f"{path}: two of the {section} have the same id ({len(instances[section])} {section}, {len(ids)} ids).")
+            twice, count = Counter(entry["id"] for entry in instances[section]).most_common(1)[0]
+            names = [
+                _abbreviate(entry["file_name" if section == "images" else "name"]) for entry in instances[section] if entry["id"] == twice
+            ]
+            raise ValueError(
+                f"{path}: {count} {section} have the id {twice} ({', '.join(names[:3])}); give each of the {len(instances[section])} "
+                f"{section} an id of its own ({len(ids)} are used)."
+            )
     for category in instances["categories"]:
         if not isinstance(category["name"], str):
             raise ValueError(f"{path}: category {category['id']} has the name {_abbreviate(category['name'])}; expected a string.")
@@ -195,13 +203,17 @@ def _check_ids(path: Path, instances: dict) -> None:
 
 def _check_image(path: Path, image: dict) -> None:
     """Refuse names that lead out of the folder of images. Links inside that folder are followed, because its owner made them."""
-    name, width, height = image["file_name"], image["width"], image["height"]
+    name = image["file_name"]
     parts = PurePath(name).parts if isinstance(name, str) and "\0" not in name else ()
     if not parts or ".." in parts or PurePath(name).is_absolute():
         raise ValueError(
             f"{path}: image {image['id']} has file_name {_abbreviate(name)}; expected a name in the folder of images. Link images that lie "
             "elsewhere into that folder."
         )
+    for side in ("width", "height"):
+        if isinstance(image[side], float) and image[side].is_integer():  # as pandas and MATLAB write them
+            image[side] = int(image[side])
+    width, height = image["width"], image["height"]
     if not all(type(side) is int and side > 0 for side in (width, height)):
         raise ValueError(f"{path}: image {image['id']} has size {_abbreviate(width)} x {_abbreviate(height)}; expected whole pixels.")
     try:
@@ -254,7 +266,10 @@ def _fill_in(path: Path, annotations: list[dict]) -> None:
         for number, annotation in enumerate(annotations, start=1):
             annotation["id"] = number
     elif len(ids) != len(annotations):
-        raise ValueError(f"{path}: two annotations have the same id ({len(annotations)} annotations, {len(ids)} ids).")
+        twice, count = Counter(annotation["id"] for annotation in annotations).most_common(1)[0]
+        raise ValueError(
+            f"{path}: {count} annotations have the id {twice}; give each of the {len(annotations)} an id of its own ({len(ids)} are used)."
+        )
     for annotation in annotations:
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])

@@ -17,6 +17,13 @@ def test_missing_fields_that_can_be_known_are_filled_in(small_set):
     assert (first["id"], first["area"], first["iscrowd"]) == (1, 20 * 10.25, 0)
 
 
+@pytest.mark.parametrize("size", [{"width": 60.0}, {"height": 40.0}, {"width": 60.0, "height": 40.0}])
+def test_whole_sizes_may_be_floats(small_set, size):
+    small_set.change("images", 0, **size)
+    image = read_instances(small_set.annotations)["images"][0]
+    assert (image["width"], image["height"]) == (60, 40) and type(image["width"]) is type(image["height"]) is int
+
+
 def test_boxes_without_area_in_their_image_are_dropped_counted_and_told(small_set, caplog):
     small_set.change("annotations", 0, bbox=[10, 10, 1e-7, 5])  # no width in float32
     small_set.change("annotations", 1, bbox=[60, 0, 5, 5])  # begins where the image ends
@@ -57,8 +64,9 @@ def test_a_broken_or_foreign_json_is_named_with_what_is_missing(tmp_path, text, 
         ("annotations", 3, {"category_id": 5}, "1 of 4 annotations have an unknown category_id; the first is 5"),
         ("annotations", 3, {"bbox": [1, 2, 3]}, r"annotation 4 of image 3 has bbox \[1, 2, 3\]"),
         ("annotations", 3, {"bbox": [1, 2, 3, float("nan")]}, "annotation 4 of image 3"),
-        ("annotations", 3, {"id": 1}, "two annotations have the same id"),
-        ("images", 0, {"id": 3}, "two of the images have the same id"),
+        ("annotations", 3, {"id": 1}, "2 annotations have the id 1; give each of the 4 an id of its own"),
+        ("images", 0, {"id": 3}, r"2 images have the id 3 \('a\.png', 'b\.png'\); give each of the 3 images an id of its own"),
+        ("categories", 0, {"id": 4}, r"2 categories have the id 4 \('brush', 'plane'\)"),
         ("images", 0, {"id": "a7"}, "must be integers, but one is 'a7'"),
         ("images", 0, {"id": True}, "must be integers, but one is True"),
         ("images", 0, {"id": 7.0}, "must be integers, but one is 7.0"),
@@ -81,6 +89,8 @@ def test_a_broken_or_foreign_json_is_named_with_what_is_missing(tmp_path, text, 
         ("images", 0, {"width": 10**9}, r"image 7 \(a\.png\): 1000000000 x 40 is too large"),
         ("images", 0, {"width": 1e999}, "image 7 has size inf x 40"),
         ("images", 0, {"width": True}, "image 7 has size True x 40"),
+        ("images", 0, {"width": 60.5}, "image 7 has size 60.5 x 40; expected whole pixels"),
+        ("images", 0, {"width": float("nan")}, "image 7 has size nan x 40; expected whole pixels"),
         ("images", 0, {"height": 0}, "image 7 has size 60 x 0"),
         ("images", 0, {"width": "60"}, "image 7 has size '60' x 40; expected whole pixels"),
     ],

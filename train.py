@@ -39,7 +39,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup()
-    objects = 0 if data.val is None else len(data.val.coco.anns)
+    objects = 0 if data.val is None else data.val.num_objects
     mode = check_metric(cfg.optimized_metric, validates=data.val is not None, objects=objects)
     module = DetectionModule(
         build_detector(cfg, num_classes=len(data.categories) + 1),

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.annotations import LAYOUT, as_coco, choose_images, read_instances, restrict
 from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
@@ -77,26 +79,59 @@ class CocoDetection(Dataset):
             ImageRecord(image["id"], folder / image["file_name"], image["width"], image["height"]) for image in instances["images"]
         ]
         _check_files(self.records, folder)
-        self._index_boxes(instances["annotations"])
+        self._index_boxes(instances)
         self.proposals = proposals
         proposals.prepare(self.records)
         self.transform = transform
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, so that persistent workers see it change
 
-    def _index_boxes(self, annotations: list[dict]) -> None:
+    def _index_boxes(self, instances: dict) -> None:
         """Store all boxes in flat arrays, whose memory data-loader workers share, unlike that of small Python objects."""
+        annotations = instances["annotations"]
         label_of = {category_id: label for label, category_id in self.label_to_category_id.items()}
         index_of = {image_id: index for index, image_id in enumerate(self.image_ids)}
         indices = np.array([index_of[annotation["image_id"]] for annotation in annotations], dtype=np.int64)
         order = np.argsort(indices, kind="stable")
         sizes = np.array([(r.width, r.height, r.width, r.height) for r in self.records])
         boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
+        self._judge(instances, boxes, indices)
         boxes[:, 2:] += boxes[:, :2]
         self._boxes = np.clip(boxes, 0, sizes[indices]).astype(np.float32)[order]
         self._labels = np.array([label_of[annotation["category_id"]] for annotation in annotations], dtype=np.int64)[order]
         self._is_crowd = np.array([annotation["iscrowd"] for annotation in annotations], dtype=bool)[order]
         self._starts = np.searchsorted(indices[order], np.arange(len(self.image_ids) + 1))
+
+    def _judge(self, instances: dict, boxes: np.ndarray, indices: np.ndarray) -> None:
+        """Log what is implausible in the annotations, or refuse them.
+
+        Args:
+            instances: of the images of this set.
+            boxes: `[n, 4]`, x, y, width, height of the annotations.
+            indices: `[n]`, the image of each.
+        """
+        annotations, images = instances["annotations"], instances["images"]
+
+        def describe(number: int) -> str:
+            annotation, image = annotations[number], images[indices[number]]
+            return f"annotation {annotation['id']} of image {image['id']} ({image['file_name']}), bbox {annotation['bbox']}"
+
+        sizes = np.array([(image["width"], image["height"]) for image in images])
+        category_ids = np.array([annotation["category_id"] for annotation in annotations], dtype=np.int64)
+        findings = [
+            plausibility.judge_images(
+                {image["id"]: image["file_name"] for image in images},
+                {category["id"]: category["name"] for category in instances["categories"]},
+            ),
+            plausibility.judge_boxes(boxes, sizes[indices], describe),
+            plausibility.judge_annotations(indices, category_ids, boxes, describe),
+        ]
+        plausibility.report(chain(*findings), self._annotations)
+
+    @property
+    def num_objects(self) -> int:
+        """The number of objects; crowd regions are none."""
+        return int((~self._is_crowd).sum())
 
     @cached_property
     def coco(self) -> COCO:
@@ -146,6 +181,7 @@ def _check_files(records: list[ImageRecord], folder: Path) -> None:
     missing = [record for record in records if record.path.name not in present.get(record.path.parent, ())]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of the {len(records)} images of the annotations are not in {folder}; the first is {missing[0].path.name} "
-            f"(image {missing[0].id}). Is the archive unpacked as a whole, and do images and annotations belong together?"
+            f"{len(missing)} of the {len(records)} images of the annotations are not in {folder}; the first is "
+            f"{missing[0].path.relative_to(folder)} (image {missing[0].id}). Is the archive unpacked as a whole, and do images and "
+            "annotations belong together?"
         )

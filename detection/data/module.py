@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.annotations import LAYOUT
 from roi_quantization.detection.data.coco import CocoDetection, collate
 from roi_quantization.detection.data.loading_time import TimedDataLoader
@@ -144,6 +145,7 @@ class DetectionData(pl.LightningDataModule):
         for split in splits:
             if getattr(self, split) is None and self.paths[split] is not None:
                 setattr(self, split, self._open(split))
+                self._judge(split)
 
     def _open(self, split: str) -> CocoDetection:
         paths = {name: self.root / self.paths[split][name] for name in ("images", "annotations")}
@@ -158,6 +160,20 @@ class DetectionData(pl.LightningDataModule):
                 raise ValueError(f"{paths['annotations']} has other categories than the other splits of {self.root}.")
         log.info("%s: %s", split, describe(dataset))
         return dataset
+
+    def _judge(self, split: str) -> None:
+        """Refuse a train split without objects, and log what is implausible in a split that was opened beside the others."""
+        dataset = getattr(self, split)
+        if dataset.num_objects == 0:
+            text = f"the {split} split has no objects in {len(dataset)} images; crowd regions (iscrowd, VOC's difficult) are not objects"
+            if split == "train":
+                raise ValueError(f"{text}. There is nothing to learn: annotate objects, or choose other images with data.train")
+            log.warning("%s. Its AP is undefined.", text)
+        others = {name for name in ("train", "val", "test") if getattr(self, name) is not None} - {split}
+        pairs = [{"train", split}] if "train" in others else [{"train", name} for name in sorted(others)] if split == "train" else []
+        for pair in pairs:
+            files = {name: [record.path for record in getattr(self, name).records] for name in pair}
+            plausibility.report(plausibility.judge_splits(files), self.root)
 
     @property
     def categories(self) -> list[dict]:

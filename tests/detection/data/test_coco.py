@@ -94,6 +94,9 @@ def test_missing_images_are_counted_before_training_starts(small_set):
     with pytest.raises(FileNotFoundError, match=r"1 of the 3 images .* the first is b\.png \(image 3\)"):
         CocoDetection(**small_set.paths)
     assert len(CocoDetection(**small_set.paths, ids=[5, 7])) == 2  # only what is used need be there
+    small_set.change("images", 1, file_name="val/0001.png")
+    with pytest.raises(FileNotFoundError, match=r"the first is val/0001\.png \(image 3\)"):
+        CocoDetection(**small_set.paths)
 
 
 def test_coco_as_published(real_data):

@@ -1,0 +1,189 @@
+"""Judge whether a data set that is valid is plausible too, when it is opened.
+
+Boxes in other units or another order of coordinates, objects listed twice and training images in the test split are all valid, and make
+the results wrong without an error. The checks work on arrays of all boxes and read no image.
+"""
+
+import filecmp
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1.0  # pixels that a box may end outside its image: conventions differ by one
+MIN_BOXES = 20  # fewer boxes are warned of and not refused: what they have in common may be chance
+MAX_COPIES = 1000  # pairs of files of the same name and size whose bytes are compared
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something implausible: what and how often, the first case, and what to do. `is_fatal` if nothing sound is left."""
+
+    text: str
+    is_fatal: bool = False
+
+
+def report(findings: Iterable[Finding], source: object) -> None:
+    """Log each finding as a warning that begins with `source`.
+
+    Raises:
+        ValueError: one of them is fatal.
+    """
+    for finding in findings:
+        if finding.is_fatal:
+            raise ValueError(f"{source}: {finding.text}")
+        log.warning("%s: %s", source, finding.text)
+
+
+def judge_boxes(boxes: np.ndarray, sizes: np.ndarray, describe: Callable[[int], str]) -> Iterator[Finding]:
+    """Judge annotated boxes.
+
+    Args:
+        boxes: `[n, 4]`, x, y, width, height in pixels, as annotated.
+        sizes: `[n, 2]`, width and height of the image of each box.
+        describe: names box i with its image, for the messages.
+    """
+    if len(boxes) == 0:
+        return
+    if finding := _below_a_pixel(boxes[:, 2:], boxes, "boxes", describe):
+        yield finding
+    ends = boxes[:, :2] + boxes[:, 2:]
+    fits = _fits(boxes[:, :2], ends, sizes)
+    if not fits.all():
+        others = {
+            "[x1, y1, x2, y2]": _fits(boxes[:, :2], boxes[:, 2:], sizes),
+            "[centre x, centre y, width, height]": _fits(boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2, sizes),
+        }
+        better = {order: share for order, fit in others.items() if (share := fit.mean()) >= 0.99 and fits.mean() < 0.95}
+        first, many = describe(int(np.argmin(fits))), len(boxes) >= MIN_BOXES
+        text = f"{np.sum(~fits)} of {len(boxes)} boxes reach more than a pixel out of their image; the first is {first}"
+        if better:
+            orders = " or ".join(f"{order} ({share:.0%} fit)" for order, share in better.items())
+            yield Finding(f"{text}. They are more plausible as {orders}: convert them to [x, y, width, height]", is_fatal=many)
+        else:
+            yield Finding(f"{text}. They are cut to the image. Was the image resized after it was annotated?")
+    reach = (ends / sizes).max(axis=0)
+    if len(boxes) >= MIN_BOXES and (reach < 2 / 3).all():
+        yield Finding(
+            f"no box ends beyond {reach[0]:.0%} of the width and {reach[1]:.0%} of the height of its image; the first is {describe(0)}. "
+            "Were they made for smaller images, or are they percentages?"
+        )
+
+
+def judge_annotations(
+    image_ids: np.ndarray, category_ids: np.ndarray, boxes: np.ndarray, describe: Callable[[int], str]
+) -> Iterator[Finding]:
+    """Find objects that are annotated twice: image, category and box are the same. Below 1 % of all objects it is no finding."""
+    rows = np.column_stack([image_ids, category_ids, boxes])
+    sums = (rows * np.sqrt([2, 3, 5, 7, 11, 13])).sum(axis=1)  # equal rows have equal sums: one number sorts faster than six
+    order = np.argsort(sums, kind="stable")
+    repeated = (rows[order][1:] == rows[order][:-1]).all(axis=1)
+    if repeated.sum() > 0.01 * len(rows):
+        first = describe(int(order[1:][repeated].min()))
+        yield Finding(f"{repeated.sum()} of {len(rows)} objects are annotated more than once; the first is {first}. Remove the copies")
+
+
+def judge_images(names: Mapping[int, str], categories: Mapping[int, str]) -> Iterator[Finding]:
+    """Find files that several images name, and names that several categories have.
+
+    Args:
+        names: image id -> file name.
+        categories: category id -> name.
+    """
+    files = {image_id: os.path.normpath(name) for image_id, name in names.items()}
+    for kind, of_id, remedy in (
+        ("images have the file", files, "Objects of one id are background under the other: merge their annotations"),
+        ("categories have the name", categories, "A detector cannot tell them apart: merge them"),
+    ):
+        counts = Counter(of_id.values())
+        if surplus := len(of_id) - len(counts):
+            first = next(name for name, count in counts.items() if count > 1)
+            ids = ", ".join(str(key) for key, name in of_id.items() if name == first)
+            yield Finding(f"{surplus} of {len(of_id)} {kind} of another; the first is {first!r} with the ids {ids}. {remedy}")
+
+
+def judge_splits(files: Mapping[str, Sequence[Path]]) -> Iterator[Finding]:
+    """Find training images in the other splits: the same file, or a copy with the same name.
+
+    Args:
+        files: split -> its images.
+    """
+    if "train" not in files:
+        return
+    train = _real_paths(files["train"])
+    by_name = {path.name: path for path in train.values()}
+    for split in files.keys() - {"train"}:
+        others = _real_paths(files[split])
+        shared = [path for path in others if path in train]
+        pairs = [(by_name[path.name], path) for key, path in others.items() if key not in train and path.name in by_name]
+        shared += [str(path) for trained, path in pairs[:MAX_COPIES] if _are_copies(trained, path)]
+        if shared:
+            yield Finding(
+                f"{len(shared)} of {len(others)} images of {split} are training images; the first is {shared[0]}. Results on them are too "
+                "good: remove them from one of the splits"
+            )
+
+
+def judge_windows(windows: np.ndarray, sizes: np.ndarray, describe: Callable[[int], str]) -> Iterator[Finding]:
+    """Judge proposals.
+
+    Args:
+        windows: `[n, 4]`, x1, y1, x2, y2 in pixels.
+        sizes: `[n, 2]`, width and height of the image of each window.
+        describe: names window i with its image, for the messages.
+    """
+    if len(windows) == 0:
+        return
+    sides = windows[:, 2:] - windows[:, :2]
+    if finding := _below_a_pixel(np.abs(sides), windows, "windows", describe):
+        yield finding
+    fits = _fits(windows[:, :2], windows[:, 2:], sizes)
+    if fits.all():
+        return
+    as_xywh = _fits(windows[:, :2], windows[:, :2] + windows[:, 2:], sizes).mean()
+    text = (
+        f"{np.sum(~fits)} of {len(windows)} windows have no area or reach more than a pixel out of their image; the first is "
+        f"{describe(int(np.argmin(fits)))}"
+    )
+    many = len(windows) >= MIN_BOXES
+    if as_xywh >= 0.99 and fits.mean() < 0.95:
+        yield Finding(f"{text}. They are more plausible as [x, y, width, height]: convert them to [x1, y1, x2, y2]", is_fatal=many)
+    elif fits.mean() < 0.5:
+        yield Finding(f"{text}. They were made for other images, at another size, or are not [x1, y1, x2, y2]", is_fatal=many)
+    else:
+        yield Finding(f"{text}. They are cut to the image, and dropped where nothing is left")
+
+
+def _below_a_pixel(sides: np.ndarray, boxes: np.ndarray, what: str, describe: Callable[[int], str]) -> Finding | None:
+    tiny, are_normalised = (sides < 1).all(axis=1), np.abs(boxes).max() <= 1.01
+    if are_normalised or tiny.all():
+        unit = "are normalised: multiply them by" if are_normalised else "are no pixels: were they divided by"
+        text = (
+            f"all {len(boxes)} {what} are smaller than a pixel; the first is {describe(0)}. They {unit} the width and height of the image"
+        )
+        return Finding(text, is_fatal=True)
+    if tiny.any():
+        first = describe(int(np.argmax(tiny)))
+        return Finding(f"{tiny.sum()} of {len(boxes)} {what} are smaller than a pixel; the first is {first}. Are they in pixels?")
+    return None
+
+
+def _fits(low: np.ndarray, high: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Tell which boxes have an area and lie in their image."""
+    return ((high > low) & (low >= -TOLERANCE) & (high <= sizes + TOLERANCE)).all(axis=1)
+
+
+def _real_paths(paths: Sequence[Path]) -> dict[str, Path]:
+    """Real path -> path. Links between folders are resolved, those of single files are not: that would read the disk for each image."""
+    real = {folder: os.path.realpath(folder) for folder in {path.parent for path in paths}}
+    return {os.path.join(real[path.parent], path.name): path for path in paths}
+
+
+def _are_copies(one: Path, other: Path) -> bool:
+    return one.stat().st_size == other.stat().st_size and filecmp.cmp(one, other, shallow=False)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from roi_quantization.ops.acceleration import accelerate_torchvision as accelerate_torchvision
 
-_LAZY = {"accelerate_torchvision": "roi_quantization.ops.acceleration"}  # imported when first asked for: a script that is not installed has no PyTorch
+# imported when first asked for: a script that is not installed has no PyTorch
+_LAZY = {"accelerate_torchvision": "roi_quantization.ops.acceleration"}
 
 __version__ = "0.2.0"
 

@@ -25,9 +25,9 @@ settings.load_profile("few")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    """Enough to test threading; what runs beside the tests is left a core."""
-    torch.set_num_threads(2)
+def threads():
+    """Two, or one for each process of `pytest -n 2`. A test about threading sets its own number."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def _folder(variable: str, default: str) -> Path:

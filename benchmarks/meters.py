@@ -1,4 +1,4 @@
-"""How a call is measured: its time as Python sees it, the GPU's part of that, its memory at the peak; and how fast this machine copies."""
+"""Measure a call: its time as called from Python, the time of its kernels on a GPU, its peak memory; and the machine's copy bandwidth."""
 
 import platform
 import warnings
@@ -12,44 +12,44 @@ from torch.utils.benchmark import Timer
 
 Call = Callable[[], object]
 MIB = 2**20
-CALLS_A_GRAPH = 10  # so that launching a graph costs little beside what is in it
+CALLS_PER_GRAPH = 10  # so that the launch of a graph costs little beside its content
 
 
 def meters(device: str, seconds: float) -> dict[str, Callable[[Call], float]]:
-    """What can be measured here. Memory is CUDA's alone: on a CPU torch does not see what NumPy and Numba allocate."""
-    called = {"called": partial(milliseconds, seconds=seconds)}
+    """Return the meters of a device by name. Memory needs CUDA: on a CPU torch does not see what NumPy and Numba allocate."""
+    called = {"called": partial(median_milliseconds, seconds=seconds)}
     return called | {"memory": peak_mebibytes, "gpu": partial(gpu_milliseconds, seconds=seconds)} if device == "cuda" else called
 
 
-def use(device: str, threads: int) -> None:
-    """Call it before the first tensor is made."""
+def set_up_device(device: str, threads: int) -> None:
+    """Set the number of CPU threads and the CUDA stream; call it before the first tensor is made."""
     torch.set_num_threads(threads)
     if device == "cuda":
-        # No graph can be captured on the default stream, and a backward runs on the stream of its forward: all of it goes to one other.
+        # A graph cannot be captured on the default stream, and a backward runs on the stream of its forward: everything uses one other.
         torch.cuda.set_stream(torch.cuda.Stream())
 
 
-def milliseconds(call: Call, seconds: float) -> float:
-    """Median of one call among many in a row, the GPU's last work waited for."""
+def median_milliseconds(call: Call, seconds: float) -> float:
+    """Measure the median of one call among many in a row, including the wait for the GPU."""
     call()  # compiles, where something is compiled
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=seconds).median * 1e3
 
 
 def gpu_milliseconds(call: Call, seconds: float) -> float:
-    """The same without Python and launches: the call's kernels alone, recorded once and replayed."""
-    _without_waiting(call)
+    """Measure the call's kernels without Python and launches: they are captured in a CUDA graph and replayed."""
+    _check_no_synchronization(call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for _ in range(CALLS_A_GRAPH):
+        for _ in range(CALLS_PER_GRAPH):
             call()
-    return milliseconds(graph.replay, seconds) / CALLS_A_GRAPH
+    return median_milliseconds(graph.replay, seconds) / CALLS_PER_GRAPH
 
 
-def _without_waiting(call: Call) -> None:
-    """An error if the call waits for the GPU. Such a call cannot be captured, and a capture that breaks off can spoil later ones."""
-    call()  # compiling may wait
-    with warnings.catch_warnings(action="ignore"):  # that this mode is a prototype
+def _check_no_synchronization(call: Call) -> None:
+    """Raise an error if the call waits for the GPU: it cannot be captured, and a failed capture can break later ones."""
+    call()  # compilation may wait
+    with warnings.catch_warnings(action="ignore"):  # warns that this mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -58,7 +58,7 @@ def _without_waiting(call: Call) -> None:
 
 
 def peak_mebibytes(call: Call) -> float:
-    """Memory of tensors at its highest during a call, beyond what was held before."""
+    """Measure the peak memory of tensors during a call, beyond what was allocated before."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -69,13 +69,14 @@ def peak_mebibytes(call: Call) -> float:
 
 
 def copy_bandwidth(device: str, seconds: float) -> float:
-    """Bytes a second, read and written, of a copy too large for any cache."""
+    """Measure a copy too large for any cache, in bytes read and written per second."""
     source = torch.ones((1024 if device == "cuda" else 256) * MIB, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2e3 * source.nbytes / milliseconds(partial(target.copy_, source), seconds)
+    return 2e3 * source.nbytes / median_milliseconds(partial(target.copy_, source), seconds)
 
 
-def machine(device: str) -> str:
+def describe_machine(device: str) -> str:
+    """Return the device, the number of CPU threads and the versions of torch and torchvision, in one line."""
     if device == "cuda":
         name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     else:

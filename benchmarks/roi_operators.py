@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torchvision
-from meters import MIB, copy_bandwidth, machine, meters, use
+from meters import MIB, copy_bandwidth, describe_machine, meters, set_up_device
 from results import picture, table
 from torch import Tensor
 from tqdm import tqdm
@@ -178,7 +178,7 @@ def benchmark(shapes: list[Shape], names: list[str], device: str, seconds: float
             row["largest_difference"] = laboratory.attempt(shape, name, "difference", compare)
         rows.append(row)
     described = {s.name: {k: v if isinstance(v, int | tuple) else str(v) for k, v in s._asdict().items() if k != "name"} for s in shapes}
-    head = {"machine": machine(device), "copy_gb_s": bandwidth / 1e9, "seconds": seconds, "shapes": described}
+    head = {"machine": describe_machine(device), "copy_gb_s": bandwidth / 1e9, "seconds": seconds, "shapes": described}
     return head | {"rows": rows, "failures": laboratory.failures}
 
 
@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
-    use(args.device, args.threads)
+    set_up_device(args.device, args.threads)
     shapes = [s for s in SHAPES if "all" in args.shapes or s.name in args.shapes]
     found = benchmark(shapes, args.operators, args.device, args.seconds or {"cpu": 1.0, "cuda": 0.2}[args.device])
     print(table(found))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from meters import machine, use
+from meters import describe_machine, set_up_device
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
@@ -31,15 +31,17 @@ WAYS: dict[str, Callable[[], AbstractContextManager]] = {"torchvision": nullcont
 
 def main() -> None:
     arguments = parse_arguments()
-    use("cpu", arguments.threads)
+    set_up_device("cpu", arguments.threads)
     rows = []
     for name in tqdm(BUILDERS, desc="detectors"):
         detector, images, targets = build(name, arguments.size)
         rows += [measure(name, call, arguments.rounds) for call in (Inference(detector, images), TrainingStep(detector, images, targets))]
-    print(f"{machine('cpu')}; 2 images, shorter side {arguments.size} pixels; seconds, and the RoI operators' share\n")
+    print(f"{describe_machine('cpu')}; 2 images, shorter side {arguments.size} pixels; seconds, and the RoI operators' share\n")
     print(format_rows(rows))
     if arguments.json:
-        atomic_write(arguments.json, json.dumps({"machine": machine("cpu"), "size": arguments.size, "rows": rows}, indent=2).encode())
+        atomic_write(
+            arguments.json, json.dumps({"machine": describe_machine("cpu"), "size": arguments.size, "rows": rows}, indent=2).encode()
+        )
 
 
 def parse_arguments() -> argparse.Namespace:

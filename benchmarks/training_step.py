@@ -1,13 +1,13 @@
-"""What does a training step cost, and where does the time go? Ours against the same step put together from torchvision's own parts.
+"""How long does a training step take, and where does the time go? Compared with the same step built from torchvision's parts.
 
     python benchmarks/training_step.py        # VGG16 at stride 16, 2 images of 600 x 800 pixels, 64 RoIs each; 3 minutes on two cores
     python benchmarks/training_step.py --device cuda --precision bf16 --json step.json
 
-Both steps have the same backbone, fully connected layers, images, proposals and optimizer (SGD with momentum); theirs has torchvision's
-`RoIHeads` with torchvision's `roi_align` or `roi_pool`. They take turns, and the ratio is that of the medians. Loading is in neither.
+Both steps have the same backbone, fully connected layers, images, proposals and optimizer (SGD with momentum). Theirs has torchvision's
+`RoIHeads` with torchvision's `roi_align` or `roi_pool`. The steps alternate, and the ratio is that of the medians. Loading is not included.
 
-The parts are measured alone, forward and backward each, on what they get inside the step, so that they need not add up to it; matching,
-sampling, losses and normalising the images are in none.
+Each part is measured alone, forward and backward, on the inputs that it has in the step, so the parts need not add up to the step. They do
+not include matching, sampling, losses and the normalization of images.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torchvision
 from hydra import compose, initialize_config_dir
-from meters import Call, machine, use
+from meters import Call, describe_machine, set_up_device
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 from tqdm import tqdm
@@ -34,14 +34,14 @@ from roi_quantization.detection.model.fast_rcnn import FastRCNN
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DETECTOR = ["backbone=vgg16", "backbone.frozen_blocks=2", "head=two_fc", "optim=sgd"]
-THEIRS = {
+TORCHVISION_OPERATORS = {
     "align": lambda size, scale: torchvision.ops.RoIAlign(size, scale, sampling_ratio=2, aligned=True),
     "pool": torchvision.ops.RoIPool,
 }
 
 
-class Pooling(nn.Module):
-    """An operator of torchvision's where `RoIHeads` wants one that takes the images' shapes as well."""
+class PoolingAdapter(nn.Module):
+    """Call an operator of torchvision's the way `RoIHeads` does, with the images' shapes as well."""
 
     def __init__(self, operator: nn.Module):
         super().__init__()
@@ -51,7 +51,7 @@ class Pooling(nn.Module):
         return self.operator(features["0"], boxes)
 
 
-class Peer(nn.Module):
+class TorchvisionDetector(nn.Module):
     """The layers of a detector of ours around torchvision's `RoIHeads` and operator."""
 
     def __init__(self, ours: FastRCNN, operator: nn.Module):
@@ -59,7 +59,7 @@ class Peer(nn.Module):
         heads = ours.roi_heads
         self.backbone, self.batch = ours.backbone, ours.batch
         self.roi_heads = RoIHeads(
-            Pooling(operator), heads.box_head, heads.box_predictor, 0.5, 0.5, 64, 0.25, (10.0, 10.0, 5.0, 5.0), 0.05, 0.5, 100
+            PoolingAdapter(operator), heads.box_head, heads.box_predictor, 0.5, 0.5, 64, 0.25, (10.0, 10.0, 5.0, 5.0), 0.05, 0.5, 100
         )
 
     def forward(self, images: list[Tensor], targets: list[dict]) -> tuple[list, dict[str, Tensor]]:
@@ -68,14 +68,14 @@ class Peer(nn.Module):
         return self.roi_heads(features, [target["proposals"] for target in targets], shapes, targets)
 
 
-def batch(height: int, width: int, device: str) -> tuple[list[Tensor], list[dict]]:
-    """Two images of noise with five objects each, and 2000 proposals, some of them near the objects."""
+def make_batch(height: int, width: int, device: str) -> tuple[list[Tensor], list[dict]]:
+    """Make two images of noise with five objects each, and 2000 proposals, 200 of them near the objects."""
     generator = torch.Generator().manual_seed(0)
     images, targets = [], []
     for image_id in range(2):
-        objects = boxes(5, height, width, generator)
+        objects = random_boxes(5, height, width, generator)
         near = objects.repeat(40, 1) + 0.1 * (objects[:, 2:] - objects[:, :2]).repeat(40, 2) * torch.randn(200, 4, generator=generator)
-        proposals = torchvision.ops.clip_boxes_to_image(torch.cat([near, boxes(1800, height, width, generator)]), (height, width))
+        proposals = torchvision.ops.clip_boxes_to_image(torch.cat([near, random_boxes(1800, height, width, generator)]), (height, width))
         target = {"boxes": objects, "labels": torch.randint(1, 21, (5,), generator=generator), "proposals": proposals}
         targets.append(
             {name: value.to(device) for name, value in target.items()} | {"image_id": image_id, "original_size": (height, width)}
@@ -84,15 +84,15 @@ def batch(height: int, width: int, device: str) -> tuple[list[Tensor], list[dict
     return images, targets
 
 
-def boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """From 32 pixels to most of the image, inside it."""
+def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Draw boxes inside the image, with sides from 32 pixels to 0.9 of it."""
     size = torch.tensor([width, height])
     extent = torch.exp(torch.rand(count, 2, generator=generator) * torch.log(0.9 * size / 32)) * 32
     low = torch.rand(count, 2, generator=generator) * (size - extent)
     return torch.cat([low, low + extent], 1)
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, precision: Callable[[], AbstractContextManager], *inputs: list) -> None:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, precision: Callable[[], AbstractContextManager], *inputs: list) -> None:
     with precision():
         _, losses = model(*inputs)
         loss = sum(losses.values())
@@ -102,17 +102,17 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, precision: Callable
 
 
 def forward_backward(call: Call, gradients_of: list[Tensor], precision: Callable[[], AbstractContextManager]) -> None:
-    """Forward, and the gradients of what comes out with respect to what is given."""
+    """Call, and compute the gradients of its outputs with respect to `gradients_of`."""
     with precision():
         out = call()
     out = out if isinstance(out, tuple) else (out,)
     torch.autograd.grad(out, gradients_of, [torch.ones_like(o) for o in out], allow_unused=True)
 
 
-def parts(
+def step_parts(
     detector: FastRCNN, optimizer: torch.optim.Optimizer, precision: Callable[[], AbstractContextManager], images: list, targets: list
 ) -> dict[str, Call]:
-    """What a step consists of, each on the inputs that it has there."""
+    """Return the parts of a step by name, each with the inputs that it has there."""
     heads = detector.roi_heads
     with torch.no_grad(), precision():
         pixels = detector.batch(images)
@@ -130,7 +130,8 @@ def parts(
     }
 
 
-def seconds(call: Call, device: str) -> float:
+def time_call(call: Call, device: str) -> float:
+    """Return the seconds of one call, including the wait for the GPU."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -141,30 +142,30 @@ def seconds(call: Call, device: str) -> float:
 
 
 def measure(roi: str, size: tuple[int, int], device: str, precision: Callable[[], AbstractContextManager], rounds: int) -> dict:
-    """Medians in milliseconds: both steps, and the parts of ours."""
+    """Return the medians in milliseconds of both steps and of the parts of ours, and all rounds."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train", [*DETECTOR, f"roi={roi}"])
     ours = build_detector(cfg, num_classes=21).to(device).train()
-    theirs = Peer(copy.deepcopy(ours), THEIRS[roi](7, 1 / 16)).train()
-    inputs = batch(*size, device)
+    theirs = TorchvisionDetector(copy.deepcopy(ours), TORCHVISION_OPERATORS[roi](7, 1 / 16)).train()
+    inputs = make_batch(*size, device)
     optimizers = [instantiate(cfg.optim).optimizer(instantiate(cfg.optim).groups(model)) for model in (ours, theirs)]
     calls = {
-        name: partial(step, model, optimizer, precision, *inputs)
+        name: partial(train_step, model, optimizer, precision, *inputs)
         for name, model, optimizer in zip(("ours", "theirs"), (ours, theirs), optimizers, strict=True)
     }
     for call in calls.values():
         call()  # compiles, and allocates the momenta
-    calls |= parts(ours, optimizers[0], precision, *inputs)
+    calls |= step_parts(ours, optimizers[0], precision, *inputs)
     for name in list(calls)[2:]:
         calls[name]()
     taken = {name: [] for name in calls}
     for _ in tqdm(range(rounds), desc=f"roi={roi}", leave=False):
         for name, call in calls.items():
-            taken[name].append(1e3 * seconds(call, device))
+            taken[name].append(1e3 * time_call(call, device))
     return {name: statistics.median(values) for name, values in taken.items()} | {"rounds": taken}
 
 
-def table(found: dict) -> str:
+def format_table(found: dict) -> str:
     lines = [
         found["machine"],
         f"2 images of {found['height']} x {found['width']}, 64 RoIs each, VGG16 at stride 16, {found['precision']}",
@@ -186,21 +187,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="32", choices=["32", "bf16"])
-    parser.add_argument("--operators", nargs="+", default=list(THEIRS), choices=list(THEIRS))
+    parser.add_argument("--operators", nargs="+", default=list(TORCHVISION_OPERATORS), choices=list(TORCHVISION_OPERATORS))
     parser.add_argument(
         "--size", nargs=2, type=int, default=[600, 800], metavar=("HEIGHT", "WIDTH"), help="of the images, pixels (default: 600 800)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each (default: 5; 50 on CUDA would be a second)")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each (default: 5; 50 take about a second on CUDA)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--json", type=Path, help="also write everything measured to this file")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
-    use(args.device, args.threads)
+    set_up_device(args.device, args.threads)
     precision = partial(torch.autocast, args.device, torch.bfloat16) if args.precision == "bf16" else nullcontext
-    found = {"machine": machine(args.device), "precision": args.precision, "height": args.size[0], "width": args.size[1]}
+    found = {"machine": describe_machine(args.device), "precision": args.precision, "height": args.size[0], "width": args.size[1]}
     found["operators"] = {roi: measure(roi, tuple(args.size), args.device, precision, args.rounds) for roi in args.operators}
-    print(table(found))
+    print(format_table(found))
     if args.json:
         atomic_write(args.json, (json.dumps(found, indent=2) + "\n").encode())
 

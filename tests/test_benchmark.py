@@ -136,9 +136,9 @@ def test_both_training_steps_have_the_same_loss_on_the_same_rois(monkeypatch):
     ]
     cfg = composed("train", *training_step.DETECTOR, *small, "head.foreground_fraction=1")
     ours = build_detector(cfg, num_classes=21).train()
-    theirs = training_step.Peer(ours, training_step.THEIRS["align"](7, 1 / 16)).train()
+    theirs = training_step.TorchvisionDetector(ours, training_step.TORCHVISION_OPERATORS["align"](7, 1 / 16)).train()
     theirs.roi_heads.fg_bg_sampler.batch_size_per_image, theirs.roi_heads.fg_bg_sampler.positive_fraction = 3000, 1
-    inputs = training_step.batch(64, 96, "cpu")
+    inputs = training_step.make_batch(64, 96, "cpu")
     loss, other = ours(*inputs)[1], theirs(*inputs)[1]
     assert loss["loss_classifier"].item() == pytest.approx(other["loss_classifier"].item(), rel=1e-5)
 

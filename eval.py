@@ -1,43 +1,54 @@
 """Evaluate a checkpoint of train.py: `python eval.py ckpt=runs/<run>/best.ckpt`, also with another operator: `roi=pool`. See `--help`."""
 
-import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
+import roi_quantization  # noqa: F401 -- first: it says so where the package is not installed
 
 # isort: split
+import math
 import sys
 
 import hydra
 from omegaconf import DictConfig
 
-from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.configuration import CONFIGS, path_setting
+from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
-from roi_quantization.detection.runs.checkpoint import check_categories, load_checkpoint, load_weights, register_checkpoint
-from roi_quantization.detection.runs.distributed import cluster_plugins, share_run_dir_with_ranks, silence_other_ranks
-from roi_quantization.detection.runs.errors import exit_with_message
+from roi_quantization.detection.runs.checkpoint import (
+    check_categories,
+    compose_with_checkpoint,
+    load_checkpoint,
+    load_weights,
+    register_checkpoint,
+)
+from roi_quantization.detection.runs.distributed import share_run_dir_with_ranks, silence_other_ranks
+from roi_quantization.detection.runs.errors import handle_errors
 from roi_quantization.detection.runs.interruption import explain_errors
-from roi_quantization.detection.runs.run import progress_bar, report, set_up_run
+from roi_quantization.detection.runs.results import report
+from roi_quantization.detection.runs.setup import set_up_run
+from roi_quantization.detection.runs.trainer import build_trainer, check_limits
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Evaluates `cfg.ckpt` on `cfg.split` and fills `cfg.run_dir`. Returns the metrics: `test/AP`, `test/AP50`, ... in percent."""
+    """Evaluate `cfg.ckpt` on `cfg.split` and fill `cfg.run_dir`. Return the metrics: `test/AP`, `test/AP50`, ... in percent."""
     if cfg.split not in ("test", "val"):
-        raise ValueError(f"split={cfg.split}: expected test or val")
-    run_dir = set_up_run(cfg)
+        raise InputError(f"split={cfg.split}: expected test or val")
+    run_dir = set_up_run(cfg, groups=("coco_eval",))
+    check_limits(cfg.trainer, cfg.split)
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup({"test": "test", "val": "validate"}[cfg.split])
     dataset = getattr(data, cfg.split)
     if dataset is None:
-        raise ValueError(f"split={cfg.split}: this data set has none")
+        other = "val" if cfg.split == "test" else "test"
+        raise InputError(f"split={cfg.split}: this data set has no such split. Set split={other}, or data.{cfg.split}")
 
-    checkpoint = load_checkpoint(cfg.ckpt)
+    checkpoint = load_checkpoint(path_setting(cfg.ckpt, "ckpt"))
     check_categories(checkpoint, data.categories)
     detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=False)
     load_weights(detector, checkpoint)
 
     module = DetectionModule(detector, categories=data.categories, coco_eval=instantiate(cfg.coco_eval))
-    options = {"callbacks": progress_bar(cfg.trainer), "plugins": cluster_plugins()}
-    trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, **options)
+    trainer = build_trainer(cfg.trainer, enable_checkpointing=False)
     share_run_dir_with_ranks(trainer, run_dir)
     run = {"test": trainer.test, "val": trainer.validate}[cfg.split]
     with explain_errors(run_dir):
@@ -50,8 +61,10 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")
 def _main(cfg: DictConfig) -> float:
     silence_other_ranks()
-    with exit_with_message("eval.py"):
-        return evaluate(cfg)[f"{cfg.split}/AP"]
+    metrics = {}
+    with handle_errors("eval.py"):
+        metrics = evaluate(compose_with_checkpoint(cfg))
+    return metrics.get(f"{cfg.split}/AP", math.nan)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from roi_quantization.detection.data.images import decode
 from roi_quantization.detection.model.build import instantiate, read_operator
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 from roi_quantization.detection.model.vgg16 import VGG16
-from roi_quantization.detection.runs.errors import exit_with_message
+from roi_quantization.detection.runs.errors import handle_errors
 
 
 def explain(cfg: DictConfig) -> list[Explanation]:
@@ -120,7 +120,7 @@ def photograph(image: Tensor, explanations: list[Explanation], cfg: DictConfig) 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="explain")
 def main(cfg: DictConfig) -> None:
-    with exit_with_message("explain.py"):
+    with handle_errors("explain.py"):
         explain(cfg) if cfg.get("data") is None else explain_data(cfg)
 
 

@@ -1,6 +1,6 @@
 """Detect objects in any picture or folder of pictures: `python predict.py ckpt=runs/<run>/best.ckpt image=dog.jpg`. See `--help`."""
 
-import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
+import roi_quantization  # noqa: F401 -- first: it says so where the package is not installed
 
 # isort: split
 import json
@@ -9,52 +9,58 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.configuration import CONFIGS, path_setting
 from roi_quantization.detection.data.coco import collate
 from roi_quantization.detection.data.image_folder import ImageFolder, find_images, read_images
 from roi_quantization.detection.data.images import ImageRecord, decode
 from roi_quantization.detection.data.proposals.file import ProposalFile
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
+from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.coco import to_coco_results, write_results
 from roi_quantization.detection.evaluation.figures import plot_detections
 from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
-from roi_quantization.detection.runs.checkpoint import load_checkpoint, load_weights, register_checkpoint
-from roi_quantization.detection.runs.errors import exit_with_message
-from roi_quantization.detection.runs.run import progress_bar, set_up_run
+from roi_quantization.detection.runs.checkpoint import compose_with_checkpoint, load_checkpoint, load_weights, register_checkpoint
+from roi_quantization.detection.runs.errors import handle_errors
+from roi_quantization.detection.runs.setup import set_up_run
+from roi_quantization.detection.runs.trainer import build_trainer
 
 
 def predict(cfg: DictConfig) -> list[dict]:
-    """Finds objects in `cfg.image` and fills `cfg.run_dir`: results.json, instances.json and pictures/. Returns the results."""
+    """Detect objects in `cfg.image` and fill `cfg.run_dir`: results.json, instances.json and pictures/. Return the results."""
     if cfg.image is None:
-        raise ValueError("which picture, or folder of pictures? Say it with image=")
-    paths = find_images(cfg.image)
+        raise InputError("no picture is given. Set image=<picture or folder of pictures>")
+    image = path_setting(cfg.image, "image")
+    paths = find_images(image)
     bar = cfg.trainer.enable_progress_bar and len(paths) > 1
     records, bad = read_images(paths, bar)
     if not records:
-        raise ValueError(f"image={cfg.image}: none of {len(paths)} pictures can be read; {paths[0].name}: {bad[paths[0]]}")
+        raise InputError(f"image={image}: none of {len(paths)} pictures can be read; {paths[0].name}: {bad[paths[0]]}")
     run_dir = set_up_run(cfg)
 
-    checkpoint = load_checkpoint(cfg.ckpt)
+    checkpoint = load_checkpoint(path_setting(cfg.ckpt, "ckpt"))
     detector = build_detector(cfg, num_classes=len(checkpoint["categories"]) + 1, pretrained=False)
     load_weights(detector, checkpoint)
 
-    pictures = ImageFolder(records, provider(cfg), instantiate(cfg.data.eval_transform))
+    pictures = ImageFolder(records, build_provider(cfg), instantiate(cfg.data.eval_transform))
     loader = DataLoader(pictures, collate_fn=collate, num_workers=cfg.data.num_workers if len(records) > 1 else 0)
-    callbacks = progress_bar(cfg.trainer) if bar else []
-    trainer = instantiate(cfg.trainer, logger=False, callbacks=callbacks, enable_progress_bar=bool(bar), enable_checkpointing=False)
+    trainer = build_trainer(OmegaConf.merge(cfg.trainer, {"enable_progress_bar": bar}), enable_checkpointing=False)
     if trainer.world_size > 1:
-        raise ValueError(f"predict.py works in one process, and trainer wants {trainer.world_size}: trainer=default, or trainer.devices=1")
+        raise InputError(
+            f"predict.py runs in one process, and trainer asks for {trainer.world_size}. Set trainer=default or trainer.devices=1"
+        )
+    if cfg.trainer.get("fast_dev_run") or cfg.trainer.get("limit_predict_batches") is not None:
+        raise InputError("trainer.limit_predict_batches and fast_dev_run leave out pictures. Remove them, and give fewer with image=")
     found = {image_id: one for batch in trainer.predict(DetectionModule(detector), loader) for image_id, one in batch.items()}
 
     categories = dict(enumerate(checkpoint["categories"], 1))
     results = to_coco_results(found, {label: category["id"] for label, category in categories.items()})
-    names = {record.id: name_of(record, cfg.image) for record in records}
+    names = {record.id: display_name(record, image) for record in records}
     images = [{"id": r.id, "file_name": names[r.id], "width": r.width, "height": r.height} for r in records]
     instances = {"images": images, "annotations": [], "categories": checkpoint["categories"]}
     atomic_write(run_dir / "instances.json", json.dumps(instances, indent=1).encode())
@@ -65,37 +71,37 @@ def predict(cfg: DictConfig) -> list[dict]:
         path = run_dir / "pictures" / f"{names[record.id]}.png"
         plot_detections(decode(record.path), found[record.id], classes, path, cfg.score_threshold)
     for record in records[:10]:
-        print(f"{names[record.id]}: {tell(found[record.id], classes, cfg.score_threshold)}")
+        print(f"{names[record.id]}: {format_detections(found[record.id], classes, cfg.score_threshold)}")
     print(f"\n{len(records)} of {len(paths)} pictures, {len(results)} boxes. results.json, instances.json and pictures/ are in {run_dir}")
     for path, reason in bad.items():
         print(f"  could not be read: {path}: {reason}")
     return results
 
 
-def provider(cfg: DictConfig) -> ProposalProvider:
-    """The proposals of `cfg`, those of its test split where the splits differ."""
+def build_provider(cfg: DictConfig) -> ProposalProvider:
+    """Build the proposals of `cfg`, those of its test split where the splits differ."""
     proposals = instantiate(cfg.proposals)
     proposals = proposals["test"] if isinstance(proposals, Mapping) else proposals
     if isinstance(proposals, ProposalFile):
-        raise ValueError("a proposal file has no windows for these pictures: choose proposals=selective_search or proposals=grid_photos")
+        raise InputError("proposals=file: it has no windows for these pictures. Choose proposals=selective_search or proposals=grid_photos")
     return proposals
 
 
-def name_of(record: ImageRecord, image: str) -> str:
-    """The picture's name, in a folder that of its subfolder as well."""
+def display_name(record: ImageRecord, image: str) -> str:
+    """Return the name of a picture: its file name, or its path inside the folder that was given."""
     return record.path.relative_to(image).as_posix() if Path(image).is_dir() else record.path.name
 
 
-def tell(found: Mapping, classes: Mapping[int, str], threshold: float) -> str:
-    """What was found, the surest first."""
+def format_detections(found: Mapping, classes: Mapping[int, str], threshold: float) -> str:
+    """Format the detections of a picture as one line, highest score first."""
     pairs = zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
     return ", ".join(f"{classes[label]} {score:.2f}" for label, score in pairs if score >= threshold) or f"nothing above {threshold:g}"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="predict")
 def _main(cfg: DictConfig) -> None:
-    with exit_with_message("predict.py"):
-        predict(cfg)
+    with handle_errors("predict.py"):
+        predict(compose_with_checkpoint(cfg))
 
 
 def main() -> None:

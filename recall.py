@@ -13,7 +13,7 @@ from tqdm import tqdm
 from roi_quantization.detection.configuration import CONFIGS
 from roi_quantization.detection.data.proposals.recall import format_recall, recall_table
 from roi_quantization.detection.model.build import instantiate
-from roi_quantization.detection.runs.errors import exit_with_message
+from roi_quantization.detection.runs.errors import handle_errors
 
 
 def print_recall(cfg: DictConfig) -> list[dict]:
@@ -48,7 +48,7 @@ def print_recall(cfg: DictConfig) -> list[dict]:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="recall")
 def main(cfg: DictConfig) -> None:
-    with exit_with_message("recall.py"):
+    with handle_errors("recall.py"):
         print_recall(cfg)
 
 

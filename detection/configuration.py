@@ -1,34 +1,54 @@
-"""Where configurations lie, and when two of them mean the same training."""
+"""The folder of configurations, and the comparison of two configurations."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from roi_quantization.detection.errors import InputError
+
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
-# where things lie, what is written down and shown, how many processes load and who computes the same metrics decides no result
-NO_RESULT = {"run_dir", "default_root_dir", "save_dir", "root", "cache_dir", "resume", "checkpoint", "logger", "num_workers", "coco_eval"}
-NO_RESULT |= {"enable_progress_bar", "enable_model_summary", "log_every_n_steps"}
+# keys that do not change the result: paths, logging, the number of workers, and which library computes the same metrics
+IGNORED_KEYS = {"run_dir", "default_root_dir", "save_dir", "root", "cache_dir", "resume", "checkpoint", "logger", "num_workers"}
+IGNORED_KEYS |= {"coco_eval", "enable_progress_bar", "enable_model_summary", "log_every_n_steps"}
+
+_MISSING = "not there"
+
+
+def path_setting(value: Any, key: str) -> str:
+    """Return a setting that is a path as text. YAML and Hydra read a name such as 2024 as a number.
+
+    Raises:
+        InputError: it is missing, or of a type from which the text cannot be restored.
+    """
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise InputError(f"{key}={value}: expected a path. Quote a name that is not plain text: '{key}=\"...\"'")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`key was x and is y` for each setting that differs, those aside that decide no result."""
-    before, now = dict(_settings(before)), dict(_settings(now))
-    differ = [key for key in {**before, **now} if before.get(key, "not there") != now.get(key, "not there")]
-    return [f"{key} was {before.get(key, 'not there')} and is {now.get(key, 'not there')}" for key in differ]
+    """List `key was x and is y` for each setting that differs, without the `IGNORED_KEYS`."""
+    before, now = _deciding(before), _deciding(now)
+    changed = [key for key in {**before, **now} if before.get(key, _MISSING) != now.get(key, _MISSING)]
+    return [f"{key} was {before.get(key, _MISSING)} and is {now.get(key, _MISSING)}" for key in changed]
 
 
-def shorten(differing: list[str], most: int = 5) -> str:
-    """The first of `differences`, in one line."""
-    return "; ".join(differing[:most] + ([f"and {len(differing) - most} more"] if len(differing) > most else []))
+def shorten(differing: list[str], limit: int = 5) -> str:
+    """Join the first of `differences` in one line."""
+    return "; ".join(differing[:limit] + ([f"and {len(differing) - limit} more"] if len(differing) > limit else []))
 
 
-def _settings(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key -> value of everything in nested mappings."""
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted key and value of each setting in nested mappings."""
     for key, value in node.items():
-        if key in NO_RESULT:
-            continue
         if isinstance(value, Mapping):
-            yield from _settings(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide a result, by their dotted keys."""
+    return {key: value for key, value in flatten(config) if not IGNORED_KEYS.intersection(key.split("."))}

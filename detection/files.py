@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writing: a file is complete or not there."""
 
 import errno
 import os
@@ -7,61 +7,63 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+from roi_quantization.detection.errors import ExpectedError
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_PERMITTED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def atomic_write(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file as `atomic_file` does."""
+    """Write `content` to a file by `atomic_file`."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that lies beside `path` and is moved there at the end, so that nobody ever reads half of it. Makes the folder.
+    """Open a temporary file beside `path` for writing, and rename it to `path` at the end. Creates the folder.
 
-    Content and name are on the disk afterwards: a machine that loses power keeps the file before it or this one.
+    Content and name are synced: after a power failure there is either the previous file or the complete new one.
 
     Raises:
-        NotWrittenError: the disk is full, the folder read-only, ...; the message says what to do, and what was there before is there still.
+        NotWrittenError: the disk is full, the folder is read-only, ...; a previous file is unchanged.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(beside, "wb") as file:
+            with open(temporary, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.replace(temporary, path)
             _sync_folder(path.parent)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise NotWrittenError(path, error) from error
 
 
-class NotWrittenError(OSError):
-    """`error`, with the file and what to do in its message."""
+class NotWrittenError(ExpectedError, OSError):
+    """A file could not be written; the message names it and says what to do."""
 
     def __init__(self, path: str | os.PathLike, error: OSError):
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             remedy = "Make room there"
-        elif error.errno in FORBIDDEN:
+        elif error.errno in NOT_PERMITTED:
             remedy = "Make its folder writable, or choose another one"
         else:
-            remedy = "See that its folder is there and works"
+            remedy = "Check its folder"
         super().__init__(
             error.errno,
-            f"{path} could not be written: {error.strerror or error}. Nothing that was there before is lost. {remedy} and give the same "
-            "command again, for a training with resume=auto",
+            f"{path} could not be written: {error.strerror or error}. No earlier file is lost. {remedy} and repeat the command, for a "
+            "training with resume=auto",
         )
 
 
 def _sync_folder(folder: Path) -> None:
-    """The name of a file is written with its folder; Windows has no such call."""
+    """Sync a folder, which holds the names of its files. Windows has no such call."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

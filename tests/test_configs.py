@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from roi_quantization.detection.data.transforms import seeded_rng
 from roi_quantization.detection.model.build import build_detector, instantiate
-from roi_quantization.detection.runs.run import check_accelerator
+from roi_quantization.detection.runs.setup import check_accelerator
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SMALL = ["head.box_head.hidden=8", "backbone.width=0.0625", "backbone.weights=null"]  # the layout, not the size
@@ -90,7 +90,7 @@ def test_optim(optim):
 def test_trainer(trainer, tmp_path):
     cfg = composed(f"trainer={trainer}", f"run_dir={tmp_path}")
     if trainer in ("gpu", "ddp") and not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"wants a CUDA device, and PyTorch sees 0 here. Choose trainer=cpu"):
+        with pytest.raises(ValueError, match=r"needs a CUDA device, and PyTorch sees 0 here. Choose trainer=cpu"):
             check_accelerator(cfg.trainer)
     else:
         check_accelerator(cfg.trainer)

@@ -91,7 +91,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "The picture: runs/explain.png" in capsys.readouterr().out
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["explain.png"]
     monkeypatch.setattr("sys.argv", [*typed, "operators=[pool,wrap]"])
-    with pytest.raises(SystemExit, match=r"^explain.py: operators=\['pool', 'wrap'\]: there is no operator wrap; choose from align, "):
+    with pytest.raises(SystemExit, match=r"^explain.py: operators=\['pool', 'wrap'\]: there is no operator wrap. Choose from align, "):
         runpy.run_path(str(ROOT / "explain.py"), run_name="__main__")
 
 
@@ -160,7 +160,7 @@ def test_all_proposals_of_a_data_set(composed, tmp_path, capsys):
         ("bin=[0,3]", r"bin=\[0, 3\]: expected \[row,column\], each from 0 to 2"),
         ("bin=0", r"bin=0: expected \[row,column\], each from 0 to 2"),
         ("operators=[]", "name at least one of configs/roi, such as "),
-        ("operators=rol", r"operators=\['rol'\]: there is no operator rol; choose from align, "),
+        ("operators=rol", r"operators=\['rol'\]: there is no operator rol. Choose from align, "),
     ],
 )
 def test_mistakes_are_named(composed, override, message):

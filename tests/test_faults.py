@@ -17,7 +17,7 @@ from roi_quantization.detection import files
 from roi_quantization.detection.files import NotWrittenError
 from roi_quantization.detection.runs.checkpoint import load_checkpoint
 from roi_quantization.detection.runs.interruption import TerminateOnNonFiniteLoss, explain_errors, reraise_signal
-from roi_quantization.detection.runs.run import check_metric
+from roi_quantization.detection.runs.setup import check_metric
 from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
 from roi_quantization.scripts.train import train
 from tests.faults import full_disk, power_cut
@@ -84,7 +84,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on(whole, data, tmp_path, mo
 def test_a_run_folder_that_is_moved_away_is_not_begun_anew(whole, data, tmp_path, accident):
     run, moved = tmp_path / "run", tmp_path / "moved"
     accident(3, lambda: run.rename(moved))
-    with pytest.raises(FileNotFoundError, match=rf"the run folder {run} is gone since this began.*resume=<that folder>"):
+    with pytest.raises(FileNotFoundError, match=rf"the run folder {run} is gone.*resume=<the folder>"):
         train(configuration(run, data))
     assert [path.name for path in periodic_checkpoints(moved)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
     assert not list(tmp_path.glob("run/*.ckpt")), "no second half of a run"
@@ -95,7 +95,7 @@ def test_a_run_folder_that_is_moved_away_is_not_begun_anew(whole, data, tmp_path
 def test_a_loading_process_that_is_killed_says_why_and_how_to_go_on(whole, data, tmp_path, accident):
     """As the system kills one when memory runs out."""
     accident(3, lambda: [os.kill(process.pid, signal.SIGKILL) for process in multiprocessing.active_children()])
-    message = r"a process that loads images died: .*pid.*memory has run out.*data\.num_workers.*resume=auto"
+    message = r"a data-loader worker died: .*pid.*memory has run out.*data\.num_workers.*resume=auto"
     with pytest.raises(RuntimeError, match=message):
         train(configuration(tmp_path, data, "data.num_workers=1"))
     assert [path.name for path in periodic_checkpoints(tmp_path)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
@@ -122,11 +122,11 @@ def test_data_that_changed_are_refused_unless_told_otherwise(data, tmp_path, acc
 
 def test_what_would_be_noticed_when_training_is_over_is_noticed_before_it(data, tmp_path):
     for override, message in [
-        ("cross=[aling]", "there is no operator aling; choose from align, "),
+        ("cross=[aling]", "there is no operator aling. Choose from align, "),
         ("optimized_metric=test/AP", "optimized_metric=test/AP: the best checkpoint is chosen on the val split, by one of val/AP, "),
         ("optimized_metric=val/AP_small", "by one of val/AP, val/AP50, val/AP75, val/loss, "),
         ("trainer.precision=bf16-true", "rounds boxes as well.* bf16-mixed"),
-        ("trainer.max_epochs=-1", "how long training is: give trainer.max_epochs or trainer.max_steps"),
+        ("trainer.max_epochs=-1", "optim.schedule needs the length of the training. Set trainer.max_epochs or trainer.max_steps"),
     ]:
         with pytest.raises(ValueError, match=message):
             train(configuration(tmp_path, data, override))

@@ -163,7 +163,7 @@ def test_a_loss_that_is_no_number_in_one_process_ends_both_and_loses_no_checkpoi
     ) == [1, 1]
     said = (tmp_path / "said.txt").read_text()
     assert "the loss is nan in step 2 (epoch 1, batch 0" in said
-    assert "the loss of another process is no number in step 2;" in said
+    assert "the loss of another rank is not finite in step 2." in said
     found = json.loads((tmp_path / "run" / "nan_loss.json").read_text())
     assert (found["rank"], found["step"]) == (1, 2)
     assert [path.name for path in periodic_checkpoints(tmp_path / "run")] == ["step_0000002.ckpt", "step_0000001.ckpt"]
@@ -218,7 +218,7 @@ def test_processes_that_are_not_told_a_common_folder_want_one(place):
         assert new_folder("runs/now") == "runs/now"
     for name in ("first of torchrun", "second of torchrun", "second of SLURM", "first on the second machine"):
         place(PLACES[name][0])
-        with pytest.raises(SystemExit, match=r"name one with hydra\.run\.dir=runs/<name>"):
+        with pytest.raises(SystemExit, match=r"Set one with hydra\.run\.dir=runs/<name>"):
             new_folder("runs/now")
 
 
@@ -234,6 +234,6 @@ def test_a_sweep_starts_no_processes_within_a_run(tmp_path):
     """Lightning would start the whole sweep once more."""
     command = ["train.py", "-m", *SHORT, *TWO, "roi=align,pool", f"data.root={tmp_path / 'data'}", "hydra.sweep.dir=sweep"]
     assert ended(started(tmp_path, *command)) == [1]
-    assert "each run of this sweep wants 2 processes" in (tmp_path / "said.txt").read_text()
+    assert "each run of this sweep needs 2 processes" in (tmp_path / "said.txt").read_text()
     assert not list(tmp_path.glob("sweep/*/*.ckpt"))
     assert OmegaConf.load(tmp_path / "sweep" / "multirun.yaml").hydra.mode == "MULTIRUN"

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from roi_quantization.detection.runs.lock import exclusive_run_folder
-from roi_quantization.detection.runs.resume import check_no_other, checkpoint_to_resume, run_folder
+from roi_quantization.detection.runs.resume import check_replaceable, checkpoint_to_resume, run_folder
 from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
 from roi_quantization.scripts.train import train
 from tests.configuration import ROOT
@@ -89,7 +89,7 @@ def test_a_truncated_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, 
 
     with caplog.at_level(logging.INFO):
         train(configuration(tmp_path, data, "resume=auto"))
-    assert f"{newest} is no whole checkpoint" in caplog.text
+    assert f"{newest} is not an intact checkpoint" in caplog.text
     assert f"Goes on from {before}: step 3, in epoch 1" in caplog.text
     assert remains(tmp_path) == whole
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_with_damaged_bytes_is_noticed_as_well(whole, data, tmp_pat
 
     with caplog.at_level(logging.INFO):
         train(configuration(tmp_path, data, "resume=auto"))
-    assert f"{newest} is no whole checkpoint" in caplog.text and f"Goes on from {before}" in caplog.text
+    assert f"{newest} is not an intact checkpoint" in caplog.text and f"Goes on from {before}" in caplog.text
     assert remains(tmp_path) == whole
 
 
@@ -192,7 +192,7 @@ class TestWhichRunGoesOn:
         with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "holds\n"
             assert run_folder(new, _root_=cfg) == str(tmp_path / "older"), "one that is running is left alone"
-            with pytest.raises(ValueError, match="another process is at work"), exclusive_run_folder(newest):
+            with pytest.raises(ValueError, match="another process is running"), exclusive_run_folder(newest):
                 pass
             process.communicate("\n")
         assert run_folder(new, _root_=cfg) == str(newest)
@@ -206,10 +206,10 @@ class TestWhichRunGoesOn:
     @pytest.mark.parametrize(
         ("seed", "files", "message"),
         [
-            (0, ["metrics.json"], r"this run is finished\. To train on, take resume=.*last\.ckpt"),
+            (0, ["metrics.json"], r"this run is finished\. To train on, set resume=.*last\.ckpt"),
             (1, ["step_0000001.ckpt"], r"another configuration: seed was 1 and is 0"),
-            (0, [], r"there is no whole checkpoint\. It was killed before step 1 "),
-            (0, ["step_0000001.ckpt"], "there is no whole checkpoint"),
+            (0, [], r"there is no intact checkpoint\. Was it killed before step 1 "),
+            (0, ["step_0000001.ckpt"], "there is no intact checkpoint"),
         ],
     )
     def test_a_run_that_cannot_go_on_says_why(self, tmp_path, seed, files, message):
@@ -224,15 +224,15 @@ class TestWhichRunGoesOn:
         assert len(periodic_checkpoints(run)) == 2 and OmegaConf.load(run / "config.yaml").seed == 1
         (run / "metrics.json").touch()
         with pytest.raises(ValueError, match=r"a finished run of another configuration.*resume=.*last\.ckpt and another folder"):
-            check_no_other(run, {"seed": 0})
+            check_replaceable(run, {"seed": 0})
 
     def test_weights_alone_are_nothing_to_go_on_from(self, tmp_path):
         torch.save({"state_dict": {}, "config": {}, "categories": []}, tmp_path / "best.ckpt")
-        with pytest.raises(ValueError, match=r"it holds weights alone; last\.ckpt"):
+        with pytest.raises(ValueError, match=r"it contains weights only\. To go on take a last\.ckpt"):
             checkpoint_to_resume(configuration(tmp_path, "data", f"resume={tmp_path / 'best.ckpt'}"))
 
     def test_a_wrong_path_says_what_is_expected(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no such run folder or checkpoint; resume=auto"):
+        with pytest.raises(FileNotFoundError, match=r"no such run folder or checkpoint\. resume=auto"):
             checkpoint_to_resume(configuration(tmp_path, "data", f"resume={tmp_path / 'nowhere'}"))
         with pytest.raises(SystemExit, match=r"train\.py: resume=.*nowhere"):
             run_folder("new", _root_=configuration(tmp_path, "data", f"resume={tmp_path / 'nowhere'}"))

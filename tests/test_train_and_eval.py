@@ -157,12 +157,12 @@ def test_predict_reads_any_picture_and_names_those_it_cannot(trained, tmp_path, 
 @pytest.mark.parametrize(
     ("image", "overrides", "message"),
     [
-        ("null", [], "Say it with image="),
+        ("null", [], "Set image="),
         ("nowhere", [], "image=nowhere: there is no such picture or folder"),
         (".", [], r"image=\.: there are no pictures in this folder"),
         ("broken.png", [], r"image=broken.png: none of 1 pictures can be read; broken.png: cannot identify"),
-        ("whole.png", ["trainer.devices=2", "+trainer.strategy=ddp"], r"works in one process, and trainer wants 2: trainer=default"),
-        ("whole.png", ["proposals=file", "proposals.test.path=some.npz"], "a proposal file has no windows for these pictures"),
+        ("whole.png", ["trainer.devices=2", "+trainer.strategy=ddp"], r"runs in one process, and trainer asks for 2. Set trainer=default"),
+        ("whole.png", ["proposals=file", "proposals.test.path=some.npz"], "it has no windows for these pictures"),
     ],
 )
 def test_predict_names_mistakes(trained, tmp_path, monkeypatch, image, overrides, message):
@@ -178,9 +178,9 @@ def test_predict_names_mistakes(trained, tmp_path, monkeypatch, image, overrides
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], r"which checkpoint\? Say it with ckpt="),
+        ([], r"no checkpoint is given\. Set ckpt="),
         (["ckpt=missing.ckpt"], r"there is no checkpoint missing\.ckpt"),
-        (["ckpt=half.ckpt"], r"half\.ckpt is no whole checkpoint"),
+        (["ckpt=half.ckpt"], r"half\.ckpt is not an intact checkpoint"),
     ],
 )
 def test_eval_without_a_checkpoint_says_so(trained, tmp_path, monkeypatch, arguments, message):

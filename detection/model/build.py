@@ -1,4 +1,4 @@
-"""From a configuration to a detector, or to an operator alone."""
+"""Build a detector, or one operator, from a configuration."""
 
 import copy
 from typing import Any
@@ -11,11 +11,12 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 
 
 def instantiate(node: DictConfig, **more: Any) -> Any:
-    """`hydra.utils.instantiate`, except that an error in what is built comes as it is, not quoted inside Hydra's own."""
+    """Call `hydra.utils.instantiate`; an error of what is built is raised itself, without Hydra's around it."""
     try:
         return hydra.utils.instantiate(node, **more)
     except InstantiationException as error:
@@ -26,12 +27,16 @@ def instantiate(node: DictConfig, **more: Any) -> Any:
 
 
 def read_operator(name: str) -> DictConfig:
-    """`configs/roi/<name>.yaml` as Hydra composes it, with the files that it builds on; ValueError with the choices where there is none."""
+    """Compose `configs/roi/<name>.yaml`, with the files that it builds on.
+
+    Raises:
+        InputError: there is no such file; the message lists the choices.
+    """
     known = sorted(path.stem for path in (CONFIGS / "roi").glob("*.yaml"))
     if name not in known:
-        raise ValueError(f"there is no operator {name}; choose from {', '.join(known)} (configs/roi)")
+        raise InputError(f"there is no operator {name}. Choose from {', '.join(known)} (configs/roi)")
     holder = GlobalHydra.instance()
-    application, holder.hydra = holder.hydra, None  # inside of a script that Hydra started it refuses to compose anything else
+    application, holder.hydra = holder.hydra, None  # in a script that Hydra started nothing else can be composed
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=JobRuntime.instance().get("name")):
             return compose(f"roi/{name}").roi
@@ -40,12 +45,12 @@ def read_operator(name: str) -> DictConfig:
 
 
 def build_detector(cfg: DictConfig, num_classes: int, pretrained: bool = True) -> FastRCNN:
-    """The detector that `cfg.backbone`, `cfg.roi` and `cfg.head` draw.
+    """Build the detector of `cfg.backbone`, `cfg.roi` and `cfg.head`.
 
     Args:
         cfg: with `backbone`, `roi`, `head` and `channels_last`.
         num_classes: background included.
-        pretrained: whether parts with a setting `weights` start from those; a checkpoint, which has all weights, wants none of them.
+        pretrained: whether parts with a setting `weights` load those. Not necessary where a checkpoint is loaded afterwards.
     """
     if not pretrained:
         cfg = copy.deepcopy(cfg)

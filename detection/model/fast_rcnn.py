@@ -1,4 +1,4 @@
-"""The detector: images and proposals in; losses, or boxes in the images' own pixels out."""
+"""The detector: from images and proposals to losses, or to boxes in the pixels of the original images."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ class FastRCNN(nn.Module):
     Args:
         backbone: `[N, 3, H, W] -> [N, C, H // stride, W // stride]`, with attributes `stride`, `mean` and `std` (of RGB in [0, 1]).
         roi_heads: sampling, losses and post-processing.
-        channels_last: memory format of the backbone and its maps; the same numbers, another speed.
+        channels_last: memory format of the backbone and its maps. It changes the speed, not the numbers.
     """
 
     def __init__(self, backbone: nn.Module, roi_heads: FastRCNNHeads, channels_last: bool = False):
@@ -25,16 +25,17 @@ class FastRCNN(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(backbone.std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: list[Tensor], targets: list[dict]) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """
+        """Detect objects, or compute losses.
+
         Args:
             images: uint8 RGB `[3, H, W]`, of any sizes.
             targets: one dict an image with `proposals` [L, 4] in the image's pixels, `image_id`, `original_size` (height, width), and for
                 losses `boxes` [G, 4], `labels` [G] and, where there are any, `crowd` [M, 4].
 
         Returns:
-            `(detections, losses)`. In training no detections. In evaluation a dict an image of `boxes` [D, 4] in pixels of the *original*
-            image, `scores` [D], highest first, `labels` [D], and `proposals` [D, 4], from which the boxes were regressed, in the same
-            pixels; losses where all targets have `boxes`.
+            `(detections, losses)`. In training there are no detections. In evaluation there is a dict for each image: `boxes` [D, 4] in
+            pixels of the *original* image, `scores` [D], highest first, `labels` [D], and `proposals` [D, 4], from which the boxes were
+            regressed, in the same pixels; and losses where all targets have `boxes`.
         """
         shapes = [(image.shape[1], image.shape[2]) for image in images]
         proposals = [target["proposals"] for target in targets]
@@ -47,7 +48,7 @@ class FastRCNN(nn.Module):
         return detections, losses
 
     def batch(self, images: list[Tensor]) -> Tensor:
-        """Normalised images in one `[N, 3, H, W]`, padded with zeros (the mean colour) right and below to multiples of the stride."""
+        """Normalise images and pad them into one `[N, 3, H, W]`: zeros (the mean colour) right and below, up to multiples of the stride."""
         for image in images:
             if image.dtype != torch.uint8:
                 raise ValueError(
@@ -63,6 +64,6 @@ class FastRCNN(nn.Module):
 
 
 def to_original(boxes: Tensor, shape: tuple[int, int], original: tuple[int, int]) -> Tensor:
-    """Boxes `[D, 4]` from pixels of an image resized to `shape` to pixels of the original; both sizes are (height, width)."""
+    """Convert boxes `[D, 4]` from the pixels of an image resized to `shape` to those of the original. Both sizes are (height, width)."""
     scale = boxes.new_tensor([original[1] / shape[1], original[0] / shape[0]]).repeat(2)
     return clip_boxes_to_image(boxes * scale, original)

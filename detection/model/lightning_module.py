@@ -1,4 +1,4 @@
-"""Training and evaluation of a detector as Lightning runs them."""
+"""The LightningModule that trains and evaluates a detector."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -12,31 +12,32 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.coco import COCO_MAX_DETECTIONS, Metrics, evaluate, to_coco_results
 from roi_quantization.detection.evaluation.matching import Evaluator, SilentCOCOeval
 
 Batch = tuple[list[Tensor], list[dict]]
-LOGGED = ("AP", "AP50", "AP75", "loss", "loss_classifier", "loss_box")  # of a validation
+LOGGED = ("AP", "AP50", "AP75", "loss", "loss_classifier", "loss_box")  # in each validation
 
 
 class DetectionModule(pl.LightningModule):
-    """Trains a detector; after each pass over a validation or test set holds what it found there and what COCO says of it.
+    """Trains a detector. After each pass over a validation or test set it has the detections and COCO's metrics of them.
 
     Args:
         detector: `(images, targets) -> (detections, losses)`, see `FastRCNN`.
         groups: `model -> parameter groups`.
         optimizer: `groups -> Optimizer`.
         schedule: `(optimizer, total_steps) -> LRScheduler`, stepped once a training step; None keeps the rate.
-        categories: `{"id", "name"}` of the data, in the order of the labels 1..C. Kept in the checkpoint.
-        config: plain containers from which the detector can be built again. Kept in the checkpoint.
-        seed: of what a training step draws, with the epoch and the step.
-        coco_eval: what computes COCO's metrics, see `roi_quantization.detection.evaluation.coco.evaluate`.
-        average: `detector -> AveragedModel`, which is updated after each step of the optimizer; its weights are then what is evaluated.
+        categories: `{"id", "name"}` of the data, in the order of the labels 1..C. Stored in checkpoints.
+        config: plain containers from which the detector can be built again. Stored in checkpoints.
+        seed: of the random draws of a training step, with the epoch and the step.
+        coco_eval: computes COCO's metrics, see `roi_quantization.detection.evaluation.coco.evaluate`.
+        average: `detector -> AveragedModel`, updated after each optimizer step. Its weights are evaluated in place of the detector's.
 
     Attributes:
         evaluated: the detector that validation and test use: `detector` itself, or the averaged one.
-        results: detections of the last evaluation in COCO's results format, in the images' own pixels.
-        metrics: of the same, see `roi_quantization.detection.evaluation.coco`.
+        results: detections of the last evaluation in COCO's results format, in pixels of the original images.
+        metrics: of the same detections; None before an evaluation. See `roi_quantization.detection.evaluation.coco`.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class DetectionModule(pl.LightningModule):
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
-            raise ValueError(
-                "the schedule has to know how long training is: give trainer.max_epochs or trainer.max_steps, or optim.schedule=null"
+            raise InputError(
+                "optim.schedule needs the length of the training. Set trainer.max_epochs or trainer.max_steps, or optim.schedule=null"
             )
         scheduler = self.schedule(optimizer, total_steps=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -83,7 +84,7 @@ class DetectionModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
         self.detector.roi_heads.epoch = self.current_epoch
-        # what a step draws, dropout above all, depends on its place and not on what was drawn before: a run that goes on draws the same
+        # the draws of a step (dropout) depend on its position, not on earlier draws: a run that goes on draws the same
         torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)))
         _, losses = self.detector(images, targets)
         loss = sum(losses.values())
@@ -115,7 +116,7 @@ class DetectionModule(pl.LightningModule):
         self._evaluate("test", self.trainer.test_dataloaders.dataset)
 
     def predict_step(self, batch: Batch, _: int) -> dict[int, dict[str, Tensor]]:
-        """Image id -> what was found in it, of images without annotations."""
+        """Return the detections of images without annotations, by image id."""
         images, targets = batch
         detections, _ = self.evaluated(images, targets)
         return {
@@ -132,9 +133,10 @@ class DetectionModule(pl.LightningModule):
         self.losses[int(targets[0]["image_id"])] = len(images), losses | {"loss": sum(losses.values())}
 
     def _evaluate(self, split: str, dataset: Any) -> None:
-        """Keyed by image id, and losses by the first of a batch, so that what was evaluated twice counts once (see `WholeBatchSampler`).
+        """Compute losses and metrics of a pass over a split.
 
-        Every process computes the same, and the same as one process alone: sums go in the order of the ids.
+        Detections are keyed by image id, and losses by the first image of a batch: what was evaluated twice counts once (see
+        `WholeBatchSampler`). Every rank computes the same, and the same as one process alone: sums are in the order of the ids.
         """
         if self.trainer.world_size > 1:
             parts = [None] * self.trainer.world_size
@@ -155,7 +157,7 @@ class DetectionModule(pl.LightningModule):
             of=len(dataset.coco.imgs),
         )
         shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in LOGGED}
-        together = {"sync_dist": True, "reduce_fx": "max"}  # equal everywhere, and a maximum leaves each as it is; Lightning warns without
+        together = {"sync_dist": True, "reduce_fx": "max"}  # equal on all ranks, so their maximum is each; Lightning warns without it
         self.log_dict(losses, **together)
         self.log_dict(shown, prog_bar=True, **together)
 

@@ -20,7 +20,7 @@ def parameter_groups(
     backbone_lr_factor: float = 1.0,
     decay_biases_and_norms: bool = True,
 ) -> list[dict]:
-    """Groups of what is trained, the head's before the backbone's: weights, biases, parameters of norm layers. What is frozen is in none.
+    """Group the trained parameters into weights, biases and those of norm layers, the head's before the backbone's.
 
     Args:
         model: a detector whose backbone is `model.backbone`.
@@ -54,7 +54,7 @@ def parameter_groups(
 
 
 class _OneCycle(OneCycleLR):
-    """A training that goes on with another length than it began with follows the cycle of the new length, not the old one to its end."""
+    """Follows the cycle of the new length where a training goes on with another length than it started with."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state | {name: getattr(self, name) for name in ("total_steps", "_schedule_phases")})
@@ -68,9 +68,9 @@ def one_cycle(
     end_factor: float = 4e-6,
     cycle_momentum: bool = True,
 ) -> OneCycleLR:
-    """Cosine up from `start_factor` of each group's rate over `warmup_fraction` of the steps, then cosine down to `end_factor` of it.
+    """Raise each group's rate from `start_factor` of it over `warmup_fraction` of the steps, then lower it to `end_factor` of it; cosine.
 
-    `cycle_momentum`: the momentum (Adam's first beta) falls from 0.95 to 0.85 while the rate rises, and returns.
+    With `cycle_momentum` the momentum (Adam's first beta) falls from 0.95 to 0.85 while the rate rises, and returns.
     """
     return _OneCycle(
         optimizer,
@@ -91,7 +91,7 @@ def step_decay(
     warmup_steps: int = 0,
     warmup_factor: float = 0.1,
 ) -> LambdaLR:
-    """The rate times `gamma` at each milestone (in steps), after a linear warm-up from `warmup_factor` of it. `total_steps` is not used."""
+    """Multiply the rate by `gamma` at each milestone (a step), after a linear warm-up from `warmup_factor` of it. Ignores `total_steps`."""
     milestones = sorted(milestones)
 
     def factor(step: int) -> float:

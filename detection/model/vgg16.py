@@ -1,4 +1,4 @@
-"""VGG16's convolutions, at the two strides that the operators are compared at."""
+"""The convolutions of VGG16, at stride 16 or 32."""
 
 from pathlib import Path
 from typing import Literal
@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from roi_quantization.detection.errors import InputError
 from roi_quantization.roi_heads.weights import load_vgg16
 
 
@@ -15,15 +16,15 @@ class VGG16(nn.Module):
     The layers and their names are torchvision's `vgg16().features`.
 
     Args:
-        stride: 16 leaves pool5 out, as Fast R-CNN does; 32 keeps it.
-        width: factor of all channel counts; 1 is VGG16.
+        stride: 16 omits pool5, as Fast R-CNN does; 32 keeps it.
+        width: factor of all numbers of channels; 1 is VGG16.
         norm: "batch" puts batch norm after each convolution, as `vgg16_bn` has it.
-        weights: as for `load_vgg16`; None starts random (Kaiming, as torchvision's VGG does).
-        frozen_blocks: so many of the five blocks of convolutions, from the image on, stay as they start: no gradients, and batch norm in
+        weights: see `load_vgg16`; None initialises randomly (Kaiming, as torchvision's VGG does).
+        frozen_blocks: number of the five blocks of convolutions, from the image on, that are not trained: no gradients, and batch norm in
             evaluation mode. Fast R-CNN freezes 2 (conv1 and conv2).
 
     Raises:
-        ValueError: another stride or norm; weights whose names or shapes do not fit.
+        InputError: another stride or norm; weights whose names or shapes do not fit.
     """
 
     mean = (0.485, 0.456, 0.406)
@@ -40,22 +41,22 @@ class VGG16(nn.Module):
     ):
         super().__init__()
         if stride not in (16, 32):
-            raise ValueError(f"stride={stride}: expected 16 (without pool5) or 32 (with pool5)")
+            raise InputError(f"stride={stride}: expected 16 (without pool5) or 32 (with pool5)")
         if norm not in ("none", "batch"):
-            raise ValueError(f"norm={norm}: expected 'none' or 'batch'")
+            raise InputError(f"norm={norm}: expected 'none' or 'batch'")
         if not 0 <= frozen_blocks <= 5:
-            raise ValueError(f"frozen_blocks={frozen_blocks}: VGG16 has five blocks of convolutions, expected 0 to 5")
+            raise InputError(f"frozen_blocks={frozen_blocks}: VGG16 has five blocks of convolutions, expected 0 to 5")
         channels = [layer if layer == "M" else max(1, round(layer * width)) for layer in cfgs["D"]]
         self.features = make_layers(channels if stride == 32 else channels[:-1], batch_norm=norm == "batch")
         self.stride = stride
         self.out_channels = channels[-2]
         self.frozen_blocks = frozen_blocks
         if weights is None:
-            self._start_random()
+            self._initialise()
         else:
-            self._take_over(load_vgg16(weights, batch_norm=norm == "batch"), weights)
+            self._load(load_vgg16(weights, batch_norm=norm == "batch"), weights)
         for block in self._frozen():
-            block.requires_grad_(False).eval()  # here as well: Lightning takes modules in the mode in which they are
+            block.requires_grad_(False).eval()  # here as well: Lightning keeps the mode of modules
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features(images)
@@ -68,24 +69,26 @@ class VGG16(nn.Module):
 
     def _frozen(self) -> list[nn.Module]:
         pools = [i for i, layer in enumerate(self.features) if isinstance(layer, nn.MaxPool2d)]
-        ends = [*pools, len(self.features)]  # at stride 16 the fifth block ends without a pool
+        ends = [*pools, len(self.features)]  # at stride 16 the fifth block has no pool
         return list(self.features[: ends[self.frozen_blocks - 1]]) if self.frozen_blocks else []
 
-    def _start_random(self) -> None:
+    def _initialise(self) -> None:
         for layer in self.features:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
 
-    def _take_over(self, state: dict[str, Tensor], source: str | Path) -> None:
+    def _load(self, state: dict[str, Tensor], source: str | Path) -> None:
         found = {key: value for key, value in state.items() if key.startswith("features.")}
         wanted = self.state_dict()
         for key, value in wanted.items():
             if key not in found and not key.endswith("num_batches_tracked"):
-                raise ValueError(f"{source} lacks {key}: expected torchvision's names of VGG16 (of vgg16_bn where norm=batch)")
+                raise InputError(f"{source} lacks {key}. Expected torchvision's names of VGG16 (vgg16_bn with norm=batch)")
             if key in found and found[key].shape != value.shape:
-                shapes = f"{list(found[key].shape)}, the backbone wants {list(value.shape)}"
-                raise ValueError(f"{source}: {key} has shape {shapes}; VGG16's own fit width=1")
+                shapes = f"{list(found[key].shape)}, the backbone has {list(value.shape)}"
+                raise InputError(f"{source}: {key} has shape {shapes}; VGG16's own fit width=1")
         if foreign := sorted(found.keys() - wanted.keys()):
-            raise ValueError(f"{source} has {foreign[0]} and {len(foreign) - 1} more that this VGG16 has not: vgg16_bn wants norm=batch")
+            raise InputError(
+                f"{source} has {foreign[0]} and {len(foreign) - 1} more that this VGG16 does not have. vgg16_bn needs norm=batch"
+            )
         self.load_state_dict(wanted | found)

@@ -1,47 +1,64 @@
-"""Checkpoints of train.py: what is inside, and whether it fits."""
+"""Reading the checkpoints of train.py: their content, their configuration as options of Hydra, their weights."""
 
+import logging
 import pickle
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
+from roi_quantization.detection.configuration import path_setting
+from roi_quantization.detection.errors import ExpectedError, InputError, MissingFileError
 from roi_quantization.detection.runs.config_security import check_targets_allowed
+from roi_quantization.detection.runs.renamed_targets import rename_targets
+
+log = logging.getLogger(__name__)
 
 PARTS = ("roi", "backbone", "head", "data", "proposals")
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Everything in a checkpoint, on the CPU; files with more than tensors and plain containers are refused.
+    """Load a checkpoint on the CPU. A file with anything but tensors and plain containers is refused.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: truncated, damaged, or no checkpoint of train.py.
+        MissingFileError: there is no such file.
+        InputError: it is truncated, damaged, or not a checkpoint of train.py.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}; train.py leaves best.ckpt and last.ckpt in its run folder")
+        raise MissingFileError(f"there is no checkpoint {path}. train.py writes best.ckpt and last.ckpt into its run folder")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
-                damaged = file.testzip()  # torch.load looks at no checksum
+                damaged = file.testzip()  # torch.load compares no checksums
             if damaged:
                 raise ValueError(f"{damaged} does not fit its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is no whole checkpoint, or holds more than tensors and plain containers: none of that was run") from error
+        raise InputError(
+            f"{path} is not an intact checkpoint, or contains more than tensors and plain containers. It was not run"
+        ) from error
     except Exception as error:  # what torch.load raises depends on where a file ends
-        raise ValueError(f"{path} is no whole checkpoint: it is truncated, damaged or something else ({type(error).__name__})") from error
+        raise InputError(
+            f"{path} is not an intact checkpoint: it is truncated, damaged or another file ({type(error).__name__})"
+        ) from error
     missing = [key for key in ("state_dict", "config", "categories") if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
-        raise ValueError(f"{path} was not written by train.py: it has no {', '.join(missing)}")
-    for key, fits in (("state_dict", _is_state), ("config", lambda value: isinstance(value, dict)), ("categories", _are_categories)):
-        if not fits(checkpoint[key]):
-            raise ValueError(f"{path} was not written by train.py: its {key} is something else")
+        raise InputError(f"{path} was not written by train.py: it has no {', '.join(missing)}")
+    for key, is_valid in (("state_dict", _is_state), ("config", lambda value: isinstance(value, dict)), ("categories", _are_categories)):
+        if not is_valid(checkpoint[key]):
+            raise InputError(f"{path} was not written by train.py: its {key} has another type")
     return checkpoint
 
 
@@ -57,47 +74,111 @@ def _are_categories(value: Any) -> bool:
 
 
 def register_checkpoint(arguments: list[str], script: str) -> None:
-    """Offers the parts of the checkpoint on the command line to Hydra, which composes after this; ends the program where there is none."""
-    path = next((argument.removeprefix("ckpt=") for argument in arguments if argument.startswith("ckpt=")), None)
-    if path is not None:
-        try:
-            register_parts(load_checkpoint(path)["config"], path)
-        except (FileNotFoundError, ValueError) as error:
-            sys.exit(f"{script}: {error}")
-    elif not {"-h", "--help", "--hydra-help", "--version"} & set(arguments):
-        sys.exit(f"{script}: which checkpoint? Say it with ckpt=<run>/best.ckpt; `python {script} --help` shows what else can be said")
+    """Register the parts of the checkpoint on the command line as options of Hydra, which composes afterwards.
+
+    In a sweep over `ckpt` they are those of the first one (see `compose_with_checkpoint`). Ends the program where there is none.
+    """
+    options = get_args_parser().parse_args(arguments)
+    try:
+        paths = _checkpoint_paths(options.overrides)
+        if paths:
+            register_parts(load_checkpoint(paths[0])["config"], paths[0])
+        elif not (options.help or options.hydra_help):
+            raise InputError(f"no checkpoint is given. Set ckpt=<run>/best.ckpt; `python {script} --help` lists the other settings")
+    except ExpectedError as error:
+        sys.exit(f"{script}: {error}")
+
+
+def _checkpoint_paths(overrides: Iterable[str]) -> list[str]:
+    """Parse the values of `ckpt` among Hydra's overrides, as Hydra does; several in a sweep."""
+    given = [text for text in overrides if text.lstrip("+").startswith("ckpt=")]
+    if not given:
+        return []
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(given[-1])
+        texts = [f"ckpt={value}" for value in override.sweep_string_iterator()] if override.is_sweep_override() else given[-1:]
+        values = [OmegaConf.create({"ckpt": parser.parse_override(text).value()}).ckpt for text in texts]
+    except HydraException as error:
+        path = given[-1].partition("=")[2]
+        raise InputError(f"{given[-1]} is not valid in Hydra's grammar ({error}). Quote the path: 'ckpt=\"{path}\"'") from error
+    return [path_setting(value, "ckpt") for value in values if value is not None]
 
 
 def register_parts(config: dict, source: str | Path) -> None:
-    """Lets Hydra choose the parts of a checkpoint's configuration: the option `checkpoint` of each group in `PARTS`.
+    """Register the parts of a checkpoint's configuration as the option `checkpoint` of Hydra's groups in `PARTS`.
 
     Raises:
-        ValueError: a part is missing, or what it would call is not this project's (`check_targets_allowed`).
+        InputError: a part is missing, or it would call what is not allowed (`check_targets_allowed`).
     """
     for part in PARTS:
         if not isinstance(config.get(part), dict):
-            raise ValueError(f"{source} was not written by train.py: its configuration has no {part}")
-    check_targets_allowed({part: config[part] for part in PARTS}, source)
-    for part in PARTS:
-        ConfigStore.instance().store(group=part, name="checkpoint", node=config[part])
+            raise InputError(f"{source} was not written by train.py: its configuration has no {part}")
+    parts = {part: config[part] for part in PARTS}
+    check_targets_allowed(parts, source)
+    for part, node in rename_targets(parts).items():
+        ConfigStore.instance().store(group=part, name="checkpoint", node=node)
+
+
+def compose_with_checkpoint(cfg: DictConfig) -> DictConfig:
+    """Return the configuration of a job of eval.py or predict.py, with the parts and the transform of its own checkpoint.
+
+    In a sweep over `ckpt` Hydra has composed all jobs with the parts of the first.
+    """
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    if hydra.mode == RunMode.MULTIRUN:
+        path = path_setting(cfg.ckpt, "ckpt")
+        register_parts(load_checkpoint(path)["config"], path)
+        cfg = compose(hydra.job.config_name, overrides=overrides)
+    keep_eval_transform(cfg, overrides)
+    return cfg
+
+
+def keep_eval_transform(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    """Set `cfg.data.eval_transform` to the checkpoint's, except for what `overrides` name, and warn of each difference.
+
+    Another data configuration has another transform, such as images of 600 pixels for a detector that was trained on 240.
+    """
+    prefix = "data.eval_transform"
+    named = [text.lstrip("+~").partition("=")[0] for text in overrides]
+    own = OmegaConf.to_container(ConfigStore.instance().load("data/checkpoint.yaml").node).get("eval_transform") or {}
+    given = OmegaConf.to_container(cfg.data).get("eval_transform") or {}
+    for key in [key for key in own | given if own.get(key) != given.get(key)]:
+        setting = f"{prefix}.{key}"
+        if any(name in (prefix, setting) or name.startswith(f"{setting}.") for name in named):
+            log.warning("%s=%s is not the checkpoint's, which is %s", setting, given.get(key), own.get(key))
+            continue
+        log.warning(
+            "%s=%s is the checkpoint's. The data configuration has %s: set it by name to use that", setting, own.get(key), given.get(key)
+        )
+        with open_dict(cfg.data):
+            if key in own:
+                cfg.data.eval_transform[key] = own[key]
+            else:
+                del cfg.data.eval_transform[key]
 
 
 def check_categories(checkpoint: dict, categories: list[dict]) -> None:
-    """Raises ValueError where a checkpoint was trained on other classes, or on the same in another order."""
+    """Check that a checkpoint was trained on these classes, in this order.
+
+    Raises:
+        InputError: it was trained on others; the message names both.
+    """
     trained = [category["name"] for category in checkpoint["categories"]]
     present = [category["name"] for category in categories]
     if trained != present:
-        raise ValueError(
-            f"the checkpoint was trained on {len(trained)} classes ({_some(trained)}), the data has {len(present)} ({_some(present)}): "
-            "its scores mean nothing there. Evaluate it on data with its own classes, in the order of their category ids"
+        raise InputError(
+            f"the checkpoint was trained on {len(trained)} classes ({_join(trained)}), the data has {len(present)} ({_join(present)}). "
+            "Evaluate it on data with its own classes, in the order of their category ids"
         )
 
 
 def load_weights(detector: nn.Module, checkpoint: dict) -> None:
-    """Puts a checkpoint's weights into a detector; the averaged ones where there are any.
+    """Load a checkpoint's weights into a detector; the averaged ones where there are any.
 
     Raises:
-        ValueError: a weight is missing, left over or of another shape; the message names the first and says what usually differs.
+        InputError: a weight is missing, left over or of another shape. The message names the first, and the usual causes.
     """
     weights = checkpoint["state_dict"]
     prefix = "averaged.module." if any(key.startswith("averaged.") for key in weights) else "detector."
@@ -111,12 +192,12 @@ def load_weights(detector: nn.Module, checkpoint: dict) -> None:
         if wanted[key].shape != found[key].shape
     ]
     if problems:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint does not fit the detector, {len(problems)} of its weights differ: {sorted(problems)[0]}. Was backbone, "
             "head.extractor.output_size or head.box_head.hidden changed?"
         )
     detector.load_state_dict(found)
 
 
-def _some(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+def _join(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

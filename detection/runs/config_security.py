@@ -1,6 +1,6 @@
-"""What a configuration that came with a checkpoint may call.
+"""Check of what a checkpoint's configuration may call.
 
-A `_target_` is called with the arguments beside it, so a checkpoint's configuration is a program, and its author may be a stranger.
+A `_target_` is called with the arguments beside it, so the configuration of a checkpoint is a program of whoever made it.
 """
 
 import re
@@ -10,59 +10,61 @@ from pathlib import Path
 from typing import Any
 
 from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.runs.renamed_targets import RENAMED
 
-MOST, DEEPEST = 10_000, 50  # settings, and how far inside one another; those of this project are about 100, and 5
+MAX_SETTINGS, MAX_DEPTH = 10_000, 50  # this project's configurations have about 100 settings, 5 levels deep
 
-# a reference to another setting, or one of these resolvers with plain arguments: others, such as oc.create, can make a `_target_`
+# a reference to another setting, or one of these resolvers with plain arguments: others, such as oc.create, can create a `_target_`
 INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|(?:oc\.env|hydra|now):[^${}\[\]'\"]*)\}")
 
 
 def check_targets_allowed(config: Any, source: str | Path) -> None:
-    """Lets pass what can call nothing but the `_target_`s that files in `configs/` name.
+    """Check that a configuration can call nothing but the `_target_`s that files in `configs/` name.
 
-    Names are compared whole, not by their package: `roi_quantization.detection.runs.lock.os.system` is in this one.
+    Whole names are compared, not packages: `roi_quantization.detection.runs.lock.os.system` starts with this one.
 
     Args:
         config: plain containers, or a part of them.
-        source: the file it is from, for the message.
+        source: the file that it is from, for the message.
 
     Raises:
-        ValueError: anything else; it names the setting.
+        InputError: it can call something else; the message names the setting.
     """
-    for key, value in _settings(config, source):
+    for key, value in _flatten(config, source):
         name = key.rpartition(".")[2]
-        if name == "_target_" and (not isinstance(value, str) or value not in allowed_targets()):
-            raise ValueError(
-                f"{source}: its configuration would call {value} ({key}), and nothing but what files in configs/ name is called for a "
-                "checkpoint. If you know what that does, and who made this file, name it there yourself: in a file of its own, in the "
-                "folder of its group"
+        if name == "_target_" and (not isinstance(value, str) or RENAMED.get(value, value) not in allowed_targets()):
+            raise InputError(
+                f"{source}: its configuration would call {value} ({key}). Only targets that a file in configs/ names are called for a "
+                "checkpoint. If you trust that function and the author of this file, name it there yourself: in a new file, in the folder "
+                "of its group"
             )
         if name == "defaults":
-            raise ValueError(f"{source}: its configuration has {key}, which would have Hydra add others to it: not written by train.py")
+            raise InputError(f"{source}: its configuration contains {key}, by which Hydra would add others. train.py writes no such key")
         if isinstance(value, str) and "${" in INTERPOLATION.sub("", value):
-            raise ValueError(
-                f"{source}: its configuration has {key}={value}; expected no interpolation but other settings, oc.env, hydra and now"
+            raise InputError(
+                f"{source}: its configuration contains {key}={value}. Allowed interpolations are other settings, oc.env, hydra and now"
             )
 
 
 @cache
 def allowed_targets() -> frozenset[str]:
-    """Every `_target_` in `configs/`."""
+    """Return every `_target_` in `configs/`."""
     texts = [path.read_text() for path in CONFIGS.rglob("*.yaml")]
     return frozenset(name for text in texts for name in re.findall(r"^\s*_target_:\s*([\w.]+)", text, re.MULTILINE))
 
 
-def _settings(config: Any, source: str | Path) -> Iterator[tuple[str, Any]]:
-    """Dotted key -> value of everything inside, containers included. Not recursive, and it ends: a file can hold itself."""
-    left, count = [("", config, 0)], 0
-    while left:
-        prefix, node, depth = left.pop()
+def _flatten(config: Any, source: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yield dotted key and value of everything inside, containers included. Ends also for a container that contains itself."""
+    stack, count = [("", config, 0)], 0
+    while stack:
+        prefix, node, depth = stack.pop()
         entries = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list | tuple) else ()
         for key, value in entries:
             count += 1
-            if count > MOST or depth > DEEPEST:
-                raise ValueError(f"{source}: its configuration has more than {MOST} settings, or is nested deeper than {DEEPEST}")
+            if count > MAX_SETTINGS or depth > MAX_DEPTH:
+                raise InputError(f"{source}: its configuration has more than {MAX_SETTINGS} settings, or is nested deeper than {MAX_DEPTH}")
             if not isinstance(value, str | int | float | None | Mapping | list | tuple):
-                raise ValueError(f"{source}: its configuration has a {type(value).__name__} ({prefix}{key}); expected plain values")
+                raise InputError(f"{source}: its configuration contains a {type(value).__name__} ({prefix}{key}). Expected plain values")
             yield f"{prefix}{key}", value
-            left.append((f"{prefix}{key}.", value, depth + 1))
+            stack.append((f"{prefix}{key}.", value, depth + 1))

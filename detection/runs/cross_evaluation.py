@@ -1,8 +1,6 @@
-"""Train with one operator, test with another.
+"""Evaluation of weights with other operators than they were trained with.
 
-python -m roi_quantization.detection.runs.cross_evaluation runs/<sweep>
-
-completes the matrix of a finished sweep: what `cross` left out, from the checkpoints of its runs.
+`python -m roi_quantization.detection.runs.cross_evaluation runs/<sweep>` completes the matrix of a finished sweep from its checkpoints.
 """
 
 import argparse
@@ -16,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.errors import ExpectedError, InputError
 from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.model.build import build_detector, instantiate, read_operator
 from roi_quantization.detection.model.lightning_module import DetectionModule
@@ -23,23 +22,29 @@ from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.sweep import Run, read_sweep
 from roi_quantization.detection.runs.checkpoint import check_categories, load_checkpoint, load_weights
 from roi_quantization.detection.runs.config_security import check_targets_allowed
-from roi_quantization.detection.runs.distributed import cluster_plugins
-from roi_quantization.detection.runs.run import silence_lightning, write_cross
+from roi_quantization.detection.runs.renamed_targets import rename_targets
+from roi_quantization.detection.runs.results import write_cross
+from roi_quantization.detection.runs.setup import silence_lightning
+from roi_quantization.detection.runs.trainer import build_trainer
 
 
 def check_operators(names: Sequence[str]) -> None:
-    """Raises an error where one of them is no operator: it is not to be found when training is over."""
+    """Check that each name is an operator, before training starts.
+
+    Raises:
+        InputError: one is not.
+    """
     for name in names:
         try:
             instantiate(read_operator(name))
-        except ValueError as error:
-            raise ValueError(f"cross: {error}") from error
+        except InputError as error:
+            raise InputError(f"cross: {error}") from error
 
 
 def cross_evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataModule, split: str) -> dict[str, Metrics]:
-    """Metrics of the module's weights on `split` with each operator of `cfg.cross`; `module.metrics` where that is its own.
+    """Evaluate the module's weights on `split` with each operator of `cfg.cross`; its own has `module.metrics` already.
 
-    The module and its last evaluation are left as they were.
+    Does not change the module or its last evaluation.
     """
     metrics = {}
     extractor = module.evaluated.roi_heads.box_roi_pool
@@ -59,17 +64,17 @@ def cross_evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningD
 
 
 def _evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataModule, split: str) -> Any:
-    options = {"callbacks": [], "plugins": cluster_plugins(), "enable_progress_bar": False}
-    trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, **options)
+    trainer = build_trainer(OmegaConf.merge(cfg.trainer, {"enable_progress_bar": False}), enable_checkpointing=False)
     {"test": trainer.test, "val": trainer.validate}[split](module, datamodule=data, verbose=False)
     return module.metrics
 
 
 def complete(run: Run, operators: list[str]) -> None:
-    """Evaluates a finished run's best checkpoint with each of `operators` that its cross.json lacks, and adds them there."""
+    """Evaluate a finished run's best checkpoint with each of `operators` that its cross.json lacks, and add them to it."""
     known = run.cross()
-    cfg = OmegaConf.load(run.folder / "config.yaml")
-    check_targets_allowed(OmegaConf.to_container(cfg), run.folder / "config.yaml")
+    config = OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml"))
+    check_targets_allowed(config, run.folder / "config.yaml")
+    cfg = OmegaConf.create(rename_targets(config))
     cfg.cross = [name for name in operators if name not in known]
     if not cfg.cross:
         return
@@ -85,34 +90,35 @@ def complete(run: Run, operators: list[str]) -> None:
     write_cross(run.folder, known | cross_evaluate(cfg, module, data, "test" if data.test is not None else "val"))
 
 
-def trained_with(run: Run) -> str:
-    """The name in configs/roi of a run's operator: an arm may be named by other things as well, such as its rate."""
+def operator_name(run: Run) -> str:
+    """Return the name in configs/roi of a run's operator. The name of its arm may contain more, such as the learning rate."""
     own = next((path.stem for path in sorted((CONFIGS / "roi").glob("*.yaml")) if read_operator(path.stem) == run.config.roi), None)
     if own is None:
-        raise ValueError(f"the operator of {run.folder} is none of configs/roi as it stands there: name those to test with, --operators")
+        raise InputError(f"the operator of {run.folder} is not in configs/roi. Name the operators to evaluate with: --operators")
     return own
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m roi_quantization.detection.runs.cross_evaluation", description="Completes the matrix of a sweep, and its report."
+        prog="python -m roi_quantization.detection.runs.cross_evaluation",
+        description="Evaluate all runs of a sweep with all its operators, and write the report again.",
     )
     parser.add_argument("sweep", help="folder of the sweep")
-    parser.add_argument("--operators", nargs="+", help="names in configs/roi to evaluate with; default: those that the sweep trained with")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: as many as PyTorch takes")
+    parser.add_argument("--operators", nargs="+", help="names in configs/roi to evaluate with; default: those of the sweep")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
     arguments = parser.parse_args()
     silence_lightning()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
         sweep = read_sweep(arguments.sweep)
-        operators = arguments.operators or list(dict.fromkeys(trained_with(run) for run in sweep.finished))
+        operators = arguments.operators or list(dict.fromkeys(operator_name(run) for run in sweep.finished))
         check_operators(operators)
         for run in tqdm(sweep.finished, unit="run"):
             complete(run, operators)
         print(write_report(arguments.sweep))
-    except (OSError, ValueError) as error:
-        sys.exit(f"cross: {error}")
+    except ExpectedError as error:
+        sys.exit(f"cross_evaluation: {error}")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,87 @@
-"""Errors as who runs a script reads them: what is wrong and what to do, without the way there through the code."""
+"""What a script does at an error: a message, the traceback in the log file, and in a sweep the other runs."""
 
+import logging
 import os
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from roi_quantization.detection.errors import ExpectedError
+from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.runs.distributed import is_distributed
+
+log = logging.getLogger(__name__)
+
+FAILED = "failed.txt"  # in the folder of a run that failed: why
 
 
 @contextmanager
-def exit_with_message(script: str) -> Iterator[None]:
-    """Ends the program with the message of an error that this project raised on purpose, and status 1; others keep their traceback.
+def handle_errors(script: str) -> Iterator[None]:
+    """End the program with the message of an expected error and status 1; any other exception is raised with its traceback.
 
-    With HYDRA_FULL_ERROR in the environment all keep it.
+    In a sweep an error ends its own run only: the message is logged, failed.txt has the traceback, and `FailedRunsCallback` sets the
+    exit status. The exception is raised where several ranks work together, since the others wait for this one.
+
+    The log file always has the traceback. With HYDRA_FULL_ERROR in the environment it is printed for every exception.
     """
+    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    failed = Path(HydraConfig.get().runtime.output_dir) / FAILED if in_sweep else None
+    if failed:
+        failed.unlink(missing_ok=True)
     try:
         yield
-    except (OSError, ValueError, ArithmeticError, RuntimeError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") or not _on_purpose(error):
+    except Exception as error:
+        is_alone = is_expected(error) and not os.environ.get("HYDRA_FULL_ERROR")
+        if is_alone or not in_sweep:  # what is raised is printed by Hydra
+            log_traceback(error)
+        if not in_sweep:
+            if is_alone:
+                sys.exit(f"{script}: {error}")
             raise
-        sys.exit(f"{script}: {error}")
+        if is_alone:
+            log.error("%s: %s", script, error)
+        else:
+            log.exception("%s failed", script)
+        write_failure(failed.parent, error)
+        if is_distributed():
+            raise
 
 
-def _on_purpose(error: BaseException) -> bool:
-    """Whether it was raised in a file of this project, or by the system for a file that it names."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return True
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    return Path(frame.tb_frame.f_code.co_filename).is_relative_to(ROOT)
+def is_expected(error: BaseException) -> bool:
+    """Whether the user can do something about it: an error of this project, or of the system for a file that it names."""
+    return isinstance(error, ExpectedError) or (isinstance(error, OSError) and error.filename is not None)
+
+
+def write_failure(run_dir: Path, error: Exception) -> None:
+    """Write the traceback into failed.txt of a run folder."""
+    atomic_write(run_dir / FAILED, "".join(traceback.format_exception(error)).encode())
+
+
+def log_traceback(error: Exception) -> None:
+    """Log a traceback to the log file without printing it."""
+    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (error,), (type(error), error, error.__traceback__))
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+
+
+class FailedRunsCallback(Callback):
+    """Ends a Hydra sweep with status 1 where a run has failed, after all of them were tried."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self.start = time.time()
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        found = Path(config.hydra.sweep.dir).rglob(FAILED)
+        failed = sorted(str(path) for path in found if path.stat().st_mtime >= self.start - 1)
+        if failed:  # Hydra would print any other exception of a callback as a warning
+            sys.exit(f"{len(failed)} runs failed. {failed[0]} says why")

@@ -1,4 +1,4 @@
-"""A progress bar that tells how long the whole training still takes; Lightning's own knows the epoch only."""
+"""A progress bar with the time left of the whole training; Lightning's own knows the epoch only."""
 
 import time
 from datetime import timedelta
@@ -8,18 +8,18 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 
-class TimeLeft(TQDMProgressBar):
+class TrainingProgressBar(TQDMProgressBar):
     """Lightning's bar, with the time left of all epochs, validations included, beside the losses."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.started_at, self.started_step = time.monotonic(), trainer.global_step
+        self.start_time, self.start_step = time.monotonic(), trainer.global_step
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         shown = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
-        done = trainer.global_step - getattr(self, "started_step", trainer.global_step)
+        done = trainer.global_step - getattr(self, "start_step", trainer.global_step)
         total = trainer.estimated_stepping_batches if trainer.training else float("inf")
         if done > 0 and total != float("inf"):
-            seconds = (time.monotonic() - self.started_at) / done * (total - trainer.global_step)
+            seconds = (time.monotonic() - self.start_time) / done * (total - trainer.global_step)
             shown["all done in"] = str(timedelta(seconds=round(seconds)))
         return shown

@@ -1,4 +1,4 @@
-"""Which run goes on, and from which checkpoint: `resume=auto`, `resume=<run folder>`, `resume=<checkpoint>`."""
+"""The run and the checkpoint that training goes on from: `resume=auto`, `resume=<run folder>`, `resume=<checkpoint>`."""
 
 import copy
 import logging
@@ -10,28 +10,30 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from roi_quantization.detection.configuration import differences, shorten
+from roi_quantization.detection.errors import ExpectedError, InputError, MissingFileError
 from roi_quantization.detection.runs.checkpoint import load_checkpoint
 from roi_quantization.detection.runs.lock import is_running
+from roi_quantization.detection.runs.renamed_targets import rename_targets
 from roi_quantization.detection.runs.training_checkpoints import FINISHED, periodic_checkpoints
 
 log = logging.getLogger(__name__)
 
 
 def run_folder(new: str, *, _root_: DictConfig) -> str:
-    """The OmegaConf resolver `run_folder`: where a run writes, which is a run that goes on or else `new`.
+    """Return the folder that a run writes to, one that goes on or else `new`: the OmegaConf resolver `run_folder`.
 
-    `resume=auto` is the newest unfinished run of this very configuration beside `new`, `resume=<run folder>` that one. It ends the program,
+    `resume=auto` is the newest unfinished run of this configuration beside `new`, `resume=<run folder>` is that one. Ends the program,
     before anything is written, where that run cannot go on.
     """
     resume = _root_.resume
-    if resume is None or Path(resume).is_file():
+    if resume is None or Path(str(resume)).is_file():
         return new
-    config = _resolved(_root_, new)
+    config = _resolve(_root_, new)
     if resume == "auto":
         return str(next(iter(unfinished_runs(Path(new).parent, config)), new))
     try:
-        check_unfinished(Path(resume), config)
-    except (FileNotFoundError, ValueError) as error:
+        check_unfinished(Path(str(resume)), config)
+    except ExpectedError as error:
         sys.exit(f"train.py: {error}")  # OmegaConf would wrap any other exception
     return str(resume)
 
@@ -40,90 +42,98 @@ OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
 
 def unfinished_runs(folder: Path, config: dict[str, Any]) -> list[Path]:
-    """Run folders in `folder` with a checkpoint to go on from, neither finished nor running, of this configuration; newest first."""
+    """List the run folders in `folder` that have this configuration and a checkpoint and are neither finished nor running, newest first."""
     found = [run for run in folder.glob("*/") if _checkpoints(run) and not (run / FINISHED).is_file() and not is_running(run)]
-    same = [run for run in found if (before := _read_config(run)) is not None and _same(before, config)]
+    same = [run for run in found if (before := _read_config(run)) is not None and _is_same_run(before, config)]
     return sorted(same, key=lambda run: _checkpoints(run)[0].stat().st_mtime, reverse=True)
 
 
-def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Nobody has named the run here, so it must have had the very data as well."""
+def _is_same_run(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the data folder is the same as well: nobody has named this run, so it is recognised by its configuration alone."""
     return not differences(before, now) and before["data"]["root"] == now["data"]["root"]
 
 
 def check_unfinished(run: Path, config: dict[str, Any]) -> None:
-    """Raises FileNotFoundError or ValueError where `run` is no run folder, is finished, or has another configuration than `config`."""
+    """Check that `run` can go on with `config`.
+
+    Raises:
+        MissingFileError: there is no such folder.
+        InputError: the run is finished, is running, or has another configuration; or it is no run folder.
+    """
     if not run.is_dir():
-        raise FileNotFoundError(f"resume={run}: there is no such run folder or checkpoint; resume=auto looks for the newest unfinished run")
+        raise MissingFileError(f"resume={run}: there is no such run folder or checkpoint. resume=auto finds the newest unfinished run")
     if is_running(run):
-        raise ValueError(f"resume={run}: another process is at work there")
+        raise InputError(f"resume={run}: another process is running there. Wait for it, or stop it")
     if (run / FINISHED).is_file():
-        raise ValueError(f"resume={run}: this run is finished. To train on, take resume={run}/last.ckpt and a larger trainer.max_epochs")
+        raise InputError(f"resume={run}: this run is finished. To train on, set resume={run}/last.ckpt and a larger trainer.max_epochs")
     before = _read_config(run)
     if before is None:
-        raise ValueError(f"resume={run}: there is no readable config.yaml, so this is no run folder of train.py")
+        raise InputError(f"resume={run}: it has no readable config.yaml, so it is no run folder of train.py")
     if differ := differences(before, config):
-        raise ValueError(
-            f"resume={run}: that run had another configuration: {shorten(differ)}. Repeat its command ({run}/config.yaml says which), "
-            "or start a new run from there with resume=<checkpoint>"
+        raise InputError(
+            f"resume={run}: that run has another configuration: {shorten(differ)}. Repeat its command (see {run}/config.yaml), or start a "
+            "new run from there with resume=<checkpoint>"
         )
 
 
-def check_no_other(run: Path, config: dict[str, Any]) -> None:
-    """Raises ValueError where `run` holds a run of another configuration than `config`, finished or with checkpoints to go on from."""
+def check_replaceable(run: Path, config: dict[str, Any]) -> None:
+    """Check that `resume=auto` in the folder `run` would not overwrite another run.
+
+    Raises:
+        InputError: it contains a run of another configuration that is finished or has checkpoints.
+    """
     before, finished = _read_config(run), (run / FINISHED).is_file()
     if (finished or _checkpoints(run)) and before is not None and (differ := differences(before, config)):
-        to_go_on = f"take resume={run}/last.ckpt and another folder" if finished else f"repeat its command ({run}/config.yaml says which)"
-        raise ValueError(
-            f"resume=auto: {run} holds {'a finished' if finished else 'an unfinished'} run of another configuration: {shorten(differ)}. To "
-            f"go on from it {to_go_on}; to begin anew choose another folder, or remove that run"
+        to_go_on = f"set resume={run}/last.ckpt and another folder" if finished else f"repeat its command (see {run}/config.yaml)"
+        raise InputError(
+            f"resume=auto: {run} contains {'a finished' if finished else 'an unfinished'} run of another configuration: {shorten(differ)}. "
+            f"To go on from it {to_go_on}. To start anew choose another folder, or remove that run"
         )
 
 
 def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
-    """The checkpoint that training goes on from, and says so in the log; None: it begins.
+    """Return the checkpoint that training goes on from, and log it; None where training starts anew.
 
     Raises:
-        FileNotFoundError: `cfg.resume` is neither `auto`, a run folder, nor a checkpoint.
-        ValueError: it names a run or a checkpoint from which nothing can go on; or `auto` would begin anew in the folder of another run,
-            which would be lost.
+        MissingFileError: `cfg.resume` is neither `auto`, a run folder, nor a checkpoint.
+        InputError: that run or checkpoint cannot go on; or `auto` would overwrite another run in the folder.
     """
     if cfg.resume is None:
         return None
     if cfg.resume == "auto":
-        check_no_other(Path(cfg.run_dir), _resolved(cfg, cfg.run_dir))
-        chosen = _newest_whole(Path(cfg.run_dir), cfg)
+        check_replaceable(Path(cfg.run_dir), _resolve(cfg, cfg.run_dir))
+        chosen = _newest_intact(Path(cfg.run_dir), cfg)
         if chosen is None:
-            log.info("resume=auto: there is no unfinished run of this configuration with a checkpoint. This is a new one: %s", cfg.run_dir)
+            log.info("resume=auto: no unfinished run of this configuration has a checkpoint. Starting a new one: %s", cfg.run_dir)
         return chosen
-    given = Path(cfg.resume)
+    given = Path(str(cfg.resume))
     if given.is_file():
         checkpoint = load_checkpoint(given)
         if "optimizer_states" not in checkpoint:
-            raise ValueError(f"resume={given}: it holds weights alone; last.ckpt and step_*.ckpt hold what training needs to go on")
-        if differ := differences(checkpoint["config"], OmegaConf.to_container(cfg)):
-            log.warning("%s had another configuration: %s. The rates of its optimizer are kept", given, shorten(differ))
+            raise InputError(f"resume={given}: it contains weights only. To go on take a last.ckpt or step_*.ckpt")
+        if differ := differences(rename_targets(checkpoint["config"]), OmegaConf.to_container(cfg)):
+            log.warning("%s has another configuration: %s. The learning rates of its optimizer are kept", given, shorten(differ))
         return given
-    check_unfinished(given, _resolved(cfg, cfg.run_dir))
-    chosen = _newest_whole(given, cfg)
+    check_unfinished(given, _resolve(cfg, cfg.run_dir))
+    chosen = _newest_intact(given, cfg)
     if chosen is None:
-        raise ValueError(
-            f"resume={given}: there is no whole checkpoint. It was killed before step {cfg.checkpoint.every_n_steps} "
-            "(checkpoint.every_n_steps) perhaps; begin anew, without resume"
+        raise InputError(
+            f"resume={given}: there is no intact checkpoint. Was it killed before step {cfg.checkpoint.every_n_steps} "
+            "(checkpoint.every_n_steps)? Start anew, without resume"
         )
     return chosen
 
 
-def _newest_whole(run: Path, cfg: DictConfig) -> Path | None:
-    """The newest checkpoint in `run` that is whole and of this configuration; why others are passed over is said in the log."""
+def _newest_intact(run: Path, cfg: DictConfig) -> Path | None:
+    """Return the newest checkpoint in `run` that is intact and has this configuration; log why others are skipped."""
     for path in _checkpoints(run):
         try:
             checkpoint = load_checkpoint(path)
-        except ValueError as error:
-            log.warning("%s. The checkpoint before it is tried", error)
+        except InputError as error:
+            log.warning("%s. Trying the checkpoint before it", error)
             continue
-        if differ := differences(checkpoint["config"], OmegaConf.to_container(cfg)):
-            log.warning("%s is of another configuration and not used: %s", path, shorten(differ))
+        if differ := differences(rename_targets(checkpoint["config"]), OmegaConf.to_container(cfg)):
+            log.warning("%s has another configuration and is not used: %s", path, shorten(differ))
             continue
         log.info("Goes on from %s: step %d, in epoch %d", path, checkpoint["global_step"], checkpoint["epoch"])
         return path
@@ -131,7 +141,7 @@ def _newest_whole(run: Path, cfg: DictConfig) -> Path | None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """From which a run may go on, newest first. With last.ckpt, written when training is over, only the evaluation is missing."""
+    """List the checkpoints that a run may go on from, newest first. After last.ckpt only the evaluation is missing."""
     return [path for path in (run / "last.ckpt",) if path.is_file()] + periodic_checkpoints(run)
 
 
@@ -140,11 +150,11 @@ def _read_config(run: Path) -> dict[str, Any] | None:
         config = yaml.safe_load((run / "config.yaml").read_bytes())
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-    return config if isinstance(config, dict) else None
+    return rename_targets(config) if isinstance(config, dict) else None
 
 
-def _resolved(cfg: DictConfig, run_dir: str) -> dict[str, Any]:
-    """As config.yaml has it: without Hydra's own part, and with a run folder, which Hydra does not know yet when it asks for one."""
+def _resolve(cfg: DictConfig, run_dir: str) -> dict[str, Any]:
+    """Resolve the configuration as config.yaml has it: without Hydra's part, and with a run folder, which may not be known to Hydra yet."""
     plain = copy.deepcopy(cfg)
     with open_dict(plain):
         plain.pop("hydra", None)

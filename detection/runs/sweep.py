@@ -1,4 +1,4 @@
-"""Many runs in one folder: which are to be run, how far they are, what becomes of those that fail, and the report at the end."""
+"""A sweep: many runs in one folder, of which finished ones are skipped and failed ones repeated, with one progress bar and a report."""
 
 import contextlib
 import csv
@@ -26,38 +26,40 @@ from tqdm import tqdm
 
 from roi_quantization.detection.configuration import differences, shorten
 from roi_quantization.detection.data.module import describe
-from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.origin import add_origin
 from roi_quantization.detection.runs.distributed import is_distributed, is_rank_zero
+from roi_quantization.detection.runs.errors import FAILED, is_expected, write_failure
 from roi_quantization.detection.runs.lock import RunFolderLocked, exclusive_run_folder, is_running
-from roi_quantization.detection.runs.resume import check_no_other
+from roi_quantization.detection.runs.renamed_targets import rename_targets
+from roi_quantization.detection.runs.resume import check_replaceable
 from roi_quantization.detection.runs.training_checkpoints import FINISHED
 
 log = logging.getLogger(__name__)
 
-FAILED = "failed.txt"
-SWEEP = "ROI_SWEEP_PROCESS"  # in the environment of a sweep's processes, its own number: it may be gone before they ask for their parent
+SWEEP = "ROI_SWEEP_PROCESS"  # environment variable: the process id of the sweep, which may end before its workers ask for their parent
 
 
 def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfig) -> dict[str, float]:
-    """`train(cfg)`, unless this very run is finished, or on its way in a job that outlived the command that had queued it.
+    """Call `train(cfg)`, unless this run is finished, or running in a job that has outlived the command that queued it.
 
-    What it prints goes to train.log, and if it fails failed.txt says why.
+    Its output goes to train.log. If it fails, failed.txt says why.
 
     Returns:
         What `train` returns; `cfg.optimized_metric` is NaN where nothing was trained.
+
     Raises:
-        ValueError: the folder holds a finished run of another configuration.
-        Exception: where several processes train together, for the others wait and are ended when one ends with an error.
+        InputError: the folder contains a finished run of another configuration.
+        Exception: where several ranks train together, which wait for each other until one ends with an error.
     """
-    _end_with_parent()
+    _exit_with_sweep()
     run_dir = Path(cfg.run_dir)
-    nothing = {cfg.optimized_metric: math.nan}
+    no_metrics = {cfg.optimized_metric: math.nan}
     if (run_dir / FINISHED).is_file():
-        check_same(run_dir, OmegaConf.to_container(cfg, resolve=True))
-        return nothing
+        check_configuration(run_dir, OmegaConf.to_container(cfg, resolve=True))
+        return no_metrics
     run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -66,7 +68,7 @@ def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfi
             if is_distributed():
                 raise
             log.warning("%s", error)
-            return nothing
+            return no_metrics
         if is_rank_zero():
             (run_dir / FAILED).unlink(missing_ok=True)
         file = stack.enter_context(open(run_dir / "train.log", "a", buffering=1))
@@ -76,19 +78,19 @@ def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfi
             metrics = train(cfg)
         except Exception as error:
             log.exception("This run failed")
-            atomic_write(run_dir / FAILED, traceback.format_exc().encode())
+            write_failure(run_dir, error)
             if is_distributed():
                 raise
-            traceback.clear_frames(error.__traceback__)  # which would hold on to the weights of this run during the next
-            return nothing
+            traceback.clear_frames(error.__traceback__)  # they would keep the weights of this run in memory during the next
+            return no_metrics
         if is_rank_zero():
-            (run_dir / "last.ckpt").unlink(missing_ok=True)  # to go on from; there is nothing left to do, and there may be many runs
+            (run_dir / "last.ckpt").unlink(missing_ok=True)  # nothing goes on from it, and there may be many runs
         return metrics
 
 
 @cache
-def _end_with_parent(every: float = 2.0) -> None:
-    """In a process of joblib's, which would outlive a sweep that is killed and write into its runs: ends when the sweep does."""
+def _exit_with_sweep(every: float = 2.0) -> None:
+    """In a worker of joblib, exit when the sweep does: it would survive a sweep that is killed and write into its runs."""
     if multiprocessing.current_process().name == "MainProcess":
         return
     parent = int(os.environ.get(SWEEP, os.getppid()))
@@ -101,24 +103,28 @@ def _end_with_parent(every: float = 2.0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def check_same(run_dir: Path, config: dict) -> None:
-    """Raises ValueError where the finished run in `run_dir` had another configuration than the resolved `config`."""
-    differ = differences(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")), config)
+def check_configuration(run_dir: Path, config: dict) -> None:
+    """Check that the finished run in `run_dir` has the resolved configuration `config`.
+
+    Raises:
+        InputError: it has another; the message lists the differences.
+    """
+    differ = differences(rename_targets(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))), config)
     if differ:
-        raise ValueError(
-            f"{run_dir} holds a finished run of another configuration: {shorten(differ)}. Runs of one sweep must not be mixed: "
-            "choose another folder with hydra.sweep.dir=runs/<name>, or remove this one"
+        raise InputError(
+            f"{run_dir} contains a finished run of another configuration: {shorten(differ)}. Choose another folder for this sweep with "
+            "hydra.sweep.dir=runs/<name>, or remove that run"
         )
 
 
 def planned_runs(config: DictConfig) -> dict[Path, dict]:
-    """The run folders that a Hydra sweep is going to fill, each with its resolved configuration.
+    """List the run folders that a Hydra sweep is going to fill, each with its resolved configuration.
 
     Args:
-        config: of the sweep, as Hydra's callbacks get it: with `hydra`.
+        config: of the sweep, with `hydra`, as Hydra's callbacks get it.
 
     Raises:
-        ValueError: two runs would fill the same folder: one of them would be taken for the other.
+        InputError: two runs would fill the same folder.
     """
     loader = GlobalHydra.instance().config_loader()
     lines = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()] + list(config.hydra.overrides.task)
@@ -134,9 +140,9 @@ def planned_runs(config: DictConfig) -> dict[Path, dict]:
         run = OmegaConf.to_container(cfg, resolve=True)
         if run_dir in runs:
             differ = shorten(differences(runs[run_dir], run)) or "they are the same"
-            raise ValueError(
-                f"two runs of this sweep have the folder {run_dir}: {differ}. It is named by `arm` and `seed`: name in `arm` what they "
-                "differ in, such as 'arm=${hydra:runtime.choices.roi}_${roi.sampling_ratio}'"
+            raise InputError(
+                f"two runs of this sweep have the folder {run_dir}: {differ}. It is named by `arm` and `seed`: set `arm` to what differs, "
+                " such as 'arm=${hydra:runtime.choices.roi}_${roi.sampling_ratio}'"
             )
         runs[run_dir] = run
     HydraConfig.instance().set_config(config)
@@ -144,18 +150,18 @@ def planned_runs(config: DictConfig) -> dict[Path, dict]:
 
 
 def sweep_folders(runs: Mapping[Path, dict]) -> list[Path]:
-    """Where the reports go: the folder that all runs are in, or several where its name has in it what is swept, such as the stride."""
+    """List the folders that contain the runs: one, or several where its name contains what is swept, such as the stride."""
     return list(dict.fromkeys(run_dir.parent for run_dir in runs))
 
 
 class SweepCallback(Callback):
-    """Of a Hydra sweep: sees to the data and to what is there already, shows one progress bar for all runs, and writes the report."""
+    """Prepares the data of a Hydra sweep, checks existing runs, shows one progress bar for all runs, and writes the report."""
 
     def __init__(self) -> None:
-        self.progress: Progress | None = None
+        self.progress: SweepProgress | None = None
 
     def __getstate__(self) -> dict:
-        return {"progress": None}  # runs in other processes get a copy of this callback, and have no use for the bar
+        return {"progress": None}  # other processes get a copy of this callback, without the bar
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         try:
@@ -163,10 +169,10 @@ class SweepCallback(Callback):
             finished = [run_dir for run_dir in runs if (run_dir / FINISHED).is_file()]
             for run_dir, run in runs.items():
                 if run_dir in finished:
-                    check_same(run_dir, run)
+                    check_configuration(run_dir, run)
                 elif run.get("resume") == "auto":
-                    check_no_other(run_dir, run)
-            if len(finished) < len(runs):  # what the runs share is made once, by all cores, and a mistake in it is told once
+                    check_replaceable(run_dir, run)
+            if len(finished) < len(runs):  # what the runs share is computed once, on all cores, and its errors are printed once
                 data = instantiate(config.data)
                 data.prepare_data()
                 data.setup()
@@ -174,11 +180,13 @@ class SweepCallback(Callback):
                 described = {name: describe(split) for name, split in splits.items()}
                 for folder in sweep_folders(runs):
                     add_origin(folder, described, [(run["arm"], run["seed"]) for run_dir, run in runs.items() if run_dir.parent == folder])
-        except (OSError, ValueError) as error:
-            sys.exit(f"train.py: {error}")  # Hydra would turn any other exception of a callback into a warning
+        except Exception as error:
+            if not is_expected(error):
+                traceback.print_exc()
+            sys.exit(f"train.py: {error}")  # Hydra would print any other exception of a callback as a warning
         os.environ[SWEEP] = str(os.getpid())
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that joblib ends its processes before it goes
-        self.progress = Progress(runs)
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that joblib ends its workers
+        self.progress = SweepProgress(runs)
         self.progress.start()
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
@@ -189,23 +197,27 @@ class SweepCallback(Callback):
                 print(f"The report: {write_report(folder)}")
             except Exception:
                 traceback.print_exc()
-                sys.exit(f"The runs are there, their report is not; `python -m roi_quantization.detection.report {folder}` tries again")
-        elsewhere = [str(run_dir) for run_dir in runs if not (run_dir / FINISHED).is_file() and is_running(run_dir)]
-        if elsewhere:
-            print(f"{len(elsewhere)} of {len(runs)} runs, such as {elsewhere[0]}, are at work in other processes and not in it yet")
+                sys.exit(
+                    f"The runs are complete, their report failed. Repeat it with: python -m roi_quantization.detection.report {folder}"
+                )
+        running = [str(run_dir) for run_dir in runs if not (run_dir / FINISHED).is_file() and is_running(run_dir)]
+        if running:
+            print(
+                f"{len(running)} of {len(runs)} runs, such as {running[0]}, are still running in other processes and are not in the report"
+            )
         failed = [str(path) for run_dir in runs if (path := run_dir / FAILED).is_file()]
         if failed:
-            sys.exit(f"{len(failed)} of {len(runs)} runs failed; {failed[0]} says why. The same command tries them again")
+            sys.exit(f"{len(failed)} of {len(runs)} runs failed; {failed[0]} says why. The same command repeats them")
 
 
-class Progress:
-    """A bar that counts the runs that are finished or failed in their folders, and those that are on their way by their epochs or steps."""
+class SweepProgress:
+    """A progress bar that counts finished and failed runs, and running ones by their epochs or steps."""
 
     def __init__(self, runs: Mapping[Path, dict], every: float = 2.0):
         self.runs = runs
         self.every = every  # seconds
         for run_dir in runs:
-            (run_dir / FAILED).unlink(missing_ok=True)  # it is going to be tried again
+            (run_dir / FAILED).unlink(missing_ok=True)  # it is repeated
         shown = "{l_bar}{bar}| {n:.1f} of {total} runs, {elapsed}, {remaining} left{postfix}"
         self.bar = tqdm(total=len(runs), initial=self.done(), bar_format=shown)
         self.stopped = threading.Event()
@@ -236,8 +248,11 @@ class Progress:
 
 
 def share_done(run_dir: Path, trainer: Mapping[str, Any]) -> float:
-    """0 to 1. A run on its way counts by the epoch or the step that its metrics.csv has come to, whichever of `trainer`'s limits is nearer;
-    evaluation at the end is taken for a tenth more."""
+    """Return how much of a run is done, 0 to 1.
+
+    A running one counts by the last epoch or step in its metrics.csv, whichever of the limits of `trainer` is nearer. Evaluation counts as
+    a tenth of the training.
+    """
     if any((run_dir / name).is_file() for name in (FINISHED, FAILED)):
         return 1.0
     logged = run_dir / "metrics.csv"
@@ -245,10 +260,10 @@ def share_done(run_dir: Path, trainer: Mapping[str, Any]) -> float:
         return 0.0
     with open(logged, newline="") as file:
         rows = list(csv.DictReader(file))
-    come_to = {"max_epochs": "epoch", "max_steps": "step"}
+    columns = {"max_epochs": "epoch", "max_steps": "step"}
     shares = [
         max((int(row[column]) for row in rows if (row.get(column) or "").isdigit()), default=0) / trainer[limit]
-        for limit, column in come_to.items()
+        for limit, column in columns.items()
         if (trainer.get(limit) or -1) > 0
     ]
     return min(max(shares, default=0.0), 1.0) / 1.1

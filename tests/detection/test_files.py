@@ -19,7 +19,7 @@ UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override"]  # root may write eve
 def test_a_full_disk_leaves_what_was_there(tmp_path, size):
     path = tmp_path / "last.ckpt"
     atomic_write(path, b"before")
-    message = r"last\.ckpt could not be written: File too large\. Nothing .* is lost\. Make room there .* resume=auto"
+    message = r"last\.ckpt could not be written: File too large\. No earlier file is lost\. Make room there .* resume=auto"
     with full_disk(size // 2), pytest.raises(NotWrittenError, match=message) as told:
         atomic_write(path, bytes(size))
     assert told.value.errno == errno.EFBIG

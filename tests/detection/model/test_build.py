@@ -13,7 +13,7 @@ from roi_quantization.detection.runs.cross_evaluation import check_operators
 
 def test_an_operator_that_is_not_there_lists_the_choices():
     assert read_operator("pool").reduce == "max"
-    with pytest.raises(ValueError, match=r"cross: there is no operator polo; choose from align.*pool"):
+    with pytest.raises(ValueError, match=r"cross: there is no operator polo. Choose from align.*pool"):
         check_operators(["pool", "polo"])
 
 

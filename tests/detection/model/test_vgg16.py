@@ -39,7 +39,7 @@ def test_weights_of_batch_norm_fit_both_strides(tmp_path):
 @pytest.mark.parametrize(
     "knobs, message",
     [
-        ({"norm": "batch", "width": 0.25}, r"bn.pth: features.0.weight has shape \[8, 3, 3, 3\], the backbone wants \[16, 3, 3, 3\]"),
+        ({"norm": "batch", "width": 0.25}, r"bn.pth: features.0.weight has shape \[8, 3, 3, 3\], the backbone has \[16, 3, 3, 3\]"),
         ({"norm": "none", "width": 0.125}, r"bn.pth lacks features.2.weight|bn.pth: features.\d+.\w+ has shape"),
     ],
 )

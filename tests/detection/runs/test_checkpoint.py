@@ -30,7 +30,7 @@ def test_missing_truncated_and_foreign_files_are_told_apart(tmp_path):
     whole = path.read_bytes()
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"best.ckpt is no whole checkpoint"):
+        with pytest.raises(ValueError, match=r"best.ckpt is not an intact checkpoint"):
             load_checkpoint(path)
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ValueError, match=r"was not written by train\.py: it has no config, categories"):
@@ -39,7 +39,7 @@ def test_missing_truncated_and_foreign_files_are_told_apart(tmp_path):
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     torch.save({"state_dict": nn.Linear(1, 1)}, tmp_path / "best.ckpt")
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="not an intact checkpoint"):
         load_checkpoint(tmp_path / "best.ckpt")
 
 

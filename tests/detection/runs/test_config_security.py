@@ -95,11 +95,11 @@ def doubled():
         (lambda c, t: c.update(roi=call(t) | {"_target_": ["os.system"]}), "would call"),
         (lambda c, t: c.update(roi="${oc.create:{_target_:os.system}}"), "its configuration has no roi"),
         (lambda c, t: c["head"].update(extractor="${oc.create:{_target_:os.system}}"), r"head\.extractor=\$\{oc\.create"),
-        (lambda c, t: c["head"].update(x="${oc.env:A,${oc.decode:'{_target_: os.system}'}}"), r"expected no interpolation but"),
-        (lambda c, t: c["roi"].update(defaults=[{"override /hydra/job_logging": "x"}]), r"its configuration has roi\.defaults"),
+        (lambda c, t: c["head"].update(x="${oc.env:A,${oc.decode:'{_target_: os.system}'}}"), r"Allowed interpolations are"),
+        (lambda c, t: c["roi"].update(defaults=[{"override /hydra/job_logging": "x"}]), r"its configuration contains roi\.defaults"),
         (lambda c, t: c["roi"].update(a=nested(100)), "nested deeper than 50"),
         (lambda c, t: c["roi"].update(a=doubled()), "has more than 10000 settings"),
-        (lambda c, t: c["roi"].update(a=torch.zeros(1)), r"has a Tensor \(roi\.a\); expected plain values"),
+        (lambda c, t: c["roi"].update(a=torch.zeros(1)), r"contains a Tensor \(roi\.a\)\. Expected plain values"),
         (lambda c, t: c.pop("head"), "its configuration has no head"),
     ],
 )
@@ -132,5 +132,5 @@ def test_a_file_in_configs_is_how_a_target_is_trusted(config, tmp_path, monkeypa
     [{"config": []}, {"categories": [{"id": 1}]}, {"categories": "disc"}, {"state_dict": {"a": 1}}, {"state_dict": torch.zeros(1)}],
 )
 def test_other_things_in_the_place_of_a_checkpoints_are_named(tmp_path, more):
-    with pytest.raises(ValueError, match=rf"evil\.ckpt was not written by train\.py: its {next(iter(more))} is something else"):
+    with pytest.raises(ValueError, match=rf"evil\.ckpt was not written by train\.py: its {next(iter(more))} has another type"):
         load_checkpoint(save(tmp_path / "evil.ckpt", {}, **more))

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from roi_quantization.detection.runs.sweep import SWEEP as SWEEP_PROCESS
-from roi_quantization.detection.runs.sweep import _end_with_parent, check_same, run_in_sweep, share_done
+from roi_quantization.detection.runs.sweep import _exit_with_sweep, check_configuration, run_in_sweep, share_done
 from tests.configuration import ROOT
 from tests.fake_slurm import install
 from tests.trainings import TINY
@@ -28,7 +28,7 @@ def sweep(folder, *overrides):
 def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_with_another(tmp_path):
     folder = tmp_path / "runs" / "quantization_embedded_stride16"
     align, pool = folder / "align_seed5", folder / "pool_seed5"
-    (pool / "detections.png").mkdir(parents=True)  # so that this run cannot write its results
+    (pool / "results.json").mkdir(parents=True)  # so that this run cannot write its results
 
     first = sweep(tmp_path)
     assert first.returncode == 1 and "1 of 2 runs failed" in first.stderr
@@ -41,7 +41,7 @@ def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_wi
     assert "average precision" in (align / "train.log").read_text() and "average precision" not in first.stdout
     assert (folder / "report" / "report.html").is_file()
 
-    (pool / "detections.png").rmdir()
+    (pool / "results.json").rmdir()
     before = {path: path.stat().st_mtime_ns for path in align.iterdir()}
     second = sweep(tmp_path)
     assert second.returncode == 0, second.stderr
@@ -89,7 +89,7 @@ def test_other_launchers_run_the_same_sweep(tmp_path, launcher):
     if launcher != "basic":
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher: the extra `slurm`")
     folder = tmp_path / "runs" / "quantization_embedded_stride16"
-    (folder / "pool_seed5" / "detections.png").mkdir(parents=True)  # so that this run cannot write its results
+    (folder / "pool_seed5" / "results.json").mkdir(parents=True)  # so that this run cannot write its results
     ended = sweep(tmp_path, f"hydra/launcher={launcher}", "trainer.max_epochs=1", "cross=[]")
     assert ended.returncode == 1 and "1 of 2 runs failed" in ended.stderr, ended.stderr
     assert (folder / "align_seed5" / "metrics.json").is_file()
@@ -126,12 +126,12 @@ def test_a_run_that_another_process_is_at_is_left_alone(tmp_path, caplog):
         result = run_in_sweep(lambda cfg: {"val/AP": 1.0}, config_of(tmp_path))
         process.communicate("\n")
     assert result["val/AP"] != result["val/AP"], "not a number"
-    assert f"another process is at work in {tmp_path}" in caplog.text
+    assert f"another process is running in {tmp_path}" in caplog.text
     assert not (tmp_path / "failed.txt").exists() and not (tmp_path / "train.log").exists()
 
 
 def at_work():
-    _end_with_parent(every=0.05)
+    _exit_with_sweep(every=0.05)
     time.sleep(60)
 
 
@@ -152,9 +152,11 @@ def config_of(folder, **more):
 
 def test_places_may_differ_settings_may_not(tmp_path):
     OmegaConf.save(config_of("/elsewhere", data={"root": "/there", "subset": None}), tmp_path / "config.yaml")
-    check_same(tmp_path, {"run_dir": "here", "optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"root": "/here", "subset": None}})
-    with pytest.raises(ValueError, match=r"data.subset was None and is 5; cross was not there and is \['pool'\]\. Runs of one sweep"):
-        check_same(tmp_path, {"optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"subset": 5}, "cross": ["pool"]})
+    check_configuration(
+        tmp_path, {"run_dir": "here", "optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"root": "/here", "subset": None}}
+    )
+    with pytest.raises(ValueError, match=r"data.subset was None and is 5; cross was not there and is \['pool'\]\. Choose another folder"):
+        check_configuration(tmp_path, {"optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"subset": 5}, "cross": ["pool"]})
 
 
 def test_a_run_that_fails_says_why_and_raises_nothing(tmp_path, capsys):

@@ -1,0 +1,76 @@
+"""The files and the table at the end of a run."""
+
+import csv
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.evaluation.coco import Metrics, format_table, write_metrics, write_results
+from roi_quantization.detection.evaluation.figures import plot_curves, plot_detection_sheet
+from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.model.lightning_module import DetectionModule
+from roi_quantization.detection.runs.errors import log_traceback
+from roi_quantization.detection.runs.training_checkpoints import FINISHED
+
+log = logging.getLogger(__name__)
+
+
+def draw_curves(run_dir: Path, log_every_n_steps: int) -> None:
+    """Draw curves.png from metrics.csv, where losses were logged."""
+    path = run_dir / "metrics.csv"
+    if not path.is_file():
+        log.warning("No curves.png: there is no metrics.csv, which logger=csv writes")
+    elif not _has_losses(path):
+        log.warning("No curves.png: no loss was logged, since the run is shorter than trainer.log_every_n_steps=%d", log_every_n_steps)
+    else:
+        with optional_figure(run_dir / "curves.png"):
+            plot_curves(path, run_dir / "curves.png")
+
+
+def _has_losses(path: Path) -> bool:
+    with open(path, newline="") as file:
+        return any(row.get("train/loss") for row in csv.DictReader(file))
+
+
+@contextmanager
+def optional_figure(path: Path) -> Iterator[None]:
+    """Warn where a figure cannot be drawn: the results of a run do not depend on it."""
+    try:
+        yield
+    except Exception as error:
+        log_traceback(error)
+        log.warning("No %s: %s: %s. The results are complete without it", path.name, type(error).__name__, error)
+
+
+def write_cross(run_dir: Path, cross: dict[str, Metrics]) -> None:
+    """Write cross.json: operator -> metrics of the run's weights with it."""
+    atomic_write(run_dir / "cross.json", json.dumps({name: metrics.as_json() for name, metrics in cross.items()}, indent=2).encode())
+
+
+def report_cross(cross: dict[str, Metrics], run_dir: Path) -> None:
+    """Write cross.json and print it, where weights were evaluated with other operators than their own."""
+    if not cross:
+        return
+    write_cross(run_dir, cross)
+    print("\nThe same weights with other operators:")
+    for name, metrics in cross.items():
+        print(f"  {name:20}" + "  ".join(f"{key} {metrics.stats[key]:5.1f}" for key in ("AP", "AP50", "AP75")))
+
+
+def report(module: DetectionModule, dataset: Any, run_dir: Path, title: str) -> None:
+    """Write results.json, metrics.json and detections.png of the module's last evaluation, and print the table.
+
+    Raises:
+        InputError: nothing was evaluated.
+    """
+    if module.metrics is None:
+        raise InputError(f"{title}: nothing was evaluated, so there are no results. Is there a limit among the settings of trainer?")
+    write_results(run_dir / "results.json", module.results)
+    write_metrics(run_dir / FINISHED, module.metrics)
+    print(f"\n{title}: {module.metrics.coverage}\n{format_table(module.metrics)}\n\nThe run folder: {run_dir}")
+    with optional_figure(run_dir / "detections.png"):
+        plot_detection_sheet(dataset, module.detections, run_dir / "detections.png")

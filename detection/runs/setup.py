@@ -1,0 +1,140 @@
+"""The start of a run: its settings are checked, its folder is created, the random generators are seeded."""
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from roi_quantization.detection.configuration import flatten
+from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.model.lightning_module import LOGGED
+from roi_quantization.detection.runs.distributed import is_rank_zero
+
+MAX_SEED = 2**32 - 1
+
+
+def set_up_run(cfg: DictConfig, groups: Sequence[str] = ()) -> Path:
+    """Check the settings and the machine, write config.yaml, seed the generators, and return the run folder.
+
+    Args:
+        cfg: of the script.
+        groups: those that the script needs beside `roi`, `backbone`, `head`, `data`, `proposals` and `trainer`.
+    """
+    check_groups(cfg, ("roi", "backbone", "head", "data", "proposals", "trainer", *groups))
+    check_seeds(cfg)
+    check_working_folder()
+    check_accelerator(cfg.trainer)
+    check_precision(cfg.trainer)
+    silence_lightning()
+    run_dir = Path(cfg.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if is_rank_zero():
+        atomic_write(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+        if cfg.trainer.get("strategy", "auto") != "auto":
+            os.environ["OMP_NUM_THREADS"] = str(cfg.threads)  # without it Lightning shares the cores among its processes
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    return run_dir
+
+
+def silence_lightning() -> None:
+    """Filter the messages of Lightning that come with every run and that the user can do nothing about."""
+    for module in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"pytorch_lightning.{module}").setLevel(logging.WARNING)
+    known = ("exists and is not empty", "LeafSpec", "does not have many workers", "smaller than the logging interval", "DistributedSampler")
+    known += ("Total length of `list` across ranks is zero",)  # of validation batches where there is no val split
+    known += ("in eval mode at the start of training",)  # frozen blocks
+    known += ("You're resuming from a checkpoint that ended before the epoch ended",)  # DetectionData skips what was seen
+    for message in known:
+        warnings.filterwarnings("ignore", f".*{message}")
+
+
+def check_groups(cfg: DictConfig, groups: Sequence[str]) -> None:
+    """Check that no group that is necessary was removed (`~data`, `data=null`).
+
+    Raises:
+        InputError: one is missing.
+    """
+    for group in groups:
+        if not cfg.get(group):
+            raise InputError(f"{group}: nothing is chosen. Choose a file of configs/{group} with {group}=<name>")
+
+
+def check_seeds(cfg: DictConfig) -> None:
+    """Check that every seed in the configuration is one that PyTorch and NumPy take.
+
+    Raises:
+        InputError: one is not; the message names its key.
+    """
+    for key, value in flatten(OmegaConf.to_container(cfg, resolve=True)):
+        name = key.rpartition(".")[2]
+        is_seed = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SEED
+        if (name == "seed" or name.endswith("_seed")) and not is_seed:
+            raise InputError(f"{key}={value}: expected an integer from 0 to {MAX_SEED}")
+
+
+def check_working_folder() -> None:
+    """Check that Hydra has not changed the working folder.
+
+    Raises:
+        InputError: it has, so that relative paths would mean other files than where the command was typed.
+    """
+    if HydraConfig.initialized() and HydraConfig.get().job.chdir:
+        raise InputError("hydra.job.chdir=true: paths are relative to the folder of the command. Remove it; results go to the run folder")
+
+
+def check_accelerator(trainer: DictConfig) -> None:
+    """Check that the CUDA devices that are asked for exist.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if trainer.accelerator not in ("cuda", "gpu") or torch.backends.mps.is_available():
+        return
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1
+    if present < wanted:
+        raise InputError(
+            f"trainer.accelerator={trainer.accelerator} with trainer.devices={trainer.devices} needs a CUDA device, and PyTorch sees "
+            f"{present} here. Choose trainer=cpu, or check the driver and that PyTorch is built for CUDA"
+        )
+
+
+def check_precision(trainer: DictConfig) -> None:
+    """Check that Lightning does not cast whole batches to 16 bits, which would round boxes to whole pixels and worse.
+
+    Raises:
+        InputError: the precision does that.
+    """
+    if str(trainer.get("precision")) in ("bf16-true", "16-true"):
+        raise InputError(
+            f"trainer.precision={trainer.precision} rounds boxes as well: 301.3 pixels are 302 in bfloat16. Choose bf16-mixed or 16-mixed, "
+            "which compute in 16 bits and keep coordinates in 32"
+        )
+
+
+def check_metric(name: str, validates: bool, objects: int = 1) -> str:
+    """Return whether more or less of `optimized_metric` is better: "max" or "min", as `ModelCheckpoint` has it.
+
+    Args:
+        name: of the metric.
+        validates: whether there is a val split.
+        objects: number of objects on the val split.
+
+    Raises:
+        InputError: validations do not have this metric, or it is undefined in all of them.
+    """
+    known = [f"val/{logged}" for logged in LOGGED]
+    if validates and name not in known:
+        raise InputError(f"optimized_metric={name}: the best checkpoint is chosen on the val split, by one of {', '.join(known)}")
+    if validates and "AP" in name and objects == 0:
+        raise InputError(f"optimized_metric={name}: the val split has no objects, so AP chooses no checkpoint. Set val/loss")
+    return "min" if "loss" in name else "max"

@@ -23,6 +23,7 @@ from roi_quantization.detection.alignment.explanation_figure import Photograph, 
 from roi_quantization.detection.alignment.misalignment import Operator, format_summary, is_supported, lattice_rule, summarize
 from roi_quantization.detection.configuration import CONFIGS
 from roi_quantization.detection.data.images import decode
+from roi_quantization.detection.errors import InputError, MissingFileError
 from roi_quantization.detection.model.build import instantiate, read_operator
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 from roi_quantization.detection.model.vgg16 import VGG16
@@ -33,7 +34,7 @@ def explain(cfg: DictConfig) -> list[Explanation]:
     """Print and draw what each of `cfg.operators` does with `cfg.box`."""
     for knob in ("stride", "output_size"):
         if not (isinstance(cfg[knob], int) and cfg[knob] > 0):
-            raise ValueError(f"{knob}={cfg[knob]}: expected a whole number above 0")
+            raise InputError(f"{knob}={cfg[knob]}: expected a whole number above 0")
     operators = load_operators(cfg.operators)
     image = None if cfg.image is None else read_image(cfg.image)
     width, height = cfg.image_size if image is None else (image.shape[2], image.shape[1])
@@ -46,7 +47,7 @@ def explain(cfg: DictConfig) -> list[Explanation]:
     print(f"At stride {e.stride} the map has {e.feature_map_size[1]} x {e.feature_map_size[0]} cells, and the box is {cells}.\n")
     if cfg.bin is not None:
         if not OmegaConf.is_list(cfg.bin) or len(cfg.bin) != 2:
-            raise ValueError(f"bin={cfg.bin}: expected [row,column], each from 0 to {cfg.output_size - 1}")
+            raise InputError(f"bin={cfg.bin}: expected [row,column], each from 0 to {cfg.output_size - 1}")
         row, column = cfg.bin
         sampling = [one for one in found if lattice_rule(one.operator) is not None] or found
         print("\n\n".join(format_bin(one, row, column) for one in sampling))
@@ -84,25 +85,25 @@ def load_operators(names: str | Sequence[str]) -> dict[str, Operator]:
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
-        raise ValueError("operators=[]: name at least one of configs/roi, such as operators=[pool,align]")
+        raise InputError("operators=[]: name at least one of configs/roi, such as operators=[pool,align]")
     try:
         operators = {name: instantiate(read_operator(name)) for name in names}
     except ValueError as error:
-        raise ValueError(f"operators={names}: {error}") from error
+        raise InputError(f"operators={names}: {error}") from error
     for name, operator in operators.items():
         if not is_supported(operator):
-            raise ValueError(f"operators={names}: where {name} samples is not known. Name only operators of configs/roi.")
+            raise InputError(f"operators={names}: where {name} samples is not known. Name only operators of configs/roi.")
     return operators
 
 
 def read_image(path: str) -> Tensor:
     """Read a picture as uint8 RGB `[3, H, W]`."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"image={path}: no such file")
+        raise MissingFileError(f"image={path}: no such file")
     try:
         return decode(path)
     except ValueError as error:
-        raise ValueError(f"image={path} does not decode: {error}") from error
+        raise InputError(f"image={path} does not decode: {error}") from error
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from roi_quantization.detection.configuration import CONFIGS
 from roi_quantization.detection.data.proposals.recall import format_recall, recall_table
+from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.runs.errors import handle_errors
 
@@ -23,14 +24,14 @@ def print_recall(cfg: DictConfig) -> list[dict]:
         The rows of the table, see `recall_table`.
     """
     if cfg.split not in ("train", "val", "test"):
-        raise ValueError(f"split={cfg.split}: expected train, val or test")
+        raise InputError(f"split={cfg.split}: expected train, val or test")
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup({"train": "fit", "val": "validate", "test": "test"}[cfg.split])
     dataset = getattr(data, cfg.split)
     if dataset is None:
         present = ", ".join(name for name in ("train", "val", "test") if cfg.data[name] is not None)
-        raise ValueError(f"split={cfg.split}: this data set has no such split. Choose split= one of {present}, or set data.{cfg.split}.")
+        raise InputError(f"split={cfg.split}: this data set has no such split. Choose split= one of {present}, or set data.{cfg.split}.")
     windows = 0
 
     def images():

@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from roi_quantization.detection.alignment.explanation import Explanation, describe, sample_positions
 from roi_quantization.detection.alignment.explanation_figure import BIN, KEPT, WIDTH, add_rectangle, draw_cell_grid, paper_name, save_png
 from roi_quantization.detection.alignment.misalignment import lattice_rule
+from roi_quantization.detection.errors import InputError
 
 TAP = "#D55E00"
 
@@ -37,7 +38,7 @@ def samples_of(e: Explanation, row: int, column: int) -> list[Sample]:
         ValueError: there is no such bin, or it has no samples.
     """
     if not (0 <= row < e.bins and 0 <= column < e.bins):
-        raise ValueError(f"bin=[{row}, {column}]: expected [row,column], each from 0 to {e.bins - 1}")
+        raise InputError(f"bin=[{row}, {column}]: expected [row,column], each from 0 to {e.bins - 1}")
     height, width = e.feature_map_size
     samples = [
         Sample(x, y, [(i, j, v * h) for (j, v), (i, h) in product(_weights(y, height), _weights(x, width))])
@@ -45,7 +46,7 @@ def samples_of(e: Explanation, row: int, column: int) -> list[Sample]:
     ]
     if not samples:
         reason = "the operator integrates" if lattice_rule(e.operator) is None else "the bin lies off the map"
-        raise ValueError(f"bin=[{row}, {column}]: {e.name} has no samples there, {reason}")
+        raise InputError(f"bin=[{row}, {column}]: {e.name} has no samples there, {reason}")
     return samples
 
 

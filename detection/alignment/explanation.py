@@ -19,6 +19,7 @@ from roi_quantization.detection.alignment.misalignment import (
     misalignment,
     sampled_region,
 )
+from roi_quantization.detection.errors import InputError
 from roi_quantization.ops.geometry import IntegralRule
 
 Rectangle = tuple[float, float, float, float]
@@ -78,12 +79,12 @@ def explain(name: str, operator: Operator, box: Sequence[float], image_size: Seq
         ValueError: the box has no area or reaches out of the image.
     """
     if len(box) != 4:
-        raise ValueError(f"box={list(box)}: expected [x1,y1,x2,y2], two corners in pixels")
+        raise InputError(f"box={list(box)}: expected [x1,y1,x2,y2], two corners in pixels")
     x1, y1, x2, y2 = box
     if not (x1 < x2 and y1 < y2):
-        raise ValueError(f"box={list(box)}: expected [x1,y1,x2,y2] with x1 < x2 and y1 < y2, two corners in pixels")
+        raise InputError(f"box={list(box)}: expected [x1,y1,x2,y2] with x1 < x2 and y1 < y2, two corners in pixels")
     if x1 < 0 or y1 < 0 or x2 > image_size[1] or y2 > image_size[0]:
-        raise ValueError(f"box={list(box)} reaches out of the image, which is {image_size[1]} wide and {image_size[0]} high")
+        raise InputError(f"box={list(box)} reaches out of the image, which is {image_size[1]} wide and {image_size[0]} high")
     boxes = torch.tensor([list(box)], dtype=torch.float32)
     region = sampled_region(operator, boxes, image_size, stride, bins)
     return Explanation(

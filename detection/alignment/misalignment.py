@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from roi_quantization import ops
+from roi_quantization.detection.errors import InputError
 from roi_quantization.ops.geometry import IntegralRule, LatticeRule
 
 Operator = Callable[..., Tensor]
@@ -135,7 +136,7 @@ def misalignment(operator: Operator, boxes: Tensor, image_size: Sequence[int], s
     empty = ~((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
     if empty.any():
         k = int(empty.nonzero()[0])
-        raise ValueError(f"Box {k} is {boxes[k].tolist()}: expected x1 < x2 and y1 < y2. A box without area has no misalignment.")
+        raise InputError(f"Box {k} is {boxes[k].tolist()}: expected x1 < x2 and y1 < y2. A box without area has no misalignment.")
     region = sampled_region(operator, boxes, image_size, stride, output_size)
     boxes, extent = boxes.detach().double(), region.extent
     area, common, region_area = box_areas(boxes, extent)

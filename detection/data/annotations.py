@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 
 from roi_quantization.detection.data.garbage_collection import without_garbage_collection
 from roi_quantization.detection.data.images import check_size
+from roi_quantization.detection.errors import InputError, MissingFileError
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +50,12 @@ def read_instances(path: Path | str) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there.\n{LAYOUT}")
+        raise MissingFileError(f"{path} is not there.\n{LAYOUT}")
     try:
         with without_garbage_collection():
             instances = json.loads(path.read_text("utf-8-sig"), object_hook=_without_segmentation)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a json file, or is truncated: {error}") from error
+        raise InputError(f"{path} is not a json file, or is truncated: {error}") from error
 
     instances = _check_keys(path, instances)
     _check_ids(path, instances)
@@ -122,7 +123,7 @@ def choose_part(ids: Sequence[int], low: float, high: float, seed: int = 0) -> l
     that meet leave none out. The order depends on the ids and on `seed` only.
     """
     if not 0 <= low < high <= 1:
-        raise ValueError(f"part=[{low}, {high}]: expected two shares of the images, 0 <= low < high <= 1.")
+        raise InputError(f"part=[{low}, {high}]: expected two shares of the images, 0 <= low < high <= 1.")
     shuffled = np.random.RandomState(seed).permutation(sorted(ids))
     return sorted(shuffled[round(low * len(shuffled)) : round(high * len(shuffled))].tolist())
 
@@ -136,17 +137,17 @@ def choose_ids(
     """
     available = sorted(available)
     if subset is not None and ids is not None:
-        raise ValueError("subset (how many images) and ids (which images) exclude each other: set one to null.")
+        raise InputError("subset (how many images) and ids (which images) exclude each other: set one to null.")
     if subset is not None:
         if not 0 < subset <= len(available):
-            raise ValueError(f"subset={subset} of {len(available)} images: choose between 1 and {len(available)}. {PER_SPLIT_HINT}")
+            raise InputError(f"subset={subset} of {len(available)} images: choose between 1 and {len(available)}. {PER_SPLIT_HINT}")
         # numpy keeps the stream of RandomState fixed (NEP 19), so the subset is the same with every version
         return sorted(np.random.RandomState(seed).permutation(available)[:subset].tolist())
     if ids is not None:
         wanted = _read_ids(ids) if isinstance(ids, Path | str) else [int(image_id) for image_id in ids]
         unknown = sorted(set(wanted) - set(available))
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"ids: {len(unknown)} of {len(wanted)} image ids are not in the annotations; the first is {unknown[0]}. {PER_SPLIT_HINT}"
             )
         return sorted(set(wanted))
@@ -157,20 +158,20 @@ def _read_ids(path: Path | str) -> list[int]:
     try:
         return [int(word) for word in Path(path).read_text().split()]
     except ValueError as error:
-        raise ValueError(f"{path}: expected image ids, one per line: {error}") from error
+        raise InputError(f"{path}: expected image ids, one per line: {error}") from error
 
 
 def _check_keys(path: Path, instances: object) -> dict:
     if not isinstance(instances, dict):
-        raise ValueError(f"{path} holds a {type(instances).__name__}; an instances json holds an object with {', '.join(REQUIRED)}.")
+        raise InputError(f"{path} holds a {type(instances).__name__}; an instances json holds an object with {', '.join(REQUIRED)}.")
     for section, keys in REQUIRED.items():
         if not isinstance(instances.get(section), list):
             found = ", ".join(instances) or "nothing"
-            raise ValueError(f"{path} has no list {section!r}; an instances json has {', '.join(REQUIRED)} (this file: {found}).")
+            raise InputError(f"{path} has no list {section!r}; an instances json has {', '.join(REQUIRED)} (this file: {found}).")
         for number, entry in enumerate(instances[section]):
             missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if missing:
-                raise ValueError(f"{path}: {section}[{number}] has no {missing[0]!r}; each needs {', '.join(keys)}.")
+                raise InputError(f"{path}: {section}[{number}] has no {missing[0]!r}; each needs {', '.join(keys)}.")
     return {section: instances[section] for section in REQUIRED}
 
 
@@ -180,7 +181,7 @@ def _check_ids(path: Path, instances: dict) -> None:
         for entry in instances[section]:
             if type(entry[key]) is not int or abs(entry[key]) >= 2**63:
                 kind = "ids" if key == "id" else f"{key}s"
-                raise ValueError(f"{path}: the {kind} of {section} must be integers, but one is {_abbreviate(entry[key])}.")
+                raise InputError(f"{path}: the {kind} of {section} must be integers, but one is {_abbreviate(entry[key])}.")
     images, categories = ({entry["id"] for entry in instances[section]} for section in ("images", "categories"))
     for section, ids in (("images", images), ("categories", categories)):
         if len(ids) != len(instances[section]):
@@ -188,17 +189,17 @@ def _check_ids(path: Path, instances: dict) -> None:
             names = [
                 _abbreviate(entry["file_name" if section == "images" else "name"]) for entry in instances[section] if entry["id"] == twice
             ]
-            raise ValueError(
+            raise InputError(
                 f"{path}: {count} {section} have the id {twice} ({', '.join(names[:3])}); give each of the {len(instances[section])} "
                 f"{section} an id of its own ({len(ids)} are used)."
             )
     for category in instances["categories"]:
         if not isinstance(category["name"], str):
-            raise ValueError(f"{path}: category {category['id']} has the name {_abbreviate(category['name'])}; expected a string.")
+            raise InputError(f"{path}: category {category['id']} has the name {_abbreviate(category['name'])}; expected a string.")
     for key, known in (("image_id", images), ("category_id", categories)):
         lost = [annotation[key] for annotation in annotations if annotation[key] not in known]
         if lost:
-            raise ValueError(f"{path}: {len(lost)} of {len(annotations)} annotations have an unknown {key}; the first is {lost[0]}.")
+            raise InputError(f"{path}: {len(lost)} of {len(annotations)} annotations have an unknown {key}; the first is {lost[0]}.")
 
 
 def _check_image(path: Path, image: dict) -> None:
@@ -206,7 +207,7 @@ def _check_image(path: Path, image: dict) -> None:
     name = image["file_name"]
     parts = PurePath(name).parts if isinstance(name, str) and "\0" not in name else ()
     if not parts or ".." in parts or PurePath(name).is_absolute():
-        raise ValueError(
+        raise InputError(
             f"{path}: image {image['id']} has file_name {_abbreviate(name)}; expected a name in the folder of images. Link images that lie "
             "elsewhere into that folder."
         )
@@ -215,11 +216,11 @@ def _check_image(path: Path, image: dict) -> None:
             image[side] = int(image[side])
     width, height = image["width"], image["height"]
     if not all(type(side) is int and side > 0 for side in (width, height)):
-        raise ValueError(f"{path}: image {image['id']} has size {_abbreviate(width)} x {_abbreviate(height)}; expected whole pixels.")
+        raise InputError(f"{path}: image {image['id']} has size {_abbreviate(width)} x {_abbreviate(height)}; expected whole pixels.")
     try:
         check_size(width, height)
     except ValueError as error:
-        raise ValueError(f"{path}: image {image['id']} ({name}): {error}.") from error
+        raise InputError(f"{path}: image {image['id']} ({name}): {error}.") from error
 
 
 def _check_annotation(path: Path, number: int, annotation: dict) -> None:
@@ -235,7 +236,7 @@ def _check_annotation(path: Path, number: int, annotation: dict) -> None:
         wrong = f"id {_abbreviate(annotation['id'])}; expected an integer"
     if wrong:
         name = f"annotation {annotation['id']}" if type(annotation.get("id")) is int else f"annotations[{number}]"
-        raise ValueError(f"{path}: {name} of image {annotation['image_id']} has {wrong}.")
+        raise InputError(f"{path}: {name} of image {annotation['image_id']} has {wrong}.")
 
 
 def _is_finite(value: Any) -> bool:
@@ -267,7 +268,7 @@ def _fill_in(path: Path, annotations: list[dict]) -> None:
             annotation["id"] = number
     elif len(ids) != len(annotations):
         twice, count = Counter(annotation["id"] for annotation in annotations).most_common(1)[0]
-        raise ValueError(
+        raise InputError(
             f"{path}: {count} annotations have the id {twice}; give each of the {len(annotations)} an id of its own ({len(ids)} are used)."
         )
     for annotation in annotations:

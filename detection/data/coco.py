@@ -18,6 +18,7 @@ from roi_quantization.detection.data.annotations import LAYOUT, as_coco, choose_
 from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
 from roi_quantization.detection.data.transforms import seeded_rng
+from roi_quantization.detection.errors import InputError, MissingFileError
 
 
 class CocoDetection(Dataset):
@@ -65,11 +66,11 @@ class CocoDetection(Dataset):
     ):
         folder = Path(images)
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder of images.\n{LAYOUT}")
+            raise MissingFileError(f"{folder} is not a folder of images.\n{LAYOUT}")
         instances = read_instances(annotations)
         self.image_ids = choose_images(instances, part, keep_empty, subset, ids, subset_seed)
         if not self.image_ids:
-            raise ValueError(f"{annotations} has no images to use.")
+            raise InputError(f"{annotations} has no images to use.")
 
         instances = restrict(instances, self.image_ids)
         self._annotations = annotations
@@ -180,7 +181,7 @@ def _check_files(records: list[ImageRecord], folder: Path) -> None:
     present = {parent: set(os.listdir(parent)) for parent in folders if parent.is_dir()}
     missing = [record for record in records if record.path.name not in present.get(record.path.parent, ())]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{len(missing)} of the {len(records)} images of the annotations are not in {folder}; the first is "
             f"{missing[0].path.relative_to(folder)} (image {missing[0].id}). Is the archive unpacked as a whole, and do images and "
             "annotations belong together?"

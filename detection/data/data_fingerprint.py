@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.module import DetectionData
+from roi_quantization.detection.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class DataFingerprint(pl.Callback):
             return
         message = f"the data are not those that this run began with: {'; '.join(differences)}"
         if self.required:
-            raise ValueError(f"{message}. Put the old data back, or set checkpoint.same_data=false to resume with the new data.")
+            raise InputError(f"{message}. Put the old data back, or set checkpoint.same_data=false to resume with the new data.")
         log.warning("checkpoint.same_data=false: %s", message)
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from roi_quantization.detection.data.images import ImageRecord, decode, read_image
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
+from roi_quantization.detection.errors import MissingFileError
 
 
 def find_images(path: Path | str) -> list[Path]:
@@ -18,13 +19,13 @@ def find_images(path: Path | str) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         if not path.is_file():
-            raise FileNotFoundError(f"image={path}: there is no such picture or folder")
+            raise MissingFileError(f"image={path}: there is no such picture or folder")
         return [path]
     Image.init()
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
     if not found:
-        raise FileNotFoundError(f"image={path}: there are no pictures in this folder (.jpg, .png, ...)")
+        raise MissingFileError(f"image={path}: there are no pictures in this folder (.jpg, .png, ...)")
     return found
 
 

@@ -9,6 +9,8 @@ import torch
 from PIL import ExifTags, Image
 from torchvision.transforms.v2 import functional as F
 
+from roi_quantization.detection.errors import InputError, MissingFileError
+
 log = logging.getLogger(__name__)
 
 Image.init()
@@ -69,14 +71,14 @@ def read_image(record: ImageRecord, has_boxes: bool = False) -> torch.Tensor:
     try:
         image, orientation = _decode(record.path)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"Image {record.id} is not at {record.path}; the annotations list it.") from error
+        raise MissingFileError(f"Image {record.id} is not at {record.path}; the annotations list it.") from error
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{record.path} (image {record.id}) does not decode: {error}. Fetch the file again, or leave it out of the annotations."
         ) from error
     height, width = image.shape[1:]
     if (width, height) != (record.width, record.height):
-        raise ValueError(
+        raise InputError(
             f"{record.path} (image {record.id}) is {width} x {height}, its annotations say {record.width} x {record.height}: "
             "they were made for another version of the image (resized, or not turned as its EXIF orientation says)."
         )
@@ -93,7 +95,7 @@ def check_size(width: int, height: int) -> None:
     """
     most = Image.MAX_IMAGE_PIXELS or float("inf")
     if width * height > most or max(width, height) > LONGEST_SIDE:
-        raise ValueError(
+        raise InputError(
             f"{width} x {height} is too large to be a photograph: at most {most} pixels and sides of {LONGEST_SIDE} are read; shrink it"
         )
 
@@ -102,7 +104,7 @@ def _decode(path: Path) -> tuple[torch.Tensor, int]:
     """Return the upright image and the EXIF orientation that was applied."""
     try:
         if not path.is_file() and path.exists():  # reading a pipe or a device might never end
-            raise ValueError("it is no regular file")
+            raise InputError("it is no regular file")
         with Image.open(path, formats=FORMATS) as file:
             check_size(*file.size)
             layout = str(file.tile[0][3]) if file.tile else ""  # Pillow's name of the samples in the file
@@ -116,12 +118,12 @@ def _decode(path: Path) -> tuple[torch.Tensor, int]:
             pixels = F.pil_to_tensor(image.convert("RGB"))
             # Pillow keeps the upper 8 bits of a 16-bit colour: too few where a camera of 14 bits or less uses the lower ones
             if ";16" in layout and file.mode in ("RGB", "RGBA") and 0 < pixels.max() < 64:
-                raise ValueError("its colours have 16 bits and use 14 or fewer, of which Pillow drops 8; convert it to 8 bits a channel")
+                raise InputError("its colours have 16 bits and use 14 or fewer, of which Pillow drops 8; convert it to 8 bits a channel")
             return pixels, orientation
     except FileNotFoundError:
         raise
     except Exception as error:  # what Pillow raises depends on the format and on where a file is damaged
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise InputError(str(error) or type(error).__name__) from error
 
 
 def _orientation(file: Image.Image) -> int:
@@ -159,7 +161,7 @@ def _to_uint8(values: np.ndarray, path: Path, maximum: int | None = None) -> np.
     values = values.astype(values.dtype.newbyteorder("="))
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("some of its pixels are NaN or infinite")
+        raise InputError("some of its pixels are NaN or infinite")
     if maximum is not None:
         white = maximum
     elif low < 0:

@@ -19,6 +19,7 @@ from roi_quantization.detection.data.coco import CocoDetection, collate
 from roi_quantization.detection.data.loading_time import TimedDataLoader
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
 from roi_quantization.detection.data.proposals.recall import recall
+from roi_quantization.detection.errors import InputError, MissingFileError
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class DetectionData(pl.LightningDataModule):
     ):
         super().__init__()
         if root is None:
-            raise ValueError(f"data.root is not set: give the folder of the data set with data.root=<folder>.\n{LAYOUT}")
+            raise InputError(f"data.root is not set: give the folder of the data set with data.root=<folder>.\n{LAYOUT}")
         self.root = Path(root)
         self.paths = {"train": train, "val": val, "test": test}
         self.proposals = proposals if isinstance(proposals, Mapping) else dict.fromkeys(self.paths, proposals)
@@ -136,7 +137,7 @@ class DetectionData(pl.LightningDataModule):
         if self.source is not None:
             self.source(self.root)
         elif not self.root.is_dir():
-            raise FileNotFoundError(f"There is no folder {self.root}.\n{LAYOUT}")
+            raise MissingFileError(f"There is no folder {self.root}.\n{LAYOUT}")
 
     def setup(self, stage: str | None = None) -> None:
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",), None: ("train", "val", "test")}[
@@ -154,10 +155,10 @@ class DetectionData(pl.LightningDataModule):
         try:
             dataset = CocoDetection(**paths, proposals=self.proposals[split], **options, subset_seed=self.subset_seed)
         except ValueError as error:
-            raise ValueError(f"the {split} split: {error}") from error
+            raise InputError(f"the {split} split: {error}") from error
         for other in (self.train, self.val, self.test):
             if other is not None and other.categories != dataset.categories:
-                raise ValueError(f"{paths['annotations']} has other categories than the other splits of {self.root}.")
+                raise InputError(f"{paths['annotations']} has other categories than the other splits of {self.root}.")
         log.info("%s: %s", split, describe(dataset))
         return dataset
 
@@ -167,7 +168,7 @@ class DetectionData(pl.LightningDataModule):
         if dataset.num_objects == 0:
             text = f"the {split} split has no objects in {len(dataset)} images; crowd regions (iscrowd, VOC's difficult) are not objects"
             if split == "train":
-                raise ValueError(f"{text}. There is nothing to learn: annotate objects, or choose other images with data.train")
+                raise InputError(f"{text}. There is nothing to learn: annotate objects, or choose other images with data.train")
             log.warning("%s. Its AP is undefined.", text)
         others = {name for name in ("train", "val", "test") if getattr(self, name) is not None} - {split}
         pairs = [{"train", split}] if "train" in others else [{"train", name} for name in sorted(others)] if split == "train" else []
@@ -187,7 +188,7 @@ class DetectionData(pl.LightningDataModule):
         world_size, rank = self._world_size_and_rank()
         if len(self.train) < self.batch_size * world_size:
             wanted = f"a batch of {self.batch_size}" + (f" in each of {world_size} processes" if world_size > 1 else "")
-            raise ValueError(f"{len(self.train)} training images do not fill {wanted}; lower data.batch_size.")
+            raise InputError(f"{len(self.train)} training images do not fill {wanted}; lower data.batch_size.")
         sampler = EpochSampler(self.train, num_replicas=world_size, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
         sampler.resume(self.start["epoch"], skip=self.start["batches"] * self.batch_size)
         return self._loader(self.train, batch_size=self.batch_size, sampler=sampler, drop_last=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from roi_quantization.detection.errors import InputError
+
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1.0  # pixels that a box may end outside its image: conventions differ by one
@@ -37,7 +39,7 @@ def report(findings: Iterable[Finding], source: object) -> None:
     """
     for finding in findings:
         if finding.is_fatal:
-            raise ValueError(f"{source}: {finding.text}")
+            raise InputError(f"{source}: {finding.text}")
         log.warning("%s: %s", source, finding.text)
 
 

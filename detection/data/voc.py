@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from roi_quantization.detection.data.images import decode
+from roi_quantization.detection.errors import InputError, MissingFileError
 from roi_quantization.detection.files import atomic_write
 
 SPLITS = ("train", "val", "trainval", "test")  # of ImageSets/Main; its other lists are of single classes
@@ -35,11 +36,11 @@ def convert(root: Path | str, out: Path | str, copy: bool = False) -> dict[str, 
     root, out = Path(root), Path(out)
     for folder in ("Annotations", "JPEGImages"):
         if not (root / folder).is_dir():
-            raise FileNotFoundError(f"{root / folder} is not there: expected VOC's layout, JPEGImages/ and Annotations/, in {root}")
+            raise MissingFileError(f"{root / folder} is not there: expected VOC's layout, JPEGImages/ and Annotations/, in {root}")
     files = {path.stem: path.name for path in (root / "JPEGImages").iterdir()}
     xmls = sorted((root / "Annotations").glob("*.xml"))
     if not xmls:
-        raise FileNotFoundError(f"{root / 'Annotations'} has no .xml files")
+        raise MissingFileError(f"{root / 'Annotations'} has no .xml files")
     read = {xml.stem: read_xml(xml, root / "JPEGImages", files) for xml in tqdm(xmls, desc="reading", unit="image")}
 
     names = sorted({annotation["name"] for _, annotations in read.values() for annotation in annotations})
@@ -76,7 +77,7 @@ def splits(root: Path, everything: list[str]) -> dict[str, list[str]]:
     for split, stems in found.items():
         missing = sorted(set(stems) - set(everything))
         if missing:
-            raise ValueError(f"{lists[split]} names {len(missing)} images without annotations; expected Annotations/{missing[0]}.xml")
+            raise InputError(f"{lists[split]} names {len(missing)} images without annotations; expected Annotations/{missing[0]}.xml")
     return found or {"all": everything}
 
 
@@ -85,19 +86,19 @@ def read_xml(path: Path, folder: Path, files: dict[str, str]) -> tuple[dict, lis
     try:
         tree = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
-        raise ValueError(f"{path} is no whole XML file: {error}") from error
+        raise InputError(f"{path} is no whole XML file: {error}") from error
     if path.stem not in files:
-        raise FileNotFoundError(f"{path} is of an image that is not there: expected {folder / path.stem}.jpg")
+        raise MissingFileError(f"{path} is of an image that is not there: expected {folder / path.stem}.jpg")
     name = files[path.stem]
     try:
         width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: expected width and height of the image in whole pixels: {error}") from error
+        raise InputError(f"{path}: expected width and height of the image in whole pixels: {error}") from error
     if not (width > 0 and height > 0):  # some tools leave it out
         try:
             height, width = decode(folder / name).shape[1:]
         except ValueError as error:
-            raise ValueError(f"{folder / name} does not decode: {error}") from error
+            raise InputError(f"{folder / name} does not decode: {error}") from error
     return {"file_name": name, "width": width, "height": height}, [read_object(path, entry) for entry in tree.iter("object")]
 
 
@@ -106,9 +107,9 @@ def read_object(path: Path, entry: ElementTree.Element) -> dict:
     try:  # some boxes of VOC 2011 and later have fractions
         x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax"))
     except (TypeError, ValueError):
-        raise ValueError(f"{path}: an object ({name or 'unnamed'}) has no bndbox with four numbers xmin, ymin, xmax, ymax") from None
+        raise InputError(f"{path}: an object ({name or 'unnamed'}) has no bndbox with four numbers xmin, ymin, xmax, ymax") from None
     if not name or not (-math.inf < x1 <= x2 < math.inf and -math.inf < y1 <= y2 < math.inf):
-        raise ValueError(
+        raise InputError(
             f"{path}: an object has name {name!r} and box {x1:g}, {y1:g}, {x2:g}, {y2:g}; expected a name, xmin <= xmax and ymin <= ymax"
         )
     difficult = int((entry.findtext("difficult") or "0").strip() == "1")
@@ -123,7 +124,7 @@ def place_images(source: Path, target: Path, copy: bool) -> None:
     elif not target.exists():
         target.symlink_to(source.resolve(), target_is_directory=True)
     elif target.resolve() != source.resolve():
-        raise ValueError(f"{target} is there already and is not {source}: write to another folder, or remove it")
+        raise InputError(f"{target} is there already and is not {source}: write to another folder, or remove it")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

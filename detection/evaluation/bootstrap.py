@@ -14,6 +14,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from scipy import stats
 
+from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.matching import IOU50, IOU75, match
 from roi_quantization.detection.evaluation.statistics import Combination, Estimate
 
@@ -106,10 +107,10 @@ def bootstrap_over_images(
     used = sorted({arm for combination in combinations.values() for arm in combination})
     missing = [arm for arm in used if not runs.get(arm)]
     if missing:
-        raise ValueError(f"no finished run of {', '.join(missing)}; there are runs of {', '.join(sorted(runs)) or 'no arm'}")
+        raise InputError(f"no finished run of {', '.join(missing)}; there are runs of {', '.join(sorted(runs)) or 'no arm'}")
     image_ids = {matched.image_ids for arm in used for matched in runs[arm]}
     if len(image_ids) != 1:
-        raise ValueError(f"{', '.join(used)} were evaluated on different images, so they cannot be resampled together")
+        raise InputError(f"{', '.join(used)} were evaluated on different images, so they cannot be resampled together")
     images = len(image_ids.pop())
     sums = np.array([[combination.get(arm, 0.0) for arm in used] for combination in combinations.values()])  # [sums, arms]
 

@@ -11,6 +11,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.matching import IOU50, IOU75, Evaluator, SilentCOCOeval, match, percent
 from roi_quantization.detection.files import atomic_write
 
@@ -127,7 +128,7 @@ def to_coco_results(detections: Mapping[int, Mapping[str, Tensor]], label_to_cat
     for image_id in sorted(detections):
         boxes, scores, labels = (detections[image_id][key].detach().cpu() for key in ("boxes", "scores", "labels"))
         if not len(boxes) == len(scores) == len(labels):
-            raise ValueError(f"image {image_id}: {len(boxes)} boxes, {len(scores)} scores and {len(labels)} labels do not go together")
+            raise InputError(f"image {image_id}: {len(boxes)} boxes, {len(scores)} scores and {len(labels)} labels do not go together")
         order = scores.argsort(descending=True, stable=True)
         more = [{}] * len(order)
         if "proposals" in detections[image_id]:
@@ -135,7 +136,7 @@ def to_coco_results(detections: Mapping[int, Mapping[str, Tensor]], label_to_cat
         columns = _xywh(boxes[order]), scores[order].double().tolist(), labels[order].tolist(), more
         for bbox, score, label, rest in zip(*columns, strict=True):
             if label not in label_to_category_id:
-                raise ValueError(f"image {image_id}: label {label} has no category; the data set knows {sorted(label_to_category_id)}")
+                raise InputError(f"image {image_id}: label {label} has no category; the data set knows {sorted(label_to_category_id)}")
             category_id = int(label_to_category_id[label])
             results.append({"image_id": int(image_id), "category_id": category_id, "bbox": bbox, "score": round(score, 6)} | rest)
     return results

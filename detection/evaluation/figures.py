@@ -21,6 +21,7 @@ from torch import Tensor
 
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.images import ImageRecord, read_image
+from roi_quantization.detection.errors import InputError, MissingFileError
 from roi_quantization.detection.evaluation.fonts import plain_text
 from roi_quantization.detection.files import atomic_write
 
@@ -43,7 +44,7 @@ def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike) -> None
     logged = _read_columns(metrics_csv)
     train = next((name for name in ("train/loss", "train/loss_step") if name in logged), None)
     if train is None:
-        raise ValueError(
+        raise InputError(
             f"{metrics_csv} has no values of train/loss, only of {sorted(logged)}. Is it a CSVLogger's file of a training run?"
         )
 
@@ -100,7 +101,7 @@ def plot_detection_sheet(
         score_threshold: detections of lower score are not drawn.
     """
     if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+        raise InputError(f"count must be at least 1, got {count}")
     records = _spread(dataset.records, count)
     with plain_text(category["name"] for category in dataset.categories):
         _save(_detection_sheet(dataset, detections, records, score_threshold), path)
@@ -179,7 +180,7 @@ def _draw_picture(figure: Figure, pixels: Tensor, found: Mapping[str, Tensor], n
 def _read_columns(metrics_csv: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Read column -> (steps, values). CSVLogger leaves a cell empty where a column was not logged in that row."""
     if not Path(metrics_csv).is_file():
-        raise FileNotFoundError(f"{metrics_csv} does not exist. Expected the metrics.csv of Lightning's CSVLogger.")
+        raise MissingFileError(f"{metrics_csv} does not exist. Expected the metrics.csv of Lightning's CSVLogger.")
     columns: dict[str, list[tuple[float, float]]] = {}
     with open(metrics_csv, newline="") as file:
         for row in csv.DictReader(file):

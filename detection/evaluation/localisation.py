@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from torch import from_numpy
 from torchvision.ops import box_convert, box_iou
 
+from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.matching import IOU50, match
 
 EDGES = ("left", "top", "right", "bottom")
@@ -97,7 +98,7 @@ def localisation(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[
     """
     with_proposal = sum("proposal" in result for result in results)
     if 0 < with_proposal < len(results):
-        raise ValueError(f"{len(results) - with_proposal} of {len(results)} results have no proposal, and the others have one")
+        raise InputError(f"{len(results) - with_proposal} of {len(results)} results have no proposal, and the others have one")
     coco_eval = match(coco_gt, results, image_ids, max_detections, areas={"all": (0.0, 1e10)})
     truths, detections = coco_eval.cocoGt.anns, coco_eval.cocoDt.anns
     pairs, objects = [], 0
@@ -122,7 +123,7 @@ def localisation(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[
 def restrict_to_common(found: Sequence[Localisation]) -> list[Localisation]:
     """Restrict each to the objects that all of them found. They must be of the same images, else ValueError."""
     if len({one.objects for one in found}) > 1:
-        raise ValueError(f"there were {', '.join(str(one.objects) for one in found)} objects to be found: are these of the same images?")
+        raise InputError(f"there were {', '.join(str(one.objects) for one in found)} objects to be found: are these of the same images?")
     everywhere = set.intersection(*(set(one.object_id.tolist()) for one in found)) if found else set()
     return [one.where(np.isin(one.object_id, sorted(everywhere))) for one in found]
 

@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from roi_quantization.detection.data.garbage_collection import without_garbage_collection
+from roi_quantization.detection.errors import InputError, MissingPackageError
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def faster_coco_eval() -> Evaluator:
         from faster_coco_eval import COCOeval_faster
     except ImportError as error:
         wanted = 'coco_eval=faster needs faster-coco-eval. Run pip install -e ".[faster-evaluation]", or choose coco_eval=pycocotools.'
-        raise ImportError(wanted) from error
+        raise MissingPackageError(wanted) from error
     return partial(COCOeval_faster, print_function=log.debug)
 
 
@@ -78,9 +79,9 @@ def match(
         ValueError: a result or an image that `coco_gt` does not have, or a number that is not finite.
     """
     if max_detections < 1:
-        raise ValueError(f"max_detections must be at least 1, got {max_detections}")
+        raise InputError(f"max_detections must be at least 1, got {max_detections}")
     if len(image_ids) == 0:
-        raise ValueError("no images to evaluate: image_ids is empty")
+        raise InputError("no images to evaluate: image_ids is empty")
     with without_garbage_collection():
         _check_results(coco_gt, results)
         ground_truth = _ground_truth(coco_gt, image_ids)
@@ -103,15 +104,15 @@ def _check_results(coco_gt: COCO, results: Sequence[Mapping]) -> None:
     for index, result in enumerate(results):
         missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in result]
         if missing:
-            raise ValueError(f"result {index} has no {', '.join(missing)}: expected image_id, category_id, bbox [x, y, w, h] and score")
+            raise InputError(f"result {index} has no {', '.join(missing)}: expected image_id, category_id, bbox [x, y, w, h] and score")
         for key, known in (("image_id", coco_gt.imgs), ("category_id", coco_gt.cats)):
             if result[key] not in known:
-                raise ValueError(
+                raise InputError(
                     f"result {index} has {key} {result[key]!r}, which the annotations do not have. Are these results of another data set?"
                 )
         box, score = result["bbox"], result["score"]
         if len(box) != 4 or not all(map(math.isfinite, (*box, score))) or box[2] < 0 or box[3] < 0:
-            raise ValueError(
+            raise InputError(
                 f"result {index} (image {result['image_id']}): expected a finite bbox [x, y, w, h] with w, h >= 0 and a finite score, "
                 f"got bbox {box} and score {score}"
             )
@@ -121,12 +122,12 @@ def _ground_truth(coco_gt: COCO, image_ids: Sequence[int]) -> COCO:
     """Copy the annotations of these images, numbered from 1 because COCOeval takes id 0 for "no match"."""
     unknown = [image_id for image_id in image_ids if image_id not in coco_gt.imgs]
     if unknown:
-        raise ValueError(f"{len(unknown)} of the images to evaluate are not in the annotations, the first is image {unknown[0]}")
+        raise InputError(f"{len(unknown)} of the images to evaluate are not in the annotations, the first is image {unknown[0]}")
     annotations, without_area = [], 0
     for image_id in sorted(set(image_ids)):
         for annotation in coco_gt.imgToAnns.get(image_id, []):
             if len(annotation.get("bbox") or ()) != 4:
-                raise ValueError(f"annotation {annotation.get('id')} of image {image_id} has no bbox [x, y, w, h]")
+                raise InputError(f"annotation {annotation.get('id')} of image {image_id} has no bbox [x, y, w, h]")
             area = annotation.get("area")
             if area is None:
                 area = annotation["bbox"][2] * annotation["bbox"][3]

@@ -12,6 +12,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from roi_quantization.detection.data.annotations import as_coco
+from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.matching import IOU50, IOU75, match, percent
 
 CELLS = (2.0, 6.0)
@@ -42,11 +43,11 @@ def average_precision_by_cells(
         ValueError: borders that do not ascend from above 0, or images without scale.
     """
     if list(borders) != sorted(set(borders)) or not borders or borders[0] <= 0:
-        raise ValueError(f"borders must be positive and ascending, got {list(borders)}")
+        raise InputError(f"borders must be positive and ascending, got {list(borders)}")
     if scales is not None:
         missing = sorted(set(image_ids) - set(scales))
         if missing:
-            raise ValueError(f"scales lacks {len(missing)} of the images, the first is {missing[0]}")
+            raise InputError(f"scales lacks {len(missing)} of the images, the first is {missing[0]}")
         coco_gt, results = _scaled_truth(coco_gt, image_ids, scales), _scaled(results, scales)
     ends = [0.0, *((border * stride) ** 2 for border in borders), 1e10]
     names = [f"< {borders[0]:g} cells", *(f"{low:g} to {high:g} cells" for low, high in pairwise(borders))]

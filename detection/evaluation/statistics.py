@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+from roi_quantization.detection.errors import InputError
+
 Combination = Mapping[str, float]  # arm -> its weight in the sum
 
 
@@ -80,7 +82,7 @@ class TwoByTwo:
 def difference(arm: str, reference: str = "align") -> Combination:
     """Return the weights of `arm` minus `reference`. The sum is negative where the arm is worse."""
     if arm == reference:
-        raise ValueError(f"{arm} has no difference to itself")
+        raise InputError(f"{arm} has no difference to itself")
     return {arm: 1, reference: -1}
 
 
@@ -93,7 +95,7 @@ def mean(values: Sequence[float], confidence: float = 0.95) -> Estimate:
         ValueError: no observations.
     """
     if len(values) == 0:
-        raise ValueError("mean: there are no observations")
+        raise InputError("mean: there are no observations")
     values = [float(value) for value in values]
     if len(values) == 1:
         return Estimate(values[0])
@@ -121,10 +123,10 @@ def estimate_over_seeds(values: Mapping[str, Mapping[int, float]], combination: 
     """
     missing = [arm for arm in combination if not values.get(arm)]
     if missing:
-        raise ValueError(f"no finished run of {', '.join(missing)}; there are runs of {', '.join(sorted(values)) or 'no arm'}")
+        raise InputError(f"no finished run of {', '.join(missing)}; there are runs of {', '.join(sorted(values)) or 'no arm'}")
     seeds = sorted(set.intersection(*(set(values[arm]) for arm in combination)))
     if not seeds:
-        raise ValueError(f"{', '.join(combination)} have no seed in common, so nothing can be paired")
+        raise InputError(f"{', '.join(combination)} have no seed in common, so nothing can be paired")
     estimate = mean([math.fsum(weight * values[arm][seed] for arm, weight in combination.items()) for seed in seeds], confidence)
     if is_comparison(combination):
         return estimate
@@ -162,7 +164,7 @@ def quantization_costs(
     arms = arms or TwoByTwo()
     missing = [arm for arm in arms.arms if not values.get(arm)]
     if missing:
-        raise ValueError(f"the 2 x 2 needs runs of {', '.join(arms.arms)}; there are none of {', '.join(missing)}")
+        raise InputError(f"the 2 x 2 needs runs of {', '.join(arms.arms)}; there are none of {', '.join(missing)}")
     seeds = set.intersection(*(set(values[arm]) for arm in arms.arms))
     common = {arm: {seed: values[arm][seed] for seed in seeds} for arm in arms.arms}
     return {name: estimate_over_seeds(common, cost, confidence) for name, cost in arms.costs().items()}

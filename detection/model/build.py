@@ -1,9 +1,12 @@
 """Build a detector, or one operator, from a configuration."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import hydra.utils
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobRuntime
@@ -51,17 +54,42 @@ def build_detector(cfg: DictConfig, num_classes: int, pretrained: bool = True) -
         cfg: with `backbone`, `roi`, `head` and `channels_last`.
         num_classes: background included.
         pretrained: whether parts with a setting `weights` load those. Not necessary where a checkpoint is loaded afterwards.
+
+    Raises:
+        InputError: a setting of a part of this project is wrong.
     """
     if not pretrained:
         cfg = copy.deepcopy(cfg)
         for part in (cfg.backbone, cfg.head.get("box_head", {})):
             if "weights" in part:
                 part.weights = None
-    backbone = instantiate(cfg.backbone)
-    roi_heads = instantiate(
-        cfg.head,
-        extractor={"spatial_scale": 1 / backbone.stride},
-        box_head={"in_channels": backbone.out_channels},
-        box_predictor={"num_classes": num_classes},
-    )
+    with _input_errors(cfg.backbone):
+        backbone = instantiate(cfg.backbone)
+    with _input_errors(cfg.roi):
+        operator = instantiate(cfg.roi)
+        if _is_own(cfg.roi):
+            operator(torch.zeros(1, 1, 1, 1), [torch.tensor([[0.0, 0.0, 1.0, 1.0]])], 1, 1.0)  # its settings are checked in the call
+    with _input_errors(cfg.head):
+        roi_heads = instantiate(
+            cfg.head,
+            extractor={"spatial_scale": 1 / backbone.stride},
+            box_head={"in_channels": backbone.out_channels},
+            box_predictor={"num_classes": num_classes},
+        )
     return FastRCNN(backbone, roi_heads, channels_last=cfg.channels_last)
+
+
+@contextmanager
+def _input_errors(node: DictConfig) -> Iterator[None]:
+    """Raise the ValueError of a part of this project as an InputError: its arguments are settings. Those of other code stay as they are."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, InputError) or not _is_own(node):
+            raise
+        raise InputError(str(error)) from error
+
+
+def _is_own(node: DictConfig) -> bool:
+    """Whether the target of a configuration is of this project."""
+    return str(node.get("_target_")).startswith("roi_quantization.")

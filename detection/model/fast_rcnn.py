@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
+from roi_quantization.detection.errors import InputError
 from roi_quantization.roi_heads import FastRCNNHeads
 
 
@@ -51,7 +52,7 @@ class FastRCNN(nn.Module):
         """Normalise images and pad them into one `[N, 3, H, W]`: zeros (the mean colour) right and below, up to multiples of the stride."""
         for image in images:
             if image.dtype != torch.uint8:
-                raise ValueError(
+                raise InputError(
                     f"an image is {image.dtype}, expected uint8 RGB from 0 to 255: convert it, if it is from 0 to 1 with "
                     "(255 * image).round().to(torch.uint8)"
                 )

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from roi_quantization.detection.alignment.misalignment import Operator, is_supported, lattice_rule, summarize
+from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.bootstrap import MatchedDetections, bootstrap_over_images
 from roi_quantization.detection.evaluation.localisation import Localisation, localisation
 from roi_quantization.detection.evaluation.matching import match, percent
@@ -46,7 +47,7 @@ class Findings:
     def __init__(self, sweep: Sweep, reference: str = "align"):
         if not sweep.finished:
             why = f"; {len(sweep.failed)} failed, see {sweep.failed[0].folder / 'failed.txt'}" if sweep.failed else ""
-            raise ValueError(f"{sweep.folder} has no finished run to report on{why}")
+            raise InputError(f"{sweep.folder} has no finished run to report on{why}")
         self.sweep = sweep
         self.values = {metric: sweep.values(metric) for metric in (*METRICS, *PIXELS)}
         self.arms = tuple(self.values["AP"])

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from pycocotools.coco import COCO
 
 from roi_quantization.detection.data.annotations import as_coco, choose_images, read_instances, restrict
+from roi_quantization.detection.errors import InputError, MissingFileError
 from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.evaluation.sizes import resize_scales
 
@@ -53,11 +54,11 @@ class Run:
     def config(self) -> DictConfig:
         path = self.folder / "config.yaml"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist. Is {self.folder} the folder of a run of train.py?")
+            raise MissingFileError(f"{path} does not exist. Is {self.folder} the folder of a run of train.py?")
         config = OmegaConf.load(path)
         for key, said in (("arm", self.arm), ("seed", self.seed)):
             if config.get(key) not in (None, said):
-                raise ValueError(f"{path} has {key}={config[key]}, but the folder says {said}. Was it renamed or copied?")
+                raise InputError(f"{path} has {key}={config[key]}, but the folder says {said}. Was it renamed or copied?")
         return config
 
     @property
@@ -126,10 +127,10 @@ class Sweep:
         """
         splits = {_evaluated(run) for run in self.finished}
         if not splits:
-            raise ValueError(f"{self.folder} has no finished run")
+            raise InputError(f"{self.folder} has no finished run")
         if len(splits) > 1:
             which = "; ".join(f"{path} (part={part}, subset={subset}, ids={ids})" for path, part, subset, ids, _ in sorted(splits, key=str))
-            raise ValueError(f"{self.folder}: the runs were evaluated on different data: {which}")
+            raise InputError(f"{self.folder}: the runs were evaluated on different data: {which}")
         path, part, subset, ids, subset_seed = splits.pop()
         instances = read_instances(path)
         chosen = choose_images(instances, part, subset=subset, ids=ids, seed=subset_seed)
@@ -137,7 +138,7 @@ class Sweep:
         for run, image_ids in zip(self.finished, evaluated, strict=True):
             if image_ids != evaluated[0]:
                 both = "; ".join(f"{one.folder.name}: {one.metrics.coverage}" for one in (self.finished[0], run))
-                raise ValueError(
+                raise InputError(
                     f"{self.folder}: the runs were evaluated on different images ({both}). Evaluate all runs on the same images."
                 )
         return as_coco(restrict(instances, evaluated[0]))
@@ -152,7 +153,7 @@ class Sweep:
         """Maximum number of detections evaluated per image and category. ValueError where runs differ in it."""
         limits = sorted({run.metrics.max_detections for run in self.finished})
         if len(limits) > 1:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder}: runs were evaluated with at most {limits} detections per image and category. Choose one limit."
             )
         return limits[0]
@@ -178,7 +179,7 @@ def read_sweep(folder: Path | str, arms: Sequence[str] = (), seeds: Sequence[int
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist. Expected the folder of a sweep, with a folder <arm>_seed<seed> for each run.")
+        raise MissingFileError(f"{folder} does not exist. Expected the folder of a sweep, with a folder <arm>_seed<seed> for each run.")
     runs = tuple(_read_run(path, *match.group("arm", "seed")) for path, match in _run_folders(folder))
     planned_arms, planned_seeds = _plan(folder / "multirun.yaml")
     arms = (*(arms or planned_arms), *sorted(run.arm for run in runs))
@@ -227,13 +228,13 @@ def _evaluated(run: Run) -> tuple:
 
 def _read_json(path: Path, kind: type) -> list | dict:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, but every finished run has it")
+        raise MissingFileError(f"{path} does not exist, but every finished run has it")
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file, or was truncated: {error}") from error
+        raise InputError(f"{path} is not a JSON file, or was truncated: {error}") from error
     if not isinstance(content, kind):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a {kind.__name__}")
+        raise InputError(f"{path} holds a {type(content).__name__}, expected a {kind.__name__}")
     return content
 
 
@@ -241,4 +242,4 @@ def _metrics(path: Path, content: dict) -> Metrics:
     try:
         return Metrics.from_json(content)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold metrics ({error!r}): expected stats and per_class, as train.py writes them") from error
+        raise InputError(f"{path} does not hold metrics ({error!r}): expected stats and per_class, as train.py writes them") from error

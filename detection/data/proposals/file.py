@@ -10,6 +10,7 @@ from torch import Tensor
 
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals.formats import read_detectron, read_mat
+from roi_quantization.detection.errors import InputError, MissingFileError
 from roi_quantization.detection.files import atomic_file
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class ProposalFile:
 
     def __init__(self, path: Path | str | None, max_proposals: int | None = None, mat_columns: str = "yxyx"):
         if mat_columns not in ("yxyx", "xyxy"):
-            raise ValueError(f"mat_columns={mat_columns}: expected yxyx or xyxy, the order of the coordinates in a .mat file.")
+            raise InputError(f"mat_columns={mat_columns}: expected yxyx or xyxy, the order of the coordinates in a .mat file.")
         self.path = path
         self.max_proposals = max_proposals
         self.mat_columns = mat_columns
@@ -43,7 +44,7 @@ class ProposalFile:
     def prepare(self, images: Sequence[ImageRecord]) -> None:
         """Reads the file, and checks that it has each of these images, at its size."""
         if self.path is None:
-            raise ValueError("No proposal file was given for this split: set proposals.<split>.path, or choose proposals=grid.")
+            raise InputError("No proposal file was given for this split: set proposals.<split>.path, or choose proposals=grid.")
         if self._arrays is None:
             self._arrays = self._read()
             self._starts = np.concatenate([[0], np.cumsum(self._arrays["count"])])
@@ -81,7 +82,7 @@ class ProposalFile:
         fitting = max(names, key=lambda keys: sum(key in there for key in keys))
         missing = [image for image, key in zip(images, fitting, strict=True) if key not in there]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} has no proposals for {len(missing)} of {len(images)} images; the first is image {missing[0].id} "
                 f"({missing[0].path.name}), and the file has {', '.join(map(str, list(there)[:3]))}, ...: was it made for another set or "
                 "split? Make it for these images; one for which nothing was proposed needs an entry without windows (docs/proposals.md)."
@@ -108,7 +109,7 @@ class ProposalFile:
             found = f"reach to x = {right:g}, y = {bottom:g}" if low >= -1 else f"begin at {low:g}"
         if not fits:
             more = ", and in the order of the columns that proposals.<split>.mat_columns says" if str(self.path).endswith(".mat") else ""
-            raise ValueError(
+            raise InputError(
                 f"{self.path}: the proposals of image {image.id} {found}, but {image.path.name} has {image.width} x {image.height}: were "
                 f"they made for other images, or at another size? They must be in pixels of the image as it lies on disk{more}."
             )
@@ -142,15 +143,15 @@ def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
     """The checked arrays of a proposal file; `ValueError` names the file and what is wrong with it."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no proposal file at {path}.")
+        raise MissingFileError(f"There is no proposal file at {path}.")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*SHAPES, *OPTIONAL) if name in file}
     except Exception as error:  # what numpy raises depends on where a file is damaged
-        raise ValueError(f"{path} is not a proposal file (.npz, see docs/proposals.md), or was cut short: {error}") from error
+        raise InputError(f"{path} is not a proposal file (.npz, see docs/proposals.md), or was cut short: {error}") from error
     missing = [name for name in SHAPES if name not in arrays]
     if missing:
-        raise ValueError(f"{path} has no array {missing[0]!r}; a proposal file has {', '.join(SHAPES)} (docs/proposals.md).")
+        raise InputError(f"{path} has no array {missing[0]!r}; a proposal file has {', '.join(SHAPES)} (docs/proposals.md).")
     _check(path, arrays)
     return arrays
 
@@ -158,24 +159,24 @@ def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
 def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         if array.dtype.kind not in KINDS.get(name, "iu"):
-            raise ValueError(f"{path}: {name} is of dtype {array.dtype}, expected {'whole ' if name not in KINDS else ''}numbers.")
+            raise InputError(f"{path}: {name} is of dtype {array.dtype}, expected {'whole ' if name not in KINDS else ''}numbers.")
     images, windows = arrays["image_id"].size, len(np.atleast_1d(arrays["boxes"]))
     expected = {"image_id": (images,), "size": (images, 2), "count": (images,), "boxes": (windows, 4), "scores": (windows,)}
     expected["fingerprint"] = (images,)
     for name, array in arrays.items():
         if array.shape != expected[name]:
-            raise ValueError(f"{path}: {name} has shape {array.shape}, expected {expected[name]} ({images} images, {windows} boxes).")
+            raise InputError(f"{path}: {name} has shape {array.shape}, expected {expected[name]} ({images} images, {windows} boxes).")
     if (arrays["count"] < 0).any() or (arrays["count"] > windows).any() or arrays["count"].sum() != windows:
-        raise ValueError(f"{path}: the counts sum up to {arrays['count'].sum()}, but there are {windows} boxes.")
+        raise InputError(f"{path}: the counts sum up to {arrays['count'].sum()}, but there are {windows} boxes.")
     ids, times = np.unique(arrays["image_id"], return_counts=True)
     if (times > 1).any():
-        raise ValueError(f"{path} has image {ids[times > 1][0]} more than once.")
+        raise InputError(f"{path} has image {ids[times > 1][0]} more than once.")
     for name in ("boxes", "scores"):
         finite = np.isfinite(arrays.get(name, np.zeros((windows, 1))))
         finite = finite.all(axis=tuple(range(1, finite.ndim)))
         if not finite.all():
             row = np.searchsorted(np.cumsum(arrays["count"]), np.argmin(finite), side="right")
-            raise ValueError(f"{path}: {(~finite).sum()} {name} are not finite; the first is of image {arrays['image_id'][row]}.")
+            raise InputError(f"{path}: {(~finite).sum()} {name} are not finite; the first is of image {arrays['image_id'][row]}.")
 
 
 def _has_area(boxes: np.ndarray) -> np.ndarray:

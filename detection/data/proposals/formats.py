@@ -7,6 +7,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from roi_quantization.detection.data.proposals.safe_pickle import read_pickle
+from roi_quantization.detection.errors import InputError
 
 Arrays = dict[str, np.ndarray]
 
@@ -25,12 +26,12 @@ def read_detectron(path: Path | str) -> Arrays:
     """
     content = read_pickle(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a dict with lists ids, boxes and scores, as Detectron writes.")
+        raise InputError(f"{path} holds a {type(content).__name__}; expected a dict with lists ids, boxes and scores, as Detectron writes.")
     ids, scores = (next((content[key] for key in keys if key in content), None) for keys in (IDS, SCORES))
     if ids is None or "boxes" not in content:
-        raise ValueError(f"{path} has {', '.join(map(str, content))}; expected ids (or indexes) and boxes, and scores where there are any.")
+        raise InputError(f"{path} has {', '.join(map(str, content))}; expected ids (or indexes) and boxes, and scores where there are any.")
     if not isinstance(mode := content.get("bbox_mode", 0), int) or mode != 0:
-        raise ValueError(f"{path} has bbox_mode {mode}; expected 0, absolute (x1, y1, x2, y2): convert its boxes.")
+        raise InputError(f"{path} has bbox_mode {mode}; expected 0, absolute (x1, y1, x2, y2): convert its boxes.")
     detectron2 = "objectness_logits" in content or "bbox_mode" in content
     return _arrays(path, ids, content["boxes"], scores, ends=0 if detectron2 else 1)
 
@@ -51,12 +52,12 @@ def read_mat(path: Path | str, columns: str) -> Arrays:
     try:
         content = loadmat(path, variable_names=("boxes", "images"))
     except NotImplementedError as error:
-        raise ValueError(f"{path} is of MATLAB's version 7.3: save it again with save(..., '-v7').") from error
+        raise InputError(f"{path} is of MATLAB's version 7.3: save it again with save(..., '-v7').") from error
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is not a whole .mat file: {error}") from error
+        raise InputError(f"{path} is not a whole .mat file: {error}") from error
     for name, what in (("boxes", "[L, 4] for each image"), ("images", "the images' names")):
         if name not in content or content[name].dtype != object:
-            raise ValueError(f"{path} has no cell array {name!r} ({what}): without both nobody can tell which windows are whose.")
+            raise InputError(f"{path} has no cell array {name!r} ({what}): without both nobody can tell which windows are whose.")
     names = [str(np.squeeze(entry)) for entry in content["images"].ravel()]
     order = [1, 0, 3, 2] if columns == "yxyx" else [0, 1, 2, 3]
     arrays = _arrays(path, names, content["boxes"].ravel(), scores=None, ends=0)
@@ -68,17 +69,17 @@ def _arrays(path: Path | str, ids: Sequence, boxes: Sequence, scores: Sequence |
     lists = {"ids": ids, "boxes": boxes} | ({} if scores is None else {"scores": scores})
     for name, entries in lists.items():
         if not isinstance(entries, list | np.ndarray):
-            raise ValueError(f"{path}: {name} is of type {type(entries).__name__}; expected a list with an entry for each image.")
+            raise InputError(f"{path}: {name} is of type {type(entries).__name__}; expected a list with an entry for each image.")
     lengths = {name: len(entries) for name, entries in lists.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{length} {name}" for name, length in lengths.items())
-        raise ValueError(f"{path} has {told}; expected an entry of each for every image.")
+        raise InputError(f"{path} has {told}; expected an entry of each for every image.")
     try:
         names = [entry if isinstance(entry, str) else int(entry) for entry in ids]
         boxes = [np.asarray(of_image, np.float32).reshape(-1, 4) for of_image in boxes]
         scores = None if scores is None else [np.asarray(of_image, np.float32).reshape(-1) for of_image in scores]
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: expected boxes of four numbers, [L, 4] for each image, scores [L], and ids: {error}") from error
+        raise InputError(f"{path}: expected boxes of four numbers, [L, 4] for each image, scores [L], and ids: {error}") from error
     arrays = {
         "image_id": np.array(names),
         "count": np.array([len(of_image) for of_image in boxes], dtype=np.int64),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from roi_quantization.detection.data.images import ImageRecord
+from roi_quantization.detection.errors import InputError
 
 
 class Grid:
@@ -24,9 +25,9 @@ class Grid:
 
     def __init__(self, scales: Sequence[float], aspect_ratios: Sequence[float] = (1.0,), step: float = 0.3, most: int = 10_000):
         if not all(value > 0 for value in (*scales, *aspect_ratios, step)):
-            raise ValueError(f"Scales, aspect ratios and step must be positive; got {scales}, {aspect_ratios}, {step}.")
+            raise InputError(f"Scales, aspect ratios and step must be positive; got {scales}, {aspect_ratios}, {step}.")
         if most < len(scales) * len(aspect_ratios):
-            raise ValueError(f"most={most}: expected at least {len(scales) * len(aspect_ratios)}, one window of each size and shape")
+            raise InputError(f"most={most}: expected at least {len(scales) * len(aspect_ratios)}, one window of each size and shape")
         self.scales, self.aspect_ratios, self.step, self.most = tuple(scales), tuple(aspect_ratios), step, most
 
     def prepare(self, images: Sequence[ImageRecord]) -> None:

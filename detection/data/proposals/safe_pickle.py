@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from roi_quantization.detection.errors import InputError
+
 MAX_SHARED_ENTRIES = 1_000_000  # entries beyond one per byte of the file, which only objects that are referenced repeatedly can cause
 
 
@@ -41,7 +43,7 @@ def read_pickle(path: Path | str) -> Any:
                 "it, or as .npz (docs/proposals.md), on a machine where you trust the file."
             ) from None
         except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"{path} is not a complete pickle of containers and numpy arrays: {error or type(error).__name__}") from error
+            raise InputError(f"{path} is not a complete pickle of containers and numpy arrays: {error or type(error).__name__}") from error
 
 
 class _Dtype:
@@ -134,7 +136,7 @@ class _Converter:
     def convert(self, value: Any) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise ValueError("its lists contain each other repeatedly")
+            raise InputError("its lists contain each other repeatedly")
         if isinstance(value, _Array):
             value = value.convert()
         if isinstance(value, dict):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.proposals.cache import ProposalCache
+from roi_quantization.detection.errors import MissingPackageError
 
 VERSION = 1  # increment it when the same settings give other windows
 
@@ -124,7 +125,7 @@ def _opencv():
         cv2 = None
     if not hasattr(cv2, "ximgproc"):
         found = "OpenCV is not installed" if cv2 is None else f"this OpenCV ({cv2.__version__}) was built without its contrib modules"
-        raise ImportError(
+        raise MissingPackageError(
             f'Selective search is in OpenCV\'s contrib modules, and {found}: pip install -e ".[selective-search]" '
             "(after `pip uninstall` of any other opencv-python), or choose proposals=grid."
         )

@@ -5,10 +5,15 @@ import shutil
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobRuntime
+from omegaconf import open_dict
 
 from roi_quantization.detection.configuration import CONFIGS
-from roi_quantization.detection.model.build import read_operator
+from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.model.build import build_detector, read_operator
 from roi_quantization.detection.runs.cross_evaluation import check_operators
+from tests.configuration import composed
+
+SMALL = ["head.box_head.hidden=8", "backbone.width=0.0625"]
 
 
 def test_an_operator_that_is_not_there_lists_the_choices():
@@ -35,3 +40,22 @@ def test_an_operator_that_cannot_be_made_is_found_before_training(tmp_path, monk
     monkeypatch.setattr("roi_quantization.detection.model.build.CONFIGS", configs)
     with pytest.raises(ImportError, match="latice_pool"):
         check_operators(["typo"])
+
+
+def test_a_wrong_setting_of_an_operator_is_an_input_error_before_training():
+    cfg = composed("train", "roi=pool", "roi.quantize_bins=half", *SMALL)
+    with pytest.raises(InputError, match="quantize_bins"):
+        build_detector(cfg, num_classes=3)
+
+
+def test_a_mistake_in_somebodys_own_operator_stays_as_it_is():
+    cfg = composed("train", *SMALL)
+    with open_dict(cfg):
+        cfg.roi = {"_target_": "tests.detection.model.test_build.broken_operator"}
+    with pytest.raises(ValueError, match="a mistake") as raised:
+        build_detector(cfg, num_classes=3)
+    assert not isinstance(raised.value, InputError)
+
+
+def broken_operator():
+    raise ValueError("a mistake")

@@ -163,13 +163,12 @@ def judge_windows(windows: np.ndarray, sizes: np.ndarray, describe: Callable[[in
 
 
 def _below_a_pixel(sides: np.ndarray, boxes: np.ndarray, what: str, describe: Callable[[int], str]) -> Finding | None:
-    tiny, are_normalised = (sides < 1).all(axis=1), np.abs(boxes).max() <= 1.01
+    tiny = ((sides < 1) & (sides > 0)).all(axis=1)
+    are_normalised = np.abs(boxes).max() <= 1.01 and tiny.any()
     if are_normalised or tiny.all():
-        unit = "are normalised: multiply them by" if are_normalised else "are no pixels: were they divided by"
-        text = (
-            f"all {len(boxes)} {what} are smaller than a pixel; the first is {describe(0)}. They {unit} the width and height of the image"
-        )
-        return Finding(text, is_fatal=True)
+        remedy = "are normalised: multiply them by" if are_normalised else "are not in pixels: were they divided by"
+        text = f"all {len(boxes)} {what} are below a pixel; the first is {describe(0)}. They {remedy} the width and height of the image"
+        return Finding(text, is_fatal=what == "boxes" or len(boxes) >= MIN_BOXES)
     if tiny.any():
         first = describe(int(np.argmax(tiny)))
         return Finding(f"{tiny.sum()} of {len(boxes)} {what} are smaller than a pixel; the first is {first}. Are they in pixels?")

@@ -1,4 +1,4 @@
-"""Proposals from a file, whoever made them. The format is described in docs/proposals.md."""
+"""Proposals from a file. docs/proposals.md describes the format."""
 
 import logging
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals.formats import read_detectron, read_mat
 from roi_quantization.detection.errors import InputError, MissingFileError
@@ -16,39 +17,46 @@ from roi_quantization.detection.files import atomic_file
 log = logging.getLogger(__name__)
 
 SHAPES = {"image_id": "[n]", "size": "[n, 2]", "count": "[n]", "boxes": "[sum(count), 4]"}
-KINDS = {"boxes": "iuf", "scores": "iuf", "image_id": "iuU"}  # numpy's kinds; names of images, in public formats, are strings
-OPTIONAL = ("scores", "fingerprint")  # the latter is the cache's own, see `ProposalCache`
+DTYPE_KINDS = {"boxes": "iuf", "scores": "iuf", "image_id": "iuU"}  # public formats name images with strings
+OPTIONAL = ("scores", "fingerprint")  # `ProposalCache` writes the latter
+JUDGED_IMAGES = 1000  # images, evenly spaced, whose windows are judged for plausibility
 
 
 class ProposalFile:
-    """Windows read from a file, cut to their image; those without area are dropped, counted and logged.
+    """Windows read from a file, cut to their image. Windows without area are dropped, counted and logged.
+
+    An image is found by its id in a `.npz`, and by its name in a `.mat`: the file name with or without extension and folders. A `.pkl` has
+    either. Where both fit and give an image different windows the file is refused unless `match_by` is set.
 
     Args:
         path: `.npz` (docs/proposals.md), Detectron's `.pkl` (`read_detectron`) or MATLAB's `.mat` (`read_mat`). None is an error only when
-            windows are asked for, so that a split that is not used needs no file.
-        max_proposals: keep so many windows of an image: those with the highest scores, or the first ones where the file has no scores.
-        mat_columns: order of the coordinates in a `.mat`: "yxyx", as the published files have it, or "xyxy".
-
-    Images are found by their id; in files that name images, by `str(id)`, file name or file name without extension, whichever fits.
+            the split is used.
+        max_proposals: upper limit of the windows of an image: those with the highest scores, or the first ones without scores.
+        mat_columns: order of the coordinates in a `.mat`: "yxyx", as in the published files, or "xyxy".
+        match_by: "id" or "name", how the file refers to images; None decides as above.
     """
 
-    def __init__(self, path: Path | str | None, max_proposals: int | None = None, mat_columns: str = "yxyx"):
+    def __init__(self, path: Path | str | None, max_proposals: int | None = None, mat_columns: str = "yxyx", match_by: str | None = None):
         if mat_columns not in ("yxyx", "xyxy"):
             raise InputError(f"mat_columns={mat_columns}: expected yxyx or xyxy, the order of the coordinates in a .mat file.")
+        if match_by not in (None, "id", "name"):
+            raise InputError(f"match_by={match_by}: expected id or name, how the file refers to images, or null.")
         self.path = path
         self.max_proposals = max_proposals
         self.mat_columns = mat_columns
+        self.match_by = match_by
         self._arrays: dict[str, np.ndarray] | None = None
         self._rows: dict[Path, int] = {}
 
     def prepare(self, images: Sequence[ImageRecord]) -> None:
-        """Reads the file, and checks that it has each of these images, at its size."""
+        """Read the file, and check that it has windows of each of these images, at its size, that are plausible."""
         if self.path is None:
-            raise InputError("No proposal file was given for this split: set proposals.<split>.path, or choose proposals=grid.")
+            raise InputError("This split has no proposal file: set proposals.<split>.path, or choose proposals=grid.")
         if self._arrays is None:
             self._arrays = self._read()
             self._starts = np.concatenate([[0], np.cumsum(self._arrays["count"])])
-        rows = self._find(images)
+        rows = self._match(images)
+        self._judge(images, rows)
         dropped = 0
         for image, row in zip(images, rows, strict=True):
             self._check_size(image, row)
@@ -74,30 +82,70 @@ class ProposalFile:
         _check(Path(self.path), arrays)
         return arrays
 
-    def _find(self, images: Sequence[ImageRecord]) -> list[int]:
-        """The row of each image."""
-        there = {key: row for row, key in enumerate(self._arrays["image_id"].tolist())}
-        names = ([image.id for image in images], [str(image.id) for image in images])
-        names += ([image.path.name for image in images], [image.path.stem for image in images])
-        fitting = max(names, key=lambda keys: sum(key in there for key in keys))
-        missing = [image for image, key in zip(images, fitting, strict=True) if key not in there]
-        if missing:
+    def _match(self, images: Sequence[ImageRecord]) -> list[int]:
+        """Return the row of each image in the file."""
+        row_of = {key: row for row, key in enumerate(self._arrays["image_id"].tolist())}
+        suffix, has_names = Path(self.path).suffix.lower(), self._arrays["image_id"].dtype.kind == "U"
+        by_default = {".mat": ["name"], ".npz": ["id"]}.get(suffix, ["id", "name"])
+        depths = 1 + max((key.count("/") for key in row_of if has_names), default=0)
+        ways = [self.match_by] if self.match_by else by_default
+        keys = {how: _best(_keys(images, how, has_names, depths), row_of) for how in ways}
+        rows = {how: [row_of[key] for key in of_images] for how, of_images in keys.items() if all(key in row_of for key in of_images)}
+        if not rows:
+            missing = min(
+                ([image for image, key in zip(images, of_images, strict=True) if key not in row_of] for of_images in keys.values()), key=len
+            )
             raise InputError(
                 f"{self.path} has no proposals for {len(missing)} of {len(images)} images; the first is image {missing[0].id} "
-                f"({missing[0].path.name}), and the file has {', '.join(map(str, list(there)[:3]))}, ...: was it made for another set or "
-                "split? Make it for these images; one for which nothing was proposed needs an entry without windows (docs/proposals.md)."
+                f"({missing[0].path.name}), and the file has {', '.join(map(str, list(row_of)[:3]))}, ...: was it made for another set or "
+                "split? Make it for these images; an image without proposals needs an entry without windows (docs/proposals.md)."
             )
-        return [there[key] for key in fitting]
+        chosen, *others = rows
+        for how in others:
+            for image, row, other in zip(images, rows[chosen], rows[how], strict=True):
+                if row != other:
+                    raise InputError(
+                        f"{self.path} fits the images by {chosen} and by {how}, and gives image {image.id} ({image.path.name}) different "
+                        "windows. Set proposals.<split>.match_by=id or match_by=name."
+                    )
+        if len(set(rows[chosen])) < len(images):
+            first_of: dict[int, ImageRecord] = {}
+            one, other = next(
+                (first_of[row], image)
+                for image, row in zip(images, rows[chosen], strict=True)
+                if first_of.setdefault(row, image) is not image
+            )
+            raise InputError(
+                f"{self.path} has one entry for {one.path} and {other.path}, whose names differ in the folder only: name images with their "
+                "folder in the file, or use ids."
+            )
+        return rows[chosen]
+
+    def _judge(self, images: Sequence[ImageRecord], rows: Sequence[int]) -> None:
+        """Log what is implausible in the windows of some images, or refuse them. Formats without sizes are checked by `_check_size`."""
+        if "size" not in self._arrays:
+            return
+        sample = range(0, len(images), -(-len(images) // JUDGED_IMAGES))
+        counts = [int(self._arrays["count"][rows[index]]) for index in sample]
+        windows = np.concatenate([np.zeros((0, 4)), *(self._boxes(rows[index]) for index in sample)])
+        of_image = np.repeat(np.array(sample), counts)
+        sizes = np.array([(image.width, image.height) for image in images])[of_image]
+
+        def describe(number: int) -> str:
+            image = images[of_image[number]]
+            return f"{windows[number].tolist()} of image {image.id} ({image.path.name}, {image.width} x {image.height})"
+
+        plausibility.report(plausibility.judge_windows(windows, sizes, describe), self.path)
 
     def _boxes(self, row: int) -> np.ndarray:
         return self._arrays["boxes"][self._starts[row] : self._starts[row + 1]]
 
     def _cut(self, image: ImageRecord, row: int) -> np.ndarray:
-        """The windows cut to their image, those of which nothing is left included."""
+        """Return the windows of an image cut to it, including those of which nothing is left."""
         return np.clip(self._boxes(row), 0, np.array([image.width, image.height] * 2, self._arrays["boxes"].dtype))
 
     def _check_size(self, image: ImageRecord, row: int) -> None:
-        """The size, or, in formats that tell none, whether the windows lie in the image; to a pixel, since conventions differ by one."""
+        """Check the size that the file has for an image; in formats without sizes, that the windows end at most a pixel outside."""
         if "size" in self._arrays:
             width, height = self._arrays["size"][row].tolist()
             fits = (width, height) == (image.width, image.height)
@@ -122,7 +170,21 @@ def write_proposals(
     scores: Sequence[np.ndarray] | None = None,
     fingerprint: Sequence[int] | None = None,
 ) -> None:
-    """Writes the windows `[L, 4]` of each image (x1, y1, x2, y2 in its pixels), whole or not at all. Windows that are all int16 stay so."""
+    """Write a proposal file atomically.
+
+    Args:
+        path: the file, `.npz`.
+        images: the images, in any order.
+        boxes: windows `[L, 4]` of each image, x1, y1, x2, y2 in its pixels. They are stored as int16 if all of them are, else float32.
+        scores: `[L]` of each image.
+        fingerprint: of each image, see `ProposalCache`.
+    """
+    for image, of_image in zip(images, map(np.asarray, boxes), strict=True):
+        if of_image.size and (of_image.ndim != 2 or of_image.shape[1] != 4):
+            raise InputError(f"{path}: the windows of image {image.id} have the shape {list(of_image.shape)}; expected [L, 4].")
+    for image, of_image, its_scores in zip(images, boxes, scores or boxes, strict=True):
+        if len(its_scores) != len(of_image):
+            raise InputError(f"{path}: image {image.id} has {len(of_image)} windows and {len(its_scores)} scores; expected one for each.")
     arrays = {
         "image_id": np.array([image.id for image in images], dtype=np.int64),
         "size": np.array([(image.width, image.height) for image in images], dtype=np.int32).reshape(-1, 2),
@@ -140,7 +202,12 @@ def write_proposals(
 
 
 def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
-    """The checked arrays of a proposal file; `ValueError` names the file and what is wrong with it."""
+    """Read and check the arrays of a proposal file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no valid proposal file.
+    """
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"There is no proposal file at {path}.")
@@ -148,7 +215,7 @@ def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*SHAPES, *OPTIONAL) if name in file}
     except Exception as error:  # what numpy raises depends on where a file is damaged
-        raise InputError(f"{path} is not a proposal file (.npz, see docs/proposals.md), or was cut short: {error}") from error
+        raise InputError(f"{path} is not a proposal file (.npz, see docs/proposals.md), or is truncated: {error}") from error
     missing = [name for name in SHAPES if name not in arrays]
     if missing:
         raise InputError(f"{path} has no array {missing[0]!r}; a proposal file has {', '.join(SHAPES)} (docs/proposals.md).")
@@ -158,8 +225,8 @@ def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
 
 def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
     for name, array in arrays.items():
-        if array.dtype.kind not in KINDS.get(name, "iu"):
-            raise InputError(f"{path}: {name} is of dtype {array.dtype}, expected {'whole ' if name not in KINDS else ''}numbers.")
+        if array.dtype.kind not in DTYPE_KINDS.get(name, "iu"):
+            raise InputError(f"{path}: {name} is of dtype {array.dtype}, expected {'whole ' if name not in DTYPE_KINDS else ''}numbers.")
     images, windows = arrays["image_id"].size, len(np.atleast_1d(arrays["boxes"]))
     expected = {"image_id": (images,), "size": (images, 2), "count": (images,), "boxes": (windows, 4), "scores": (windows,)}
     expected["fingerprint"] = (images,)
@@ -177,6 +244,21 @@ def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
         if not finite.all():
             row = np.searchsorted(np.cumsum(arrays["count"]), np.argmin(finite), side="right")
             raise InputError(f"{path}: {(~finite).sum()} {name} are not finite; the first is of image {arrays['image_id'][row]}.")
+
+
+def _keys(images: Sequence[ImageRecord], how: str, has_names: bool, depths: int) -> list[list[int | str | None]]:
+    """Return the ways in which a file can refer to images: a list of keys for each way. Names have up to `depths` parts."""
+    if how == "id":
+        return [[str(image.id) if has_names else image.id for image in images]]
+    if not has_names:
+        return [[int(image.path.stem) if image.path.stem.isdecimal() else None for image in images]]
+    names = [["/".join(image.path.parts[-depth:]) for image in images] for depth in range(1, depths + 1)]
+    return names + [["/".join((*image.path.parts[-depth:-1], image.path.stem)) for image in images] for depth in range(1, depths + 1)]
+
+
+def _best(ways: list[list], row_of: dict) -> list:
+    """Return the keys of the way by which most images are in the file."""
+    return max(ways, key=lambda keys: sum(key in row_of for key in keys))
 
 
 def _has_area(boxes: np.ndarray) -> np.ndarray:

@@ -253,5 +253,5 @@ class TestConfigs:
         for choice in ("file", "selective_search"):
             made = instantiate(self.config("+data=embedded", f"+proposals={choice}", f"data.root={root}", "data.source=null").data)
             assert made.proposals.keys() == {"train", "val", "test"}
-        with pytest.raises(ValueError, match="No proposal file was given"):
+        with pytest.raises(ValueError, match="This split has no proposal file"):
             instantiate(self.config("+data=embedded", "+proposals=file", f"data.root={root}").data).setup("test")

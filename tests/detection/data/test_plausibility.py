@@ -57,7 +57,7 @@ class TestBoxes:
     @pytest.mark.parametrize("scale", [SIZE, 2 * SIZE, 1000 * SIZE])
     def test_boxes_of_less_than_a_pixel_are_refused(self, scale):
         (text, is_fatal), *_ = self.judged(xywh(scattered()) / np.tile(scale, 2))
-        assert text.startswith("all 200 boxes are smaller than a pixel; the first is number 0. They are normalised") and is_fatal
+        assert text.startswith("all 200 boxes are below a pixel; the first is number 0. They are normalised") and is_fatal
 
     def test_a_few_boxes_are_counted(self):
         boxes = xywh(scattered())
@@ -101,7 +101,7 @@ class TestWindows:
     def test_normalised_windows_are_refused(self):
         for windows in (scattered(), xywh(scattered())):
             (text, is_fatal), *_ = self.judged(windows / np.tile(SIZE, 2))
-            assert text.startswith("all 200 windows are smaller than a pixel") and is_fatal
+            assert text.startswith("all 200 windows are below a pixel") and is_fatal
 
     def test_windows_of_larger_images_are_refused(self):
         ((text, is_fatal),) = self.judged(4 * scattered())
@@ -156,7 +156,7 @@ class TestDataSets:
     def test_normalised_boxes_are_refused(self, small_set):
         for number in range(4):
             small_set.change("annotations", number, bbox=[0.1, 0.1, 0.2, 0.2])
-        with pytest.raises(ValueError, match=r"instances\.json: all 4 boxes are smaller .*They are normalised: multiply"):
+        with pytest.raises(ValueError, match=r"instances\.json: all 4 boxes are below a pixel; .*They are normalised: multiply"):
             CocoDetection(**small_set.paths)
 
     def data(self, small_set, **splits):

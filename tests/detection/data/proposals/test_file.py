@@ -72,6 +72,29 @@ def test_a_file_without_any_window(tmp_path):
     assert len(proposals(ONE)) == 0
 
 
+def test_windows_of_another_shape_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"p\.npz: the windows of image 2 have the shape \[1000, 5\]; expected \[L, 4\]"):
+        write_proposals(tmp_path / "p.npz", [TWO], [np.ones((1000, 5))])
+    with pytest.raises(ValueError, match=r"p\.npz: image 1 has 2 windows and 1 scores"):
+        write_proposals(tmp_path / "p.npz", [ONE, TWO], [np.array(BOXES[1]), np.array(BOXES[2])], [[1], [1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (
+            np.array([[x, y, 20, 15] for x in range(0, 40, 5) for y in range(0, 25, 5)]),
+            r"p\.npz: 28 of 40 .* as \[x, y, width, height\]",
+        ),
+        (np.array([[0.1, 0.2, 0.5, 0.5]] * 20), r"p\.npz: all 20 windows are below .* \(two\.png, 60 x 40\)\. They are normalised"),
+    ],
+)
+def test_implausible_windows_are_refused(tmp_path, windows, message):
+    write_proposals(tmp_path / "p.npz", [ONE, TWO], [np.zeros((0, 4)), windows])
+    with pytest.raises(ValueError, match=message):
+        ProposalFile(tmp_path / "p.npz").prepare([ONE, TWO])
+
+
 def test_int16_stays_small(tmp_path):
     write_proposals(tmp_path / "p.npz", [TWO], [np.array(BOXES[2], np.int16)])
     assert read_proposals(tmp_path / "p.npz")["boxes"].dtype == np.int16
@@ -161,5 +184,5 @@ def test_a_file_for_other_images_is_refused(tmp_path, image, message):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no proposal file at .*p\.npz"):
         ProposalFile(tmp_path / "p.npz").prepare([ONE])
-    with pytest.raises(ValueError, match=r"set proposals\.<split>\.path"):
+    with pytest.raises(ValueError, match=r"This split has no proposal file: set proposals\.<split>\.path"):
         ProposalFile(None).prepare([ONE])

@@ -64,7 +64,10 @@ class TestDetectron:
             ({"ids": [139, 285], "boxes": [np.ones((1, 5))] * 2}, r"expected boxes of four numbers, \[L, 4\] for each image"),
             ({"ids": [139, 285], "boxes": BOXES, "bbox_mode": 1}, r"has bbox_mode 1; expected 0"),
             ({"ids": [139, 139], "boxes": BOXES}, "has image 139 more than once"),
-            ({"ids": [139, 285], "boxes": BOXES, "scores": [SCORES[0], SCORES[0]]}, r"scores has shape \(4,\), expected \(3,\)"),
+            ({"ids": [139, 285], "boxes": BOXES, "scores": [SCORES[0], SCORES[0]]}, "image 285 has 1 boxes and 2 scores"),
+            ({"ids": [139, 285], "boxes": BOXES, "scores": SCORES[::-1]}, "image 139 has 2 boxes and 1 scores"),
+            ({"ids": [139, 285], "boxes": [np.ones((5, 8)), BOXES[1]]}, r"\[L, 4\] for each image; image 139 has the shape \[5, 8\]"),
+            ({"ids": [139, 285], "boxes": [np.ones(8), BOXES[1]]}, r"image 139 has the shape \[8\]"),
             (
                 {"ids": [1, 2], "boxes": BOXES},
                 r"no proposals for 2 of 2 images; the first is image 139 .* the file has 1, 2, .*another set",
@@ -81,6 +84,8 @@ class TestDetectron:
         ("changes", "message"),
         [
             ({"ids": 2}, "ids is of type int; expected a list"),
+            ({"ids": [139.5, 285]}, "has the id 139.5 beside 139.5; expected whole numbers or names"),
+            ({"ids": [139, "285"]}, "has the id '285' beside 139; expected whole numbers or names, not both"),
             ({"ids": [[139], [285]]}, "expected boxes of four numbers"),
             ({"ids": [float("inf"), 285]}, "expected boxes of four numbers"),
             ({"ids": [10**30, 285]}, "image_id is of dtype object"),
@@ -91,6 +96,33 @@ class TestDetectron:
     def test_other_types_are_named(self, tmp_path, changes, message):
         with pytest.raises(ValueError, match=rf"p\.pkl:? {message}"):
             provider(save(tmp_path / "p.pkl", {"ids": [139, 285], "boxes": BOXES} | changes))
+
+    def test_names_are_names_and_ids_are_ids(self, tmp_path):
+        """Pictures 1.jpg ... 12.jpg that were converted in the order of their names: 10.jpg has id 2."""
+        names = sorted(map(str, range(1, 13)))
+        images = [ImageRecord(number, Path(f"images/{name}.jpg"), 60, 40) for number, name in enumerate(names, 1)]
+        boxes = [np.float32([[0, 0, int(name), int(name)]]) for name in names]  # tells its image
+        for ids in (names, [int(name) for name in names]):
+            path = save(tmp_path / "p.pkl", {"indexes": ids, "boxes": boxes, "bbox_mode": 0})
+            with pytest.raises(ValueError, match=r"by id and by name, and gives image 2 \(10\.jpg\) different windows\. .*match_by=name"):
+                provider(path, images)
+            made = provider(path, images, match_by="name")
+            assert [made(image)[0, 2].item() for image in images] == [int(name) for name in names]
+            made = provider(path, images, match_by="id")
+            assert [made(images[int(name) - 1])[0, 2].item() for name in names] == [int(name) for name in names]
+        savemat(tmp_path / "p.mat", {"boxes": cells([[[1, 1, int(n), int(n)]] for n in names]), "images": cells(names).T})
+        made = provider(tmp_path / "p.mat", images)
+        assert [made(image)[0, 2].item() for image in images] == [int(name) for name in names]
+        with pytest.raises(ValueError, match="match_by=stem: expected id or name"):
+            ProposalFile("p.pkl", match_by="stem")
+
+    def test_one_name_in_two_folders_is_two_images(self, tmp_path):
+        images = [ImageRecord(number, Path(f"/data/{name}.jpg"), 60, 40) for number, name in ((1, "cam1/0001"), (2, "cam2/0001"))]
+        for ids in (["cam2/0001", "cam1/0001"], ["cam2/0001.jpg", "cam1/0001.jpg"]):
+            made = provider(save(tmp_path / "p.pkl", {"ids": ids, "boxes": BOXES, "bbox_mode": 0}), images)
+            assert (len(made(images[0])), len(made(images[1]))) == (1, 2)
+        with pytest.raises(ValueError, match=r"has one entry for /data/cam1/0001\.jpg and /data/cam2/0001\.jpg"):
+            provider(save(tmp_path / "p.pkl", {"ids": ["0001"], "boxes": BOXES[:1]}), images)
 
     def test_a_pickle_that_wants_to_run_code_is_refused(self, tmp_path):
         class Evil:
@@ -147,5 +179,5 @@ class TestMat:
     def test_a_damaged_file_is_named(self, tmp_path):
         path = self.save(tmp_path / "p.mat")
         path.write_bytes(path.read_bytes()[:300])
-        with pytest.raises(ValueError, match=r"p\.mat is not a whole \.mat file"):
+        with pytest.raises(ValueError, match=r"p\.mat is not a complete \.mat file"):
             provider(path)

@@ -11,6 +11,7 @@ from roi_quantization.detection.errors import ExpectedError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_PERMITTED = {errno.EACCES, errno.EPERM, errno.EROFS}
+CACHE_REMEDY = "set the environment variable ROI_CACHE to a folder that can be written"  # for what is computed once
 
 
 def atomic_write(path: str | os.PathLike, content: bytes) -> None:
@@ -48,13 +49,14 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 class NotWrittenError(ExpectedError, OSError):
     """A file could not be written; the message names it and says what to do."""
 
-    def __init__(self, path: str | os.PathLike, error: OSError):
+    def __init__(self, path: str | os.PathLike, error: OSError, other_remedy: str = ""):
         if error.errno in DISK_FULL:
             remedy = "Make room there"
         elif error.errno in NOT_PERMITTED:
             remedy = "Make its folder writable, or choose another one"
         else:
             remedy = "Check its folder"
+        remedy += f", or {other_remedy}," if other_remedy else ""
         super().__init__(
             error.errno,
             f"{path} could not be written: {error.strerror or error}. No earlier file is lost. {remedy} and repeat the command, for a "

@@ -19,7 +19,7 @@ from filelock import FileLock
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from roi_quantization.detection.files import NotWrittenError
+from roi_quantization.detection.files import CACHE_REMEDY, NotWrittenError
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class EmbeddedSet:
                 if not self._is_at(root):  # another process may have written it while this one waited for the lock
                     self._make(root)
         except OSError as error:
-            raise NotWrittenError(root, error) from error
+            raise NotWrittenError(root, error, CACHE_REMEDY) from error
 
     def _make(self, root: Path) -> None:
         """Write the set beside `root` and rename it, so that `root` never holds an incomplete set."""

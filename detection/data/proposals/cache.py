@@ -1,9 +1,11 @@
-"""Windows that took long to compute, kept: one proposal file for each set of images, found again image by image."""
+"""Cache of computed proposals: one proposal file for each set of images, looked up image by image."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -12,10 +14,12 @@ from filelock import FileLock
 
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals.file import read_proposals, write_proposals
+from roi_quantization.detection.files import CACHE_REMEDY, NotWrittenError
 
 log = logging.getLogger(__name__)
 
-PART = 100  # images: what a killed run loses at most
+PART = 100  # images in a partial file: a killed run loses at most the windows of so many
+HASHING_THREADS = 8  # reading waits for the disk, and hashing runs without Python's lock
 
 Boxes = list[np.ndarray]
 
@@ -23,48 +27,72 @@ Boxes = list[np.ndarray]
 class ProposalCache:
     """Proposal files (docs/proposals.md) with a fingerprint of each image beside its windows.
 
-    A set of images is one file. It serves every subset of its images, and what it has in common with another set is not computed again.
-    While a set is computed its windows lie in parts of `PART` images, so that a run that was killed goes on where it was. Files and parts
-    are moved into place when they are whole, and a lock lets one process compute while others that want the same wait.
+    A set of images is one file. It serves every subset of its images, and images that another set has too are not computed again. While a
+    set is computed its windows are in partial files of `PART` images, from which a killed run continues. All files are written atomically.
+    One process computes, and others that need the same windows wait for its lock.
 
     Args:
-        folder: where the files are.
-        name: what they begin with: the method, and whatever settings the windows depend on.
+        folder: folder of the files.
+        name: prefix of their names: the method and all settings that the windows depend on.
     """
 
     def __init__(self, folder: Path | str, name: str):
         self.folder, self.name = Path(folder), name
 
     def get(self, images: Sequence[ImageRecord], compute: Callable[[list[ImageRecord]], Iterable[np.ndarray]]) -> Boxes:
-        """The windows of each image, `[L, 4]` in its pixels. `compute` yields those of the images that are not there, in their order."""
-        keys = [fingerprint(image) for image in images]
-        boxes = self._whole(keys)
+        """Look up or compute windows.
+
+        Args:
+            images: the images.
+            compute: yields the windows of the images that are not in the cache, in their order.
+
+        Returns:
+            The windows of each image, `[L, 4]` in its pixels.
+
+        Raises:
+            NotWrittenError: the folder cannot be written.
+        """
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            keys = list(pool.map(fingerprint, images))
+        boxes = self._find_complete(keys)
         if boxes is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / f"{self.name}.lock"):
-                boxes = self._whole(keys)  # who held the lock may have computed it
-                return self._complete(images, keys, compute) if boxes is None else boxes
+            with self._lock():
+                boxes = self._find_complete(keys)  # another process may have computed it while this one waited for the lock
+                return self._compute_missing(images, keys, compute) if boxes is None else boxes
         return boxes
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        lock = FileLock(self.folder / f"{self.name}.lock")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            raise NotWrittenError(self.folder, error, CACHE_REMEDY) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.name}_*.npz"))
 
-    def _whole(self, keys: list[int]) -> Boxes | None:
-        """The windows, if one file has all of them."""
+    def _find_complete(self, keys: list[int]) -> Boxes | None:
+        """Return the windows if one file has all of them."""
         for path in self._files():
             if not _is_part(path) and _fingerprints(path) >= set(keys) and (kept := _read(path, keys)):
                 return [kept[key] for key in keys]
         return None
 
-    def _complete(self, images: Sequence[ImageRecord], keys: list[int], compute: Callable) -> Boxes:
-        for leftover in self.folder.glob(f".{self.name}_*.tmp"):  # of a write that was killed; the lock says that nobody is at it
+    def _compute_missing(self, images: Sequence[ImageRecord], keys: list[int], compute: Callable) -> Boxes:
+        for leftover in self.folder.glob(f".{self.name}_*.tmp"):  # of a killed write: the lock excludes one that is running
             leftover.unlink()
         kept = {}
         for path in self._files():
             kept |= _read(path, keys)
         missing = [(image, key) for image, key in zip(images, keys, strict=True) if key not in kept]
         if kept:
-            log.info("%s: the windows of %d of %d images were there", self.folder, len(kept), len(images))
+            log.info("%s has the windows of %d of %d images", self.folder, len(kept), len(images))
         computed = zip(missing, compute([image for image, _ in missing]), strict=True) if missing else iter(())
         while part := list(islice(computed, PART)):
             fresh = {key: boxes for (_, key), boxes in part}
@@ -83,8 +111,10 @@ class ProposalCache:
 
 
 def fingerprint(image: ImageRecord) -> int:
-    """63 bits of an image's id, name, size in pixels and size in bytes: one that was exchanged has another."""
-    text = json.dumps([image.id, image.path.name, image.width, image.height, image.path.stat().st_size])
+    """Return 63 bits of an image's id, size and content: another picture has others, whatever its name and size in bytes."""
+    with open(image.path, "rb") as file:
+        content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+    text = json.dumps([image.id, image.width, image.height, content])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
 
@@ -93,25 +123,25 @@ def _is_part(path: Path) -> bool:
 
 
 def _fingerprints(path: Path) -> set[int]:
-    """Those of the images in a file; none if it does not read, so that its images are computed again."""
+    """Return the fingerprints in a file; an empty set if it is damaged, so that its images are computed again."""
     try:
-        with np.load(path) as file:  # of the arrays in an archive only those are read that are asked for
+        with np.load(path) as file:  # reads this array only
             return set(file["fingerprint"].tolist())
     except Exception as error:  # what numpy raises depends on where a file is damaged
-        log.warning("%s is damaged and passed over (%s); remove it", path, error)
+        log.warning("%s is damaged and ignored (%s); remove it", path, error)
         return set()
 
 
 def _read(path: Path, keys: Sequence[int]) -> dict[int, np.ndarray]:
-    """Fingerprint -> windows of those images that a file has."""
+    """Return the windows of those images that a file has, by fingerprint."""
     if not _fingerprints(path) & set(keys):
         return {}
     try:
         arrays = read_proposals(path)
     except ValueError as error:
-        log.warning("%s Passed over; remove it.", error)
+        log.warning("%s The file is ignored; remove it.", error)
         return {}
     boxes = np.split(arrays["boxes"], np.cumsum(arrays["count"])[:-1])
     kept = dict(zip(arrays["fingerprint"].tolist(), boxes, strict=True))
-    # copies: a view of some windows would keep those of all images in memory
+    # copies, because views would keep the windows of all images in memory
     return kept if kept.keys() <= set(keys) else {key: kept[key].copy() for key in keys if key in kept}

@@ -102,6 +102,12 @@ def test_a_set_with_other_settings_is_not_replaced(tmp_path):
     SMALL(tmp_path / "set")
 
 
+def test_a_folder_that_cannot_be_written_names_roi_cache(tmp_path):
+    (tmp_path / "data").write_text("a file in the place of the folder")
+    with pytest.raises(NotWrittenError, match=r"data/embedded could not be written.* ROI_CACHE to a folder that can be written"):
+        SMALL(tmp_path / "data/embedded")
+
+
 def test_nothing_is_left_of_a_set_that_was_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "_clouds", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

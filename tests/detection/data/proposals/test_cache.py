@@ -12,6 +12,7 @@ from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals import cache as module
 from roi_quantization.detection.data.proposals.cache import ProposalCache
 from roi_quantization.detection.data.proposals.file import ProposalFile
+from roi_quantization.detection.files import NotWrittenError
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_a_set_that_grows_is_completed(cache, images):
 def test_an_image_that_was_exchanged_is_noticed(cache, images):
     computed = Computed()
     cache.get(images, computed)
-    images[1].path.write_bytes(bytes(1000))  # another file
+    images[1].path.write_bytes(b"xy")  # another file of the same size
     images[2] = replace(images[2], width=81)  # another size
     cache.get(images, computed)
     assert computed[6:] == [2, 3]
@@ -111,6 +112,25 @@ def test_a_damaged_file_is_named_and_computed_again(cache, images, caplog):
     path.write_bytes(path.read_bytes()[:200])
     assert lengths(cache.get(images, computed)) == [1, 2, 3, 4, 5, 6]
     assert len(computed) == 12 and f"{path} is damaged" in caplog.text
+
+
+def test_a_picture_of_the_same_name_and_size_in_another_folder_is_another(cache, images, tmp_path):
+    computed = Computed()
+    cache.get(images[:1], computed)
+    (tmp_path / "other").mkdir()
+    other = replace(images[0], path=tmp_path / "other/1.png")
+    other.path.write_bytes(b"x")
+    cache.get([other], computed)
+    assert computed == [1, 1]
+    other.path.write_bytes(images[0].path.read_bytes())
+    cache.get([other], computed)
+    assert computed == [1, 1], "a copy is the same picture"
+
+
+def test_a_folder_that_cannot_be_written_names_roi_cache(images, tmp_path):
+    (tmp_path / "data").write_text("a file in the place of the folder")
+    with pytest.raises(NotWrittenError, match=r"data/proposals could not be written.* ROI_CACHE to a folder that can be written"):
+        ProposalCache(tmp_path / "data/proposals", "method").get(images, Computed())
 
 
 def test_images_of_two_sets_may_share_ids(cache, images):

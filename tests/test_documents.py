@@ -57,7 +57,7 @@ def test_files_that_are_named_exist(path):
 def python_blocks() -> list:
     return [
         pytest.param(text, id=f"{name_of(path)}-{number}")
-        for path in (ROOT / "README.md", ROOT / "docs" / "recipes.md")
+        for path in (ROOT / "README.md", ROOT / "docs" / "recipes.md", ROOT / "docs" / "roi_operators.md")
         for number, text in enumerate(blocks(path, "python"))
     ]
 

@@ -26,6 +26,7 @@ from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.runs.checkpoint import compose_with_checkpoint, load_checkpoint, load_weights, register_checkpoint
+from roi_quantization.detection.runs.command_line import replace_null_choices
 from roi_quantization.detection.runs.errors import handle_errors
 from roi_quantization.detection.runs.setup import set_up_run
 from roi_quantization.detection.runs.trainer import build_trainer
@@ -106,6 +107,7 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Compose the configuration from the checkpoint's and the command line, and run."""
+    sys.argv[1:] = replace_null_choices(sys.argv[1:])
     register_checkpoint(sys.argv[1:], "predict.py")
     _main()
 

@@ -5,6 +5,7 @@ import roi_quantization  # noqa: F401 -- first: it says so where the package is 
 # isort: split
 import logging
 import math
+import sys
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +18,7 @@ from roi_quantization.detection.data.module import DetectionData
 from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
+from roi_quantization.detection.runs.command_line import replace_null_choices
 from roi_quantization.detection.runs.cross_evaluation import check_operators, cross_evaluate
 from roi_quantization.detection.runs.distributed import share_run_dir_with_ranks, silence_other_ranks
 from roi_quantization.detection.runs.errors import handle_errors
@@ -109,7 +111,7 @@ def reported_split(data: DetectionData) -> str:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
-def main(cfg: DictConfig) -> float:
+def _main(cfg: DictConfig) -> float:
     silence_other_ranks()
     metrics = {}
     with handle_errors("train.py"), reraise_signal():
@@ -119,6 +121,12 @@ def main(cfg: DictConfig) -> float:
             with exclusive_run_folder(cfg.run_dir):
                 metrics = train(cfg)
     return metrics.get(cfg.optimized_metric, math.nan)
+
+
+def main() -> None:
+    """Compose the configuration from the command line, and run."""
+    sys.argv[1:] = replace_null_choices(sys.argv[1:])
+    _main()
 
 
 if __name__ == "__main__":

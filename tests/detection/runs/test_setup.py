@@ -1,0 +1,48 @@
+"""Settings are checked before anything is written."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+
+from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.runs.setup import set_up_run
+from tests.configuration import ROOT, composed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=null"], r"seed=None: expected an integer from 0 to 4294967295"),
+        (["seed=-1"], r"seed=-1: expected an integer"),
+        (["seed=4294967296"], r"seed=4294967296: expected an integer"),
+        (["seed=1.5"], r"seed=1\.5: expected an integer"),
+        (["seed=true"], r"seed=True: expected an integer"),
+        (["data.seed=-1"], r"data\.seed=-1: expected an integer"),
+        (["data.subset_seed=null"], r"data\.subset_seed=None: expected an integer"),
+        (["data.source.seed=some"], r"data\.source\.seed=some: expected an integer"),
+        (["~data"], r"data: nothing is chosen\. Choose a file of configs/data with data=<name>"),
+        (["~optim"], r"optim: nothing is chosen"),
+        (["~coco_eval"], r"coco_eval: nothing is chosen"),
+    ],
+)
+def test_a_setting_that_nothing_can_run_with_is_named(tmp_path, overrides, message):
+    cfg = composed("train", "trainer=cpu", f"run_dir={tmp_path / 'run'}", *overrides)
+    with pytest.raises(InputError, match=message):
+        set_up_run(cfg, groups=("optim", "coco_eval"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("overrides", [["~average"], ["~logger"], ["seed=4294967295"]])
+def test_what_can_be_left_out_is_left_out(tmp_path, overrides, threads_as_before):
+    set_up_run(composed("train", "trainer=cpu", f"run_dir={tmp_path}", *overrides), groups=("optim", "coco_eval"))
+    assert (tmp_path / "config.yaml").is_file()
+
+
+def test_another_working_folder_is_refused(tmp_path, monkeypatch):
+    """Relative paths, such as that of a checkpoint, would mean other files there."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", overrides=["hydra.job.chdir=true", f"run_dir={tmp_path / 'run'}"], return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    HydraConfig.instance().set_config(cfg)
+    with pytest.raises(InputError, match=r"hydra\.job\.chdir=true: paths are relative to the folder of the command"):
+        set_up_run(composed("train", "trainer=cpu", f"run_dir={tmp_path / 'run'}"))

@@ -1,5 +1,6 @@
 """The folder of configurations, and the comparison of two configurations."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ def path_setting(value: Any, key: str) -> str:
     Raises:
         InputError: it is missing, or of a type from which the text cannot be restored.
     """
-    if isinstance(value, str) and value:
-        return value
+    if isinstance(value, str | os.PathLike) and str(value):
+        return str(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise InputError(f"{key}={value}: expected a path. Quote a name that is not plain text: '{key}=\"...\"'")

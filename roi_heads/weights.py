@@ -18,6 +18,7 @@ def load_vgg16(weights: str | Path, batch_norm: bool = False) -> dict[str, Tenso
     Raises:
         ValueError: neither a name nor a file, or a file that holds something else; the message names it.
     """
+    weights = str(weights)  # YAML reads a file name such as 2024 as a number
     names = get_model_weights("vgg16_bn" if batch_norm else "vgg16").__members__
     names = {name: entry for name, entry in names.items() if "FEATURES" not in name}  # made for pixels of another scale and mean
     if str(weights) in names:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from roi_quantization.detection.configuration import path_setting
 from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.annotations import LAYOUT
 from roi_quantization.detection.data.coco import CocoDetection, collate
@@ -118,7 +119,7 @@ class DetectionData(pl.LightningDataModule):
         super().__init__()
         if root is None:
             raise InputError(f"data.root is not set: give the folder of the data set with data.root=<folder>.\n{LAYOUT}")
-        self.root = Path(root)
+        self.root = Path(path_setting(root, "data.root"))
         self.paths = {"train": train, "val": val, "test": test}
         self.proposals = proposals if isinstance(proposals, Mapping) else dict.fromkeys(self.paths, proposals)
         self.options = {
@@ -149,7 +150,7 @@ class DetectionData(pl.LightningDataModule):
                 self._judge(split)
 
     def _open(self, split: str) -> CocoDetection:
-        paths = {name: self.root / self.paths[split][name] for name in ("images", "annotations")}
+        paths = {name: self.root / path_setting(self.paths[split][name], f"data.{split}.{name}") for name in ("images", "annotations")}
         overrides = {name: value for name, value in self.paths[split].items() if name not in paths}
         options = self.options[split] | overrides
         try:

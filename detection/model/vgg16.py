@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from roi_quantization.detection.configuration import path_setting
 from roi_quantization.detection.errors import InputError
 from roi_quantization.roi_heads.weights import load_vgg16
 
@@ -54,7 +55,7 @@ class VGG16(nn.Module):
         if weights is None:
             self._initialise()
         else:
-            self._load(load_vgg16(weights, batch_norm=norm == "batch"), weights)
+            self._load(load_vgg16(path_setting(weights, "backbone.weights"), batch_norm=norm == "batch"), weights)
         for block in self._frozen():
             block.requires_grad_(False).eval()  # here as well: Lightning keeps the mode of modules
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from PIL import Image
 from roi_quantization.detection.runs.checkpoint import load_checkpoint, register_checkpoint, register_parts
 from roi_quantization.scripts.predict import predict
 from tests.configuration import ROOT, composed
-from tests.trainings import run_eval, run_train
+from tests.trainings import TINY, run_eval, run_train
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,62 @@ def test_eval_on_another_split_and_a_subset(trained, tmp_path):
     metrics = run_eval(folder / "run" / "best.ckpt", tmp_path, "split=val", "data.subset=1", "head.score_threshold=0")
     assert set(metrics) >= {"val/AP", "val/AP50", "val/AP75"}
     assert len({result["image_id"] for result in json.loads((tmp_path / "results.json").read_text())}) == 1
+
+
+def test_a_partial_evaluation_says_so_wherever_its_figures_go(trained, tmp_path, capsys):
+    folder, _ = trained
+    run_eval(folder / "run" / "best.ckpt", tmp_path, "data.eval_batch_size=1", "+trainer.limit_test_batches=1")
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert (written["images"], written["of"], written["partial"]) == (1, 4, True)
+    assert "best.ckpt on test: 1 of 4 images, a partial evaluation" in capsys.readouterr().out
+
+
+def test_an_evaluation_of_nothing_is_refused_before_training(trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / "data").symlink_to(folder / "data")
+    for overrides, message in [
+        (["+trainer.limit_test_batches=0"], r"trainer\.limit_test_batches=0: nothing would be evaluated"),
+        (["data.test=null", "+trainer.limit_val_batches=0"], r"trainer\.limit_val_batches=0: nothing would be evaluated"),
+        (["data.val=null", "data.test=null"], "the data have no val and no test split"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run_train(tmp_path, *overrides)
+    assert not list((tmp_path / "run").glob("*.ckpt")) and not (tmp_path / "run" / "metrics.json").exists()
+    with pytest.raises(ValueError, match="limit_test_batches=0: nothing would be evaluated"):
+        run_eval(folder / "run" / "best.ckpt", tmp_path / "eval", "+trainer.limit_test_batches=0")
+
+
+def test_a_split_that_is_not_there_names_the_other(trained, tmp_path):
+    folder, _ = trained
+    with pytest.raises(ValueError, match=r"split=test: this data set has no such split\. Set split=val"):
+        run_eval(folder / "run" / "best.ckpt", tmp_path, "data.test=null")
+
+
+def test_a_folder_may_have_the_name_of_a_number(trained, tmp_path, monkeypatch):
+    folder, _ = trained
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "2012").symlink_to(folder / "data")
+    (tmp_path / "2024").mkdir()
+    shutil.copy(next((folder / "data/test").iterdir()), "2024/one.png")
+    shutil.copy(folder / "run" / "best.ckpt", "7")
+    metrics = run_eval("7", tmp_path / "eval", "data.root=2012")
+    assert metrics == run_eval(folder / "run" / "best.ckpt", tmp_path / "again")
+    run_predict("7", tmp_path / "predict", "2024")
+    assert len(json.loads((tmp_path / "predict/instances.json").read_text())["images"]) == 1
+
+
+def test_a_sweep_over_checkpoints_evaluates_those_that_can_be_and_ends_with_an_error(trained, tmp_path):
+    """By names that have to be quoted, and with one that does not exist."""
+    folder, _ = trained
+    (tmp_path / "a=b, (c) é.ckpt").symlink_to(folder / "run" / "best.ckpt")
+    (tmp_path / "last.ckpt").symlink_to(folder / "run" / "last.ckpt")
+    command = [sys.executable, str(ROOT / "eval.py"), "-m", "ckpt='a=b, (c) é.ckpt',gone.ckpt,last.ckpt", "hydra.sweep.dir=sweep"]
+    ended = subprocess.run([*command, "trainer=cpu"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stderr
+    assert "eval.py: there is no checkpoint gone.ckpt" in ended.stdout and "1 runs failed. sweep/1_" in ended.stderr
+    assert "MissingFileError" in next(tmp_path.glob("sweep/1_*/failed.txt")).read_text()
+    first, third = (next(tmp_path.glob(f"sweep/{job}_*/results.json")).read_text() for job in (0, 2))
+    assert first == (folder / "run" / "results.json").read_text() != third
 
 
 def test_eval_names_classes_that_differ(trained, tmp_path):
@@ -224,11 +281,13 @@ def test_the_best_checkpoint_has_the_most_ap_or_the_least_loss(tmp_path, metric)
     assert torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)["global_step"] == int(best["step"]) + 1
 
 
-def test_the_best_of_another_run_is_not_the_best_of_the_one_that_begins_there(trained, tmp_path):
+def test_the_best_of_another_run_is_not_the_best_of_the_one_that_begins_there(trained, tmp_path, caplog):
     """It goes on from a training that is over, so that there is nothing to validate."""
     folder, _ = trained
     (tmp_path / "data").symlink_to(folder / "data")
     run_train(tmp_path, "trainer.max_epochs=6", "optim.groups.lr=5e-3", f"resume={folder / 'run' / 'last.ckpt'}")
+    assert "Training was complete at step 12: nothing was trained. Set a larger trainer.max_epochs" in caplog.text
+    assert "first validation" not in caplog.text
     best, last = (torch.load(tmp_path / "run" / name, weights_only=True)["state_dict"] for name in ("best.ckpt", "last.ckpt"))
     assert all(torch.equal(best[key], value) for key, value in last.items())
 
@@ -256,6 +315,17 @@ def test_without_a_validation_set_the_last_weights_are_the_result(trained, tmp_p
     assert metrics["test/AP"] >= 0 and "validation" not in caplog.text
     best, last = (torch.load(tmp_path / "run" / name, weights_only=True)["state_dict"] for name in ("best.ckpt", "last.ckpt"))
     assert all(torch.equal(best[key], value) for key, value in last.items())
+
+
+def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "optim.groups.lr=1e30,1e-3", "hydra.sweep.dir=sweep", *TINY]
+    ended = subprocess.run([*command, "trainer.max_epochs=2", "logger=null"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stderr
+    assert "train.py: the loss is " in ended.stdout and "1 runs failed" in ended.stderr and "Traceback" not in ended.stdout
+    (failed,) = tmp_path.glob("sweep/0_*/train.log")
+    assert "Traceback" in failed.read_text() and "NonFiniteLossError" in failed.with_name("failed.txt").read_text()
+    (second,) = tmp_path.glob("sweep/1_*/metrics.json")
+    assert not second.with_name("curves.png").exists() and "No curves.png: there is no metrics.csv" in ended.stdout
 
 
 def test_an_unknown_operator_lists_the_choices():

@@ -1,12 +1,12 @@
 """Lightning's Trainer, from the configuration and from what the scripts add to it."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
@@ -33,7 +33,7 @@ def build_trainer(
         raise InputError("trainer.enable_checkpointing: the scripts decide this. Remove it, and see `checkpoint` in configs/train.yaml")
     if cfg.get("logger") is True and not loggers:
         raise InputError("trainer.logger=true: there is no logger here. Name one by its _target_, or remove it")
-    given = {key: _as_list(instantiate(cfg.get(key))) for key in MERGED}
+    given = {key: _instantiate_list(cfg.get(key)) for key in MERGED}
     callbacks = [*callbacks, *given["callbacks"]]
     if cfg.get("enable_progress_bar", True) and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(TrainingProgressBar())
@@ -115,10 +115,13 @@ def check_trains_as_configured(cfg: DictConfig) -> None:
         )
 
 
-def _as_list(given: Any) -> list[Any]:
-    """Return one object, a list or a mapping of them as a list; nothing for None, true and false."""
+def _instantiate_list(given: Any) -> list[Any]:
+    """Instantiate one object, a list or a mapping of them as a list; nothing for None, true and false."""
     if given is None or isinstance(given, bool):
         return []
-    if isinstance(given, Mapping):
-        return list(given.values())
-    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not OmegaConf.is_config(given):  # a name, such as a plugin's
+        return [given]
+    found = instantiate(given)
+    if OmegaConf.is_dict(found):
+        return list(found.values())
+    return list(found) if OmegaConf.is_list(found) else [found]

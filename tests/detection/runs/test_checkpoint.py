@@ -1,8 +1,21 @@
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
-from roi_quantization.detection.runs.checkpoint import check_categories, load_checkpoint, load_weights
+from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.runs.checkpoint import (
+    PARTS,
+    _checkpoint_paths,
+    check_categories,
+    keep_eval_transform,
+    load_checkpoint,
+    load_weights,
+    register_checkpoint,
+    register_parts,
+)
+from roi_quantization.detection.runs.renamed_targets import RENAMED
+from tests.configuration import composed
 
 CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 5, "name": "star"}]
 
@@ -20,6 +33,79 @@ def test_what_is_saved_is_loaded(tmp_path):
     torch.save(checkpoint_of(saved), tmp_path / "best.ckpt")
     load_weights(fresh, load_checkpoint(tmp_path / "best.ckpt"))
     assert torch.equal(fresh.weight, saved.weight)
+
+
+@pytest.mark.parametrize(
+    ("override", "paths"),
+    [
+        ("ckpt=runs/a/best.ckpt", ["runs/a/best.ckpt"]),
+        ("++ckpt=a", ["a"]),
+        ("ckpt='a=b, (c) é/best.ckpt'", ["a=b, (c) é/best.ckpt"]),
+        (r"ckpt=a\=b\(1\).ckpt", ["a=b(1).ckpt"]),
+        ("ckpt=2024", ["2024"]),
+        ("ckpt=007", ["007"]),
+        ("ckpt=a,b", ["a", "b"]),
+        ("ckpt='a,1',b", ["a,1", "b"]),
+        ("ckpt=${oc.env:FOLDER}/best.ckpt", ["here/best.ckpt"]),
+        ("ckpt=null", []),
+        ("roi=pool", []),
+    ],
+)
+def test_the_command_line_is_parsed_as_hydra_parses_it(monkeypatch, override, paths):
+    monkeypatch.setenv("FOLDER", "here")
+    assert _checkpoint_paths(["seed=1", override]) == paths
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ckpt=é.ckpt", r"""ckpt=é\.ckpt is not valid in Hydra's grammar .* Quote the path: 'ckpt="é\.ckpt"'"""),
+        ("ckpt=a=b.ckpt", r"Quote the path"),
+        ("ckpt=1e5", r"ckpt=100000\.0: expected a path\. Quote"),
+        ("ckpt=true", r"ckpt=True: expected a path\. Quote"),
+    ],
+)
+def test_a_path_that_hydra_reads_otherwise_is_refused(override, message):
+    with pytest.raises(InputError, match=message):
+        _checkpoint_paths([override])
+
+
+def test_targets_from_before_the_move_are_renamed(tmp_path):
+    old = {new: old for old, new in RENAMED.items()}
+
+    def before(node):
+        if isinstance(node, dict):
+            return {key: old.get(value, value) if key == "_target_" else before(value) for key, value in node.items()}
+        return node
+
+    config = OmegaConf.to_container(composed("train"))
+    torch.save(checkpoint_of(nn.Linear(1, 1)) | {"config": before(config)}, tmp_path / "old.ckpt")
+    assert load_checkpoint(tmp_path / "old.ckpt")["config"]["roi"]["_target_"] == "ops.lattice_pool"
+    register_checkpoint([f"ckpt={tmp_path / 'old.ckpt'}"], "eval.py")
+    cfg = OmegaConf.to_container(composed("eval"))
+    assert {part: cfg[part] for part in PARTS} == {part: config[part] for part in PARTS}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected", "message"),
+    [
+        ([], (240, 400), None),
+        (["data=custom"], (240, 400), "data.eval_transform.short_side=240 is the checkpoint's. The data configuration has 600"),
+        (
+            ["data=custom", "data.eval_transform.short_side=480"],
+            (480, 400),
+            "data.eval_transform.short_side=480 is not the checkpoint's, which is 240",
+        ),
+        (["data.eval_transform.max_side=800"], (240, 800), "data.eval_transform.max_side=800 is not the checkpoint's, which is 400"),
+    ],
+)
+def test_the_transform_of_a_checkpoint_holds_unless_it_is_named(tmp_path, caplog, overrides, expected, message):
+    sizes = ["data.eval_transform.short_side=240", "data.eval_transform.max_side=400"]
+    register_parts(OmegaConf.to_container(composed("train", *sizes)), "best.ckpt")
+    cfg = composed("eval", *overrides)
+    keep_eval_transform(cfg, overrides)
+    assert (cfg.data.eval_transform.short_side, cfg.data.eval_transform.max_side) == expected
+    assert message in caplog.text if message else not caplog.text
 
 
 def test_missing_truncated_and_foreign_files_are_told_apart(tmp_path):

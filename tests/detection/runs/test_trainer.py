@@ -1,0 +1,113 @@
+"""What the scripts add to the Trainer's settings is merged with what is given, and the rest is refused by name."""
+
+from types import SimpleNamespace
+
+import pytest
+from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from roi_quantization.detection.errors import InputError, MissingPackageError
+from roi_quantization.detection.runs.interruption import GracefulStop
+from roi_quantization.detection.runs.progress import TrainingProgressBar
+from roi_quantization.detection.runs.trainer import build_loggers, build_trainer, check_limits, check_trains_as_configured, closed_loggers
+from tests.configuration import composed
+
+
+@pytest.fixture
+def trainer_of(tmp_path):
+    def build(*overrides, **given):
+        cfg = composed("train", "trainer=cpu", f"run_dir={tmp_path}", *overrides)
+        return build_trainer(cfg.trainer, **given)
+
+    return build
+
+
+def kinds(trainer):
+    return {type(callback) for callback in trainer.callbacks}
+
+
+STOPPING = "{_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val/loss}"
+
+
+@pytest.mark.parametrize("callbacks", [STOPPING, f"[{STOPPING}]", f"{{stop: {STOPPING}}}"])
+def test_callbacks_of_the_configuration_are_used_beside_the_scripts_own(trainer_of, callbacks):
+    trainer = trainer_of(f"+trainer.callbacks={callbacks}", callbacks=[GracefulStop()])
+    assert {EarlyStopping, GracefulStop, TrainingProgressBar} <= kinds(trainer)
+
+
+def test_a_progress_bar_of_the_configuration_replaces_this_projects(trainer_of):
+    trainer = trainer_of("+trainer.callbacks=[{_target_: pytorch_lightning.callbacks.TQDMProgressBar}]")
+    assert TQDMProgressBar in kinds(trainer) and TrainingProgressBar not in kinds(trainer)
+    assert not {TQDMProgressBar, TrainingProgressBar} & kinds(trainer_of("trainer.enable_progress_bar=false"))
+
+
+def test_plugins_of_the_configuration_are_used(trainer_of):
+    trainer = trainer_of("+trainer.plugins=[{_target_: pytorch_lightning.plugins.io.TorchCheckpointIO}]")
+    assert type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
+
+
+def test_loggers_are_merged_or_turned_off(trainer_of, tmp_path):
+    ours = CSVLogger(tmp_path, name="ours")
+    other = "+trainer.logger={_target_: pytorch_lightning.loggers.CSVLogger, save_dir: ${run_dir}, name: other}"
+    assert [logger.name for logger in trainer_of(other, loggers=[ours]).loggers] == ["ours", "other"]
+    assert trainer_of("+trainer.logger=false", loggers=[ours]).loggers == []
+    assert trainer_of("+trainer.logger=true", loggers=[ours]).loggers == [ours]
+    with pytest.raises(InputError, match=r"trainer\.logger=true: there is no logger here"):
+        trainer_of("+trainer.logger=true")
+
+
+def test_a_training_without_a_logger_has_none():
+    assert build_loggers(composed("train", "~logger").get("logger")) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+trainer.strategy=ddp_spawn", "trainer.devices=2"], r"trainer\.strategy: spawn is not supported\. Use strategy=ddp"),
+        (["+trainer.strategy=ddp_notebook", "trainer.devices=2"], r"trainer\.strategy: fork is not supported"),
+        (["+trainer.enable_checkpointing=false"], r"trainer\.enable_checkpointing: the scripts decide this"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_by_name(trainer_of, overrides, message):
+    with pytest.raises(InputError, match=message):
+        trainer_of(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+trainer.fast_dev_run=true", r"trainer\.fast_dev_run=True: it leaves out loggers and checkpoints"),
+        ("+trainer.overfit_batches=3", r"trainer\.overfit_batches=3: .* Set data\.train_subset"),
+    ],
+)
+def test_settings_that_change_the_data_of_a_training_are_refused(override, message):
+    with pytest.raises(InputError, match=message):
+        check_trains_as_configured(composed("train", override).trainer)
+
+
+@pytest.mark.parametrize("none", [0, 0.0])
+def test_an_evaluation_of_nothing_is_refused(none):
+    cfg = composed("train", f"+trainer.limit_test_batches={none}").trainer
+    with pytest.raises(InputError, match=r"trainer\.limit_test_batches=0.*: nothing would be evaluated"):
+        check_limits(cfg, "test")
+    check_limits(cfg, "val")
+
+
+def test_a_missing_tensorboard_names_its_extra(monkeypatch):
+    def missing(self, *_, **__):
+        raise ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available.")
+
+    monkeypatch.setattr("pytorch_lightning.loggers.TensorBoardLogger.__init__", missing)
+    with pytest.raises(MissingPackageError, match=r'logger: csv, tensorboard .* pip install -e "\.\[tensorboard\]", or choose logger=csv'):
+        build_loggers(composed("train", "logger=tensorboard", "run_dir=unused").logger)
+
+
+def test_the_run_of_a_logging_service_ends_with_the_training():
+    """Two runs of a sweep in one process would be one run of Weights & Biases."""
+    finished = []
+    service = SimpleNamespace(experiment=SimpleNamespace(finish=lambda: finished.append("service")))
+    trainer = SimpleNamespace(loggers=[service, SimpleNamespace(experiment=object())])
+    with pytest.raises(RuntimeError), closed_loggers(trainer):
+        raise RuntimeError
+    assert finished == ["service"]

@@ -1,0 +1,231 @@
+"""Compare detectors by their results on the same images: AP with intervals, paired differences and types of errors.
+
+python compare.py --annotations instances.json a/results.json b/results.json ...
+"""
+
+import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
+
+# isort: split
+import argparse
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pycocotools.coco import COCO
+
+from roi_quantization.detection.data.annotations import as_coco, read_instances
+from roi_quantization.detection.evaluation.bootstrap import METRICS, MatchedDetections, bootstrap_over_images
+from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, ErrorSplit, split_errors
+from roi_quantization.detection.evaluation.results_file import read_results
+from roi_quantization.detection.evaluation.statistics import Estimate, difference
+from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.runs.errors import exit_with_message
+
+log = logging.getLogger(__name__)
+
+NAME_WIDTH = 20  # of the names in the tables, which fit 100 columns
+MOST_IMAGES_FOR_BCA = 1000  # BCa evaluates AP once more per image
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """What is known of one detector."""
+
+    name: str
+    path: str
+    detections: int
+    images: int  # with at least one detection
+    ap: dict[str, Estimate]  # AP, AP50, AP75
+    minus_first: dict[str, Estimate] | None  # None for the first
+    errors: ErrorSplit
+
+
+def compare(
+    annotations: Path,
+    paths: Sequence[Path],
+    names: Sequence[str] | None = None,
+    max_detections: int = 100,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> tuple[COCO, list[Compared]]:
+    """Evaluate results on all images of the annotations.
+
+    Args:
+        annotations: an instances json.
+        paths: files of COCO's results. The others are compared with the first.
+        names: one per file; None: what tells their paths apart.
+        max_detections: the detections with the highest scores, per image and class, that are evaluated.
+        confidence: level of the intervals.
+        resamples: of the bootstrap over images.
+
+    Returns:
+        The annotations and one `Compared` per file.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file or an argument is not valid; the message names it.
+    """
+    names = _check_names(names, paths)
+    coco = as_coco(read_instances(annotations))
+    image_ids = sorted(coco.imgs)
+    if len(image_ids) < 2:
+        raise ValueError(f"{annotations} has {len(image_ids)} images; intervals over images need at least 2.")
+    results, matched, errors = {}, {}, {}
+    for name, path in zip(names, paths, strict=True):
+        results[name] = read_results(path)
+        try:
+            matched[name] = MatchedDetections(coco, results[name], image_ids, max_detections)
+            errors[name] = split_errors(coco, results[name], image_ids, max_detections)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    if len(image_ids) > MOST_IMAGES_FOR_BCA:
+        log.warning("The bootstrap over %d images can take minutes per file; fewer --resamples are faster.", len(image_ids))
+    first, *others = names
+    sums = {(name,): {name: 1.0} for name in names} | {(name, first): difference(name, first) for name in others}
+    estimates = bootstrap_over_images(matched, sums, resamples, confidence, method=bootstrap_method(image_ids))
+    compared = [
+        Compared(
+            name=name,
+            path=str(path),
+            detections=len(results[name]),
+            images=len({result["image_id"] for result in results[name]}),
+            ap=estimates[(name,)],
+            minus_first=estimates.get((name, first)),
+            errors=errors[name],
+        )
+        for name, path in zip(names, paths, strict=True)
+    ]
+    return coco, compared
+
+
+def bootstrap_method(image_ids: Sequence[int]) -> str:
+    """Return the method of `scipy.stats.bootstrap` for this number of images."""
+    return "BCa" if len(image_ids) <= MOST_IMAGES_FOR_BCA else "basic"
+
+
+def format_comparison(coco: COCO, compared: Sequence[Compared], max_detections: int, confidence: float, resamples: int) -> str:
+    """Format the tables, up to 100 columns wide."""
+    objects = sum(not annotation["iscrowd"] for annotation in coco.anns.values())
+    method = bootstrap_method(list(coco.imgs))
+    parts = [
+        f"{len(coco.imgs)} images, {objects} objects, {len(coco.cats)} classes; at most {max_detections} detections per image and class.\n"
+        f"In brackets: {100 * confidence:g} % intervals of a {method} bootstrap over images, {resamples} resamples."
+    ]
+    rows = [[one.name, f"{one.detections}", f"{one.images}", *(one.ap[metric].text() for metric in METRICS)] for one in compared]
+    parts.append(_table(["", "detections", "images", *METRICS], rows))
+    if len(compared) > 1:
+        differences = [[one.name, *(_signed(one.minus_first[metric]) for metric in METRICS)] for one in compared[1:]]
+        parts.append(_table([f"minus {compared[0].name}", *METRICS], differences) + "\n* The interval excludes 0.")
+    counts = [[one.name, *(f"{one.errors.counts[error]}" for error in ERROR_TYPES)] for one in compared]
+    parts.append("Errors at IoU 0.5 (TIDE)\n" + _table(["", *ERROR_TYPES], counts))
+    gains = [[one.name, *(_number(one.errors.gains[error]) for error in ERROR_TYPES)] for one in compared]
+    parts.append("AP50 gained by fixing them\n" + _table(["", *ERROR_TYPES], gains))
+    parts += [
+        f"{one.path} has detections in {one.images} of {len(coco.imgs)} images, and all objects of the others are missed. "
+        "If the detector was run on fewer images, give --annotations of those images."
+        for one in compared
+        if 2 * one.images < len(coco.imgs)
+    ]
+    return "\n\n".join(parts)
+
+
+def to_json(coco: COCO, compared: Sequence[Compared], settings: Mapping[str, Any]) -> bytes:
+    """Return all numbers as a json; those that are not defined are null."""
+    content = {**settings, "images": len(coco.imgs), "results": [dataclasses.asdict(one) for one in compared]}
+    for one in content["results"]:
+        for estimate in [*one["ap"].values(), *(one["minus_first"] or {}).values()]:
+            del estimate["n"], estimate["p_value"]  # the images, and not computed
+    return json.dumps(_without_nan(content), indent=1).encode()
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="compare.py", description=__doc__.split("\n")[0], epilog="The page docs/compare.md explains the tables."
+    )
+    parser.add_argument("results", nargs="+", type=Path, help="detections in COCO's format; the others are compared with the first")
+    parser.add_argument("--annotations", required=True, type=Path, help="instances json, of whose images all are evaluated")
+    parser.add_argument("--names", nargs="+", help="one per file of results (default: what tells the paths apart)")
+    parser.add_argument("--max-detections", type=int, default=100, help="per image and class (%(default)s)")
+    parser.add_argument("--confidence", type=float, default=0.95, help="level of the intervals (%(default)s)")
+    parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap over images (%(default)s)")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parsed = parser.parse_args(arguments)
+    if parsed.max_detections < 1:
+        parser.error(f"--max-detections {parsed.max_detections}: expected at least 1")
+    if not 0 < parsed.confidence < 1:
+        parser.error(f"--confidence {parsed.confidence:g}: expected a number between 0 and 1, such as 0.95")
+    if parsed.resamples < 1:
+        parser.error(f"--resamples {parsed.resamples}: expected at least 1")
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare the files on the command line and print the tables."""
+    parsed = parse_arguments(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    settings = {"max_detections": parsed.max_detections, "confidence": parsed.confidence, "resamples": parsed.resamples}
+    with exit_with_message("compare.py"):
+        coco, compared = compare(parsed.annotations, parsed.results, parsed.names, **settings)
+        print(format_comparison(coco, compared, **settings))
+        if parsed.json:
+            atomic_write(parsed.json, to_json(coco, compared, {"annotations": str(parsed.annotations), **settings}))
+
+
+def _check_names(names: Sequence[str] | None, paths: Sequence[Path]) -> list[str]:
+    """Return the names of the results, one per file, all different."""
+    if names is None:
+        names = [f"…{name[1 - NAME_WIDTH :]}" if len(name) > NAME_WIDTH else name for name in _tell_apart(paths)]
+    if len(names) != len(paths):
+        raise ValueError(f"--names has {len(names)} names for {len(paths)} files of results; give one per file.")
+    for name in names:
+        if len(name) > NAME_WIDTH:
+            raise ValueError(f"--names: {name!r} has {len(name)} characters; the tables have room for {NAME_WIDTH}.")
+        if names.count(name) > 1:
+            raise ValueError(f"two files of results have the name {name!r}; give each its own with --names.")
+    return list(names)
+
+
+def _tell_apart(paths: Sequence[Path]) -> list[str]:
+    """Return the ends of the paths from where they differ, without a file name `results` that all have."""
+    parts = [path.resolve().with_suffix("").parts for path in paths]
+    if all(one[-1] == "results" for one in parts):
+        parts = [one[:-1] for one in parts]
+    shortest = min(map(len, parts))
+    same = next((i for i in range(shortest) if len({one[i] for one in parts}) > 1), shortest)
+    return ["/".join(one[min(same, shortest - 1) :]) for one in parts]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align the first column left and the others right."""
+    lines = [heads, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        for line in lines
+    )
+
+
+def _signed(estimate: Estimate) -> str:
+    return f"{estimate.text(signed=True)} {'*' if estimate.excludes_zero else ' '}"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1f}"
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Read detections of any detector from a file of COCO's results."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from roi_quantization.detection.data.garbage_collection import without_garbage_collection
+
+
+def read_results(path: Path | str) -> list[dict]:
+    """Read and check COCO's results: a list of `image_id`, `category_id`, `bbox` [x, y, w, h] and `score`.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is no such list; the message names the file and the first wrong entry.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there. Name a file of COCO's results, such as results.json of a run folder.")
+    try:
+        with without_garbage_collection():
+            results = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a json file, or is truncated: {error}") from error
+    if not isinstance(results, list):
+        keys = f" with {', '.join(list(results)[:5])}" if isinstance(results, dict) else ""
+        raise ValueError(f"{path} holds a {type(results).__name__}{keys}; COCO's results are a list of detections.")
+    for number, result in enumerate(results):
+        wrong = _find_fault(result)
+        if wrong:
+            raise ValueError(f"{path}: result {number} {wrong}. Each needs image_id, category_id, bbox [x, y, w, h] and score.")
+    return results
+
+
+def _find_fault(result: Any) -> str | None:
+    if not isinstance(result, Mapping):
+        return f"is a {type(result).__name__}"
+    for key in ("image_id", "category_id", "bbox", "score"):
+        if key not in result:
+            return f"has no {key}"
+    for key in ("image_id", "category_id"):
+        if type(result[key]) is not int:
+            return f"has {key} {result[key]!r:.80}; expected an integer"
+    box, score = result["bbox"], result["score"]
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+        return f"has bbox {box!r:.80}; expected four numbers"
+    return None if _is_number(score) else f"has score {score!r:.80}; expected a number"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

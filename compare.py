@@ -18,12 +18,13 @@ from typing import Any
 from pycocotools.coco import COCO
 
 from roi_quantization.detection.data.annotations import as_coco, read_instances
+from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.bootstrap import METRICS, MatchedDetections, bootstrap_over_images
 from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, ErrorSplit, split_errors
 from roi_quantization.detection.evaluation.results_file import read_results
 from roi_quantization.detection.evaluation.statistics import Estimate, difference
 from roi_quantization.detection.files import atomic_write
-from roi_quantization.detection.runs.errors import exit_with_message
+from roi_quantization.detection.runs.errors import handle_errors
 
 log = logging.getLogger(__name__)
 
@@ -66,22 +67,22 @@ def compare(
         The annotations and one `Compared` per file.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file or an argument is not valid; the message names it.
+        MissingFileError: a file is missing.
+        InputError: a file or an argument is not valid; the message names it.
     """
     names = _check_names(names, paths)
     coco = as_coco(read_instances(annotations))
     image_ids = sorted(coco.imgs)
     if len(image_ids) < 2:
-        raise ValueError(f"{annotations} has {len(image_ids)} images; intervals over images need at least 2.")
+        raise InputError(f"{annotations} has {len(image_ids)} images; intervals over images need at least 2.")
     results, matched, errors = {}, {}, {}
     for name, path in zip(names, paths, strict=True):
         results[name] = read_results(path)
         try:
             matched[name] = MatchedDetections(coco, results[name], image_ids, max_detections)
             errors[name] = split_errors(coco, results[name], image_ids, max_detections)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
     if len(image_ids) > MOST_IMAGES_FOR_BCA:
         log.warning("The bootstrap over %d images can take minutes per file; fewer --resamples are faster.", len(image_ids))
@@ -170,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     settings = {"max_detections": parsed.max_detections, "confidence": parsed.confidence, "resamples": parsed.resamples}
-    with exit_with_message("compare.py"):
+    with handle_errors("compare.py"):
         coco, compared = compare(parsed.annotations, parsed.results, parsed.names, **settings)
         print(format_comparison(coco, compared, **settings))
         if parsed.json:
@@ -182,12 +183,12 @@ def _check_names(names: Sequence[str] | None, paths: Sequence[Path]) -> list[str
     if names is None:
         names = [f"…{name[1 - NAME_WIDTH :]}" if len(name) > NAME_WIDTH else name for name in _tell_apart(paths)]
     if len(names) != len(paths):
-        raise ValueError(f"--names has {len(names)} names for {len(paths)} files of results; give one per file.")
+        raise InputError(f"--names has {len(names)} names for {len(paths)} files of results; give one per file.")
     for name in names:
         if len(name) > NAME_WIDTH:
-            raise ValueError(f"--names: {name!r} has {len(name)} characters; the tables have room for {NAME_WIDTH}.")
+            raise InputError(f"--names: {name!r} has {len(name)} characters; the tables have room for {NAME_WIDTH}.")
         if names.count(name) > 1:
-            raise ValueError(f"two files of results have the name {name!r}; give each its own with --names.")
+            raise InputError(f"two files of results have the name {name!r}; give each its own with --names.")
     return list(names)
 
 

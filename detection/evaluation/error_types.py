@@ -74,7 +74,7 @@ def split_errors(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[
         max_detections: the detections with the highest scores, per image and class, that are evaluated.
 
     Raises:
-        ValueError: a result or an image does not belong to `coco_gt`, or a number is not finite.
+        InputError: a result or an image does not belong to `coco_gt`, or a number is not finite.
     """
     coco_eval = match(coco_gt, results, image_ids, max_detections, areas={"all": (0.0, 1e10)})
     boxes = {key: {a["id"]: a["bbox"] for a in coco.anns.values()} for key, coco in (("dt", coco_eval.cocoDt), ("gt", coco_eval.cocoGt))}

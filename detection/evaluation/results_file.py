@@ -6,30 +6,31 @@ from pathlib import Path
 from typing import Any
 
 from roi_quantization.detection.data.garbage_collection import without_garbage_collection
+from roi_quantization.detection.errors import InputError, MissingFileError
 
 
 def read_results(path: Path | str) -> list[dict]:
     """Read and check COCO's results: a list of `image_id`, `category_id`, `bbox` [x, y, w, h] and `score`.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is no such list; the message names the file and the first wrong entry.
+        MissingFileError: the file is missing.
+        InputError: it is no such list; the message names the file and the first wrong entry.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there. Name a file of COCO's results, such as results.json of a run folder.")
+        raise MissingFileError(f"{path} is not there. Name a file of COCO's results, such as results.json of a run folder.")
     try:
         with without_garbage_collection():
             results = json.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a json file, or is truncated: {error}") from error
+        raise InputError(f"{path} is not a json file, or is truncated: {error}") from error
     if not isinstance(results, list):
         keys = f" with {', '.join(list(results)[:5])}" if isinstance(results, dict) else ""
-        raise ValueError(f"{path} holds a {type(results).__name__}{keys}; COCO's results are a list of detections.")
+        raise InputError(f"{path} holds a {type(results).__name__}{keys}; COCO's results are a list of detections.")
     for number, result in enumerate(results):
         wrong = _find_fault(result)
         if wrong:
-            raise ValueError(f"{path}: result {number} {wrong}. Each needs image_id, category_id, bbox [x, y, w, h] and score.")
+            raise InputError(f"{path}: result {number} {wrong}. Each needs image_id, category_id, bbox [x, y, w, h] and score.")
     return results
 
 

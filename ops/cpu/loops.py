@@ -4,21 +4,80 @@ A kernel works on channels `c0` to `c1`. It copies its slice of the map channels
 inner loop runs over them, and visits the RoIs in order. `ops/cpu/kernels.py` calls the kernels and hands out the blocks of channels.
 """
 
+import inspect
+import logging
 import os
+import sys
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
+from functools import cache, partial
+from hashlib import sha256
+from typing import Any
 
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
+
+log = logging.getLogger(__name__)
 
 
-def compile_kernel(function: Callable, **options) -> Callable:
-    """Compiled when first called, and kept on disk until the function's file changes, or this one, which is compiled into it."""
-    kernel = numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
-    kept = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
-    if kept is not None:  # None where NUMBA_DISABLE_JIT is set
-        kept._source_stamp = kept._source_stamp, os.stat(__file__).st_mtime, os.stat(__file__).st_size  # Numba looks at the first alone
+class KernelCache(FunctionCache):
+    """Numba's cache of machine code on disk. A file that cannot be read or written costs a compilation, and is no error.
+
+    Numba takes a change in the kernel's own file for a new kernel; here so is a change in this file, whose functions are compiled into it.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = self._cache_file._source_stamp, _stamp_of_this_file()
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # whatever unpickling a damaged file ends with
+            return self._forget(error)
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            self._forget(error)
+
+    def _forget(self, error: Exception) -> None:
+        """Remove the index, which may name a file that was not written."""
+        with suppress(OSError):
+            os.unlink(self._cache_file._index_path)
+        _warn_of_no_cache(f"{self.cache_path}: {type(error).__name__}: {error}")
+
+
+def compile_kernel(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile a function when it is first called, and keep the machine code on disk where that is possible."""
+    kernel: Any = numba.njit(nogil=True, error_model="numpy", **options)(function)
+    if hasattr(kernel, "enable_caching"):  # with NUMBA_DISABLE_JIT it is the function
+        try:
+            kernel._cache = KernelCache(function)
+        except Exception as error:  # no folder is writable, or no source is there to tell a change by
+            _warn_of_no_cache(f"{type(error).__name__}: {error}")
     return kernel
+
+
+@cache
+def _stamp_of_this_file() -> str:
+    return sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
+
+
+_warned = False
+
+
+def _warn_of_no_cache(reason: str) -> None:
+    global _warned
+    if not _warned:
+        log.warning(
+            "machine code of the RoI operators cannot be kept on disk (%s), so each process compiles them anew, which takes seconds. "
+            "Set NUMBA_CACHE_DIR to a folder that can be written",
+            reason,
+        )
+    _warned = True
 
 
 # Sums over channels may be reassociated, so that they vectorise: settled when the kernel is compiled, so a run repeats bit for bit. Nothing

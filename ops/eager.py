@@ -1,7 +1,6 @@
 """The operators in plain PyTorch: any device, any floating dtype, any order of differentiation. What runs where no kernel is written.
 
-The i-th sample of every bin is visited at once, so memory holds a few tensors of the size of the output and time grows with the largest
-bin.
+The i-th sample of every bin is visited at once: memory holds a few tensors of the size of the output, and time grows with the largest bin.
 """
 
 import torch
@@ -19,15 +18,15 @@ def lattice_pool(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str)
         return out + features.sum() * 0  # a gradient of zeros, not none
     rows = features.permute(0, 2, 3, 1)
     total = y.total[:, :, None] * x.total[:, None, :]
-    count = (y.count[:, :, None] * x.count[:, None, :])[:, None]
+    count = (y.visited[:, :, None] * x.visited[:, None, :])[:, None]
     if reduce == "max":  # a sample off the map has the value 0, and so has a bin without samples
         out = out.masked_fill((count >= total[:, None]) & (count > 0), -torch.inf)
-    for i in range(int(y.count.max())):
+    for i in range(int(y.visited.max())):
         top, bottom, v = _taps(y, i, features.shape[2])
-        for j in range(int(x.count.max())):
+        for j in range(int(x.visited.max())):
             left, right, h = _taps(x, j, features.shape[3])
             sample = _interpolate(rows, image, top, bottom, v, left, right, h)
-            visited = ((i < y.count)[:, :, None] & (j < x.count)[:, None, :])[:, None]
+            visited = ((i < y.visited)[:, :, None] & (j < x.visited)[:, None, :])[:, None]
             if reduce == "mean":
                 out = out + torch.where(visited, sample, 0)
             else:

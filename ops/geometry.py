@@ -5,9 +5,9 @@ map, cell `i` covers `[i, i + 1)` and its centre is `i + 0.5`; the projection of
 *index* coordinates, where the value of cell `i` sits at `i`: the right position for a point `x` is `x - 0.5` (`half_pixel=True`,
 torchvision's `aligned=True`); `half_pixel=False` forgets the 0.5, as Caffe2, MNC and the first RoIAlign did.
 
-A bin is a lattice: along each axis a first position, a step and a count. RoIAlign's bin is `g` samples `b / g` apart; RoIPool's is the
-integer cells from floor to ceil, one apart, where interpolation is the cell itself. Kernels visit lattices and know nothing of rounding;
-autograd through this file turns gradients of `first` and `step` into gradients of the boxes, straight through the rounding.
+A bin is a lattice: along each axis a first position, a step and a number of samples. RoIAlign's bin is `g` samples `b / g` apart. RoIPool's
+is the integer cells from floor to ceil, one apart, where interpolation is the cell itself. Kernels visit lattices and know nothing of
+rounding. Autograd through this file turns gradients of `first` and `step` into gradients of the boxes, straight through the rounding.
 
 Sources: Girshick, "Fast R-CNN" (2015), and its Caffe layer; Dai et al., "Instance-aware Semantic Segmentation via Multi-task Network
 Cascades" (2016) for RoIWarp; He et al., "Mask R-CNN" (2017), section 3, for RoIAlign; Jiang et al., "IoU-Net" (2018), equation 5, for
@@ -21,18 +21,21 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+MOST_SAMPLES_TESTED = 16
+"""Up to so many samples a bin and side, each is tested for being on the map."""
+
 
 class Axis(NamedTuple):
     """The samples of `P` bins of `K` RoIs along one axis, each `[K, P]`.
 
-    Sample `i` of a bin is at `first + i * step`, in index coordinates; `count` of them are on the map and are visited (clamped to
-    `[0, size - 1]`), `total` is how many the bin has with those off the map, which have the value 0.
+    Sample `i` of a bin is at `first + i * step`, in index coordinates. `visited` samples are on the map; a kernel clamps their positions to
+    `[0, size - 1]`. `total` also counts the samples off the map, which have the value 0.
     """
 
     first: Tensor
     step: Tensor
-    count: Tensor  # int32
-    total: Tensor  # floating point: the divisor of a mean, without limit
+    visited: Tensor  # int32
+    total: Tensor  # floating point, because it has no limit: the divisor of a mean
 
 
 class Bounds(NamedTuple):
@@ -86,7 +89,7 @@ class LatticeRule:
             return size
         if self.sampling_ratio > 0:
             return self.sampling_ratio
-        return math.ceil(2 * (size - 1 + 2 * self.border)) + 1  # adaptive samples are more than half a cell apart
+        return 2 * size - 1 + math.ceil(4 * self.border)  # adaptive samples are more than half a cell apart
 
     def _project(self, x: Tensor, spatial_scale: float) -> Tensor:
         # The half pixel is taken off here, before the extent is, because torchvision does: `(b - 0.5) - (a - 0.5)` and `b - a` can differ
@@ -100,24 +103,48 @@ class LatticeRule:
     def _sample(self, start: Tensor, extent: Tensor, bins: int, size: int) -> Axis:
         bin_size = divide(extent, bins)[:, None]
         ratio = bin_size.detach().ceil().clamp(min=0) if self.sampling_ratio <= 0 else torch.full_like(bin_size, self.sampling_ratio)
-        step = divide(bin_size, ratio.clamp(min=1))
-        first = start[:, None] + _indices(bins, start) * bin_size + self.sample_offset * step
-        return self._trim(first, step.expand_as(first), ratio.expand_as(first), size)
-
-    def _trim(self, first: Tensor, step: Tensor, total: Tensor, size: int) -> Axis:
-        """Drop the samples more than `border` cells beyond the outermost cell centres: they are worth 0 and need no visit.
-
-        It is what keeps an adaptive lattice over a huge box finite.
-        """
+        bin_start = start[:, None] + _indices(bins, start) * bin_size
+        total = ratio.expand_as(bin_start)
         with torch.no_grad():
-            low, high = -self.border, size - 1 + self.border
-            near, far = torch.where(step < 0, high, low), torch.where(step < 0, low, high)
-            # 0 / 0 is a sample of a box without extent that lies just on the border: on the map, like its twins
-            skipped = divide(near - first, step).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).ceil().clamp(min=0).minimum(total)
-            last = divide(far - first, step).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).floor().minimum(total - 1)
-            most = divide(torch.full_like(step, high - low), step.abs()).nan_to_num(nan=torch.inf, posinf=torch.inf).floor() + 1
-            count = (last - skipped + 1).clamp(min=0).minimum(most).int()  # `most` binds only where float32 has no digits to count with
-        return Axis(first + skipped * step, step, count, total)
+            skipped, visited = self._visited(bin_start, bin_size, ratio, size)
+        first = self._position(bin_start, bin_size, ratio, skipped)
+        return Axis(first, divide(bin_size, ratio.clamp(min=1)).expand_as(first), visited, total)
+
+    def _position(self, bin_start: Tensor, bin_size: Tensor, ratio: Tensor, i: Tensor) -> Tensor:
+        """Where sample `i` of a bin lies, to the last bit: torchvision's order of operations, which decides what lies on the border."""
+        return bin_start + divide((i + self.sample_offset) * bin_size, ratio.clamp(min=1))
+
+    def _visited(self, bin_start: Tensor, bin_size: Tensor, ratio: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """How many samples a bin has before its first one on the map, and how many on the map, each `[K, P]`.
+
+        Samples more than `border` cells beyond the outermost cell centres are worth 0 and need no visit. It is what keeps an adaptive
+        lattice over a huge box finite.
+        """
+        low, high = -self.border, size - 1 + self.border
+        if 0 < self.sampling_ratio <= MOST_SAMPLES_TESTED:
+            i = torch.arange(self.sampling_ratio, dtype=bin_start.dtype, device=bin_start.device)
+            at = self._position(bin_start[..., None], bin_size[..., None], ratio[..., None], i)
+            on_map = (at >= low) & (at <= high)  # neighbours, because positions are in order
+            visited = on_map.sum(-1, dtype=torch.int32)
+            return on_map.int().argmax(-1).to(at.dtype), visited
+        near, far = torch.where(bin_size < 0, high, low), torch.where(bin_size < 0, low, high)
+
+        def index(
+            edge: Tensor,
+        ) -> Tensor:  # NaN, 0 / 0: a bin without extent that lies just on the border, where all its samples are visited
+            return divide((edge - bin_start) * ratio, bin_size) - self.sample_offset
+
+        skipped = index(near).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).ceil().clamp(min=0).minimum(ratio)
+        last = index(far).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).floor().clamp(min=-1).minimum(ratio - 1)
+        # The quotients may miss by one sample; the position of the two samples on either side of each edge decides.
+        i = torch.stack([skipped - 1, skipped, last, last + 1], -1)
+        at = self._position(bin_start[..., None], bin_size[..., None], ratio[..., None], i)
+        on_map = (at >= low) & (at <= high)
+        before, first, end, after = on_map.unbind(-1)
+        skipped = (skipped - (before & (skipped > 0)).to(at.dtype) + (~first & (skipped < ratio)).to(at.dtype)).clamp(min=0)
+        last = last - (~end & (last >= 0)).to(at.dtype) + (after & (last + 1 < ratio)).to(at.dtype)
+        most = self.most_samples(size)  # binds only where float32 has no digits to count with
+        return skipped, (last - skipped + 1).clamp(min=0, max=most).int()
 
     def _cells(self, start: Tensor, extent: Tensor, bins: int, size: int) -> Axis:
         # The whole cell that a bin starts from is added after the floor, as Caffe does with its rounded RoI: in float32
@@ -188,6 +215,6 @@ def _propagate_nan(axis: Axis) -> Axis:
     return Axis(
         torch.where(bad, torch.nan, axis.first),
         torch.where(bad, 0.0, axis.step),
-        torch.where(bad, 1, axis.count),
+        torch.where(bad, 1, axis.visited),
         torch.where(bad, 1.0, axis.total),
     )

@@ -23,8 +23,8 @@ def lattice_pool(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str)
 def _bin(feature: Tensor, y: Axis, x: Axis, k: int, p: int, q: int, reduce: str) -> Tensor:
     samples = [
         _interpolate(feature, y.first[k, p].double() + i * y.step[k, p].double(), x.first[k, q].double() + j * x.step[k, q].double())
-        for i in range(int(y.count[k, p]))
-        for j in range(int(x.count[k, q]))
+        for i in range(int(y.visited[k, p]))
+        for j in range(int(x.visited[k, q]))
     ]
     zero = feature.new_zeros(feature.shape[0])
     total = float(y.total[k, p]) * float(x.total[k, q])

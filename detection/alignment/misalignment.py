@@ -256,11 +256,11 @@ def _axis_bins(operator: Operator, low: Tensor, high: Tensor, scale: float, bins
         span = AxisBins(near + 0.5, far + 0.5, nothing, nothing, torch.zeros_like(near, dtype=torch.int64))
     else:
         axis = rule.axis(low, high, scale, bins, size)
-        visited = axis.count > 0
+        visited = axis.visited > 0
         near = axis.first.double().masked_fill(~visited, torch.nan)
         step = axis.step.double()
-        far = near + (axis.count - 1) * step
-        span = AxisBins(near + 0.5 - step / 2, far + 0.5 + step / 2, near + 0.5, step, axis.count.long())
+        far = near + (axis.visited - 1) * step
+        span = AxisBins(near + 0.5 - step / 2, far + 0.5 + step / 2, near + 0.5, step, axis.visited.long())
     first, last = _nanmin(near).clamp(0, size - 1).floor(), (-_nanmin(-far)).clamp(0, size - 1).ceil()
     nowhere = first.isnan()
     return span, (first.masked_fill(nowhere, 0).long(), (last + 1).masked_fill(nowhere, 0).long())

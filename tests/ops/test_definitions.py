@@ -179,6 +179,30 @@ class TestAgainstTorchvision:
         assert torch.equal(ops.roi_pool(features, boxes, (1, 7)), torchvision.ops.roi_pool(features, boxes, (1, 7)))
         assert ops.roi_pool(features, boxes, (1, 7))[0, 0, 0, -1] == width  # cell `width` is outside a RoI of cells 0 to width - 1
 
+    def test_a_sample_exactly_on_the_border(self):
+        """Its position has to be rounded as torchvision rounds it, or it is a cell's value in one library and 0 in the other."""
+        ones, box = torch.ones(1, 1, 38, 50), torch.tensor([[0.0, 601, 598, 788, 598]])
+        ours, theirs = (library.roi_align(ones, box, 14, 1 / 16, 2, True) for library in (ops, torchvision.ops))
+        assert torch.equal(ours, theirs)
+        assert ours[0, 0, 0].tolist() == [1] * 14
+
+    @pytest.mark.parametrize("aligned", [False, True])
+    @pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 3, 5, 20])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_the_same_samples_are_visited(self, sampling_ratio, aligned, dtype):
+        """On a map of ones a bin is the share of its samples that are on the map. Integer boxes have many samples on the border."""
+        generator = torch.Generator().manual_seed(sampling_ratio)
+        ones = torch.ones(1, 1, 38, 50, dtype=dtype)
+        for scale, bins, step in ((1 / 16, 14, 1.0), (1 / 32, 7, 0.5), (0.3, (3, 5), 1.0)):
+            low = torch.randint(-300, 1000, (1500, 2), generator=generator)
+            extent = torch.randint(-200, 1000, (1500, 2), generator=generator)
+            extent[::3] = torch.randint(0, 50, (500, 2), generator=generator)  # small, or without extent
+            if sampling_ratio == 0:
+                extent = extent.clamp(min=0)  # torchvision breaks off where a box is reversed along both axes
+            boxes = torch.cat([torch.zeros(1500, 1), low * step, (low + extent) * step], 1).to(dtype)
+            ours, theirs = (library.roi_align(ones, boxes, bins, scale, sampling_ratio, aligned) for library in (ops, torchvision.ops))
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
     def test_modules_take_the_same_arguments(self):
         features, boxes = feature_map(1, 2, 8, 8), random_boxes(4, 1, 128, 128)
         for name, arguments in (("RoIPool", (3, 1 / 16)), ("RoIAlign", (3, 1 / 16, 2, True)), ("RoIAlign", (3, 1 / 16, -1))):

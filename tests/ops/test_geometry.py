@@ -13,7 +13,7 @@ ALIGN = LatticeRule()
 def axis(rule: LatticeRule, low: float, high: float, scale: float, bins: int, size: int, dtype=torch.float32):
     """First, step and count of one RoI's bins, as plain lists."""
     a = rule.axis(torch.tensor([low], dtype=dtype), torch.tensor([high], dtype=dtype), scale, bins, size)
-    return a.first[0].tolist(), a.step[0].tolist(), a.count[0].tolist()
+    return a.first[0].tolist(), a.step[0].tolist(), a.visited[0].tolist()
 
 
 def cells(rule: LatticeRule, low: float, high: float, scale: float, bins: int, size: int) -> list[range]:
@@ -122,16 +122,16 @@ class TestSamplesOffTheMap:
         # samples of the only bin at -2, -1, 0, 1 in index coordinates; -1 is just on the border
         rule = LatticeRule(sampling_ratio=4, half_pixel=False)
         a = rule.axis(torch.tensor([-2.5]), torch.tensor([1.5]), 1.0, 1, 10)
-        assert (a.first.item(), a.step.item(), a.count.item(), a.total.item()) == (-1, 1, 3, 4)
+        assert (a.first.item(), a.step.item(), a.visited.item(), a.total.item()) == (-1, 1, 3, 4)
 
     def test_a_reversed_box_is_sampled_backwards(self):
         # width -4 from 2: samples at 1.5 - 0.5, 0.5 - 0.5, ... = 1, 0, -1, -2; the last is off
         a = LatticeRule(sampling_ratio=4).axis(torch.tensor([2.0]), torch.tensor([-2.0]), 1.0, 1, 10)
-        assert (a.first.item(), a.step.item(), a.count.item(), a.total.item()) == (1, -1, 3, 4)
+        assert (a.first.item(), a.step.item(), a.visited.item(), a.total.item()) == (1, -1, 3, 4)
 
     def test_an_adaptive_lattice_over_a_huge_box_stays_finite(self):
         a = LatticeRule(sampling_ratio=0).axis(torch.tensor([-1e30, -1e7]), torch.tensor([1e30, 1e7]), 1.0, 2, 10)
-        assert a.count.max() <= 24
+        assert a.visited.max() <= 24
         assert a.total[1].tolist() == [1e7, 1e7]
 
     @pytest.mark.parametrize("rule", [POOL, POOL_FLOOR, ALIGN, LatticeRule(sampling_ratio=0), LatticeRule(sampling_ratio=0, border=3)])
@@ -139,11 +139,11 @@ class TestSamplesOffTheMap:
         low = -40 + 100 * torch.rand(2000, generator=torch.Generator().manual_seed(0))
         high = low + 200 * torch.rand(2000, generator=torch.Generator().manual_seed(1)) ** 4
         for bins in (1, 2, 7):
-            assert rule.axis(low, high, 1.0, bins, 11).count.max() <= rule.most_samples(11)
+            assert rule.axis(low, high, 1.0, bins, 11).visited.max() <= rule.most_samples(11)
 
     def test_a_box_without_extent_keeps_all_its_equal_samples(self):
         for x, count in ((9.75, 2), (10.5, 2), (10.75, 0), (-0.5, 2), (-0.75, 0)):  # valid from -1 to 10 in index coordinates
-            assert LatticeRule().axis(torch.tensor([x]), torch.tensor([x]), 1.0, 1, 10).count.item() == count
+            assert LatticeRule().axis(torch.tensor([x]), torch.tensor([x]), 1.0, 1, 10).visited.item() == count
 
 
 def test_rounding_passes_the_gradient_straight_through():
@@ -157,7 +157,7 @@ def test_rounding_passes_the_gradient_straight_through():
 def test_a_box_that_is_not_a_number_is_one_sample_at_nan_a_bin():
     for rule in (POOL, POOL_FLOOR, ALIGN, LatticeRule(sampling_ratio=0)):
         a = rule.axis(torch.tensor([float("nan")]), torch.tensor([4.0]), 1.0, 2, 8)
-        assert a.first.isnan().all() and a.count.tolist() == [[1, 1]] and a.total.tolist() == [[1, 1]]
+        assert a.first.isnan().all() and a.visited.tolist() == [[1, 1]] and a.total.tolist() == [[1, 1]]
 
 
 def test_the_bins_of_an_integral_tile_the_box():
@@ -178,9 +178,9 @@ def test_an_unknown_choice_names_the_knob_and_the_choices(knob, value):
 def test_a_box_without_extent_on_an_axis_of_one_cell_has_no_negative_number_of_samples(sampling_ratio, border):
     rule = LatticeRule(sampling_ratio=sampling_ratio, border=border, min_extent=0.0)
     a = rule.axis(torch.tensor([0.5, 0.25, 7.0]), torch.tensor([0.5, 0.25, 7.0]), 1.0, 3, 1)
-    assert a.count.min() >= 0
+    assert a.visited.min() >= 0
     on_the_map = [2, 2 if border else 0, 0] if sampling_ratio else [0, 0, 0]
-    assert a.count[:, 0].tolist() == on_the_map
+    assert a.visited[:, 0].tolist() == on_the_map
 
 
 def test_a_quotient_by_way_of_float64_is_the_quotient():

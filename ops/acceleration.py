@@ -96,11 +96,11 @@ def _roi_align_backward(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    features = grad.new_empty(batch_size, channels, height, width)  # its shape alone is read
+    features = grad.new_empty(batch_size, channels, height, width)  # its shape alone is read before the gradient is written to it
     rule = LatticeRule(half_pixel=aligned, sampling_ratio=sampling_ratio)
     image, y, x = place_bins(rule, features, rois, (pooled_height, pooled_width), spatial_scale)
-    of_features, _ = kernels.lattice_backward(grad, features, grad.new_empty(0), image, y, x, "mean", True, False)
-    return of_features
+    kernels.lattice_backward(grad, None, grad.new_empty(0), image, y, x, "mean", features, False)
+    return features
 
 
 def _roi_pool(input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int) -> tuple[Tensor, Tensor]:

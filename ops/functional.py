@@ -1,9 +1,9 @@
 """The operators as functions, with torchvision's argument names, order and defaults.
 
-Boxes are a list of `[L, 4]` or one `[K, 5]` whose first column is the image; `(x1, y1, x2, y2)` in pixels of the image that `spatial_scale`
-relates to the map. Coordinate conventions: `ops/geometry.py`. The output is `[K, C, P, P]`, contiguous, in the dtype of the features;
-sums and coordinates are float32 at least. Input errors: `ops/inputs.py`. Numba kernels run on a CPU, Triton kernels on a CUDA GPU;
-elsewhere, and for float64 on a GPU, plain PyTorch does (`ops/eager.py`), and a warning in the log says so once.
+Boxes are a list of `[L, 4]`, one for each image, or one `[K, 5]` whose first column is the index of the image. Coordinates are
+`(x1, y1, x2, y2)` in pixels of the image that `spatial_scale` relates to the map; their conventions are in `ops/geometry.py`. The output is
+`[K, C, P, P]`, contiguous, in the dtype of the input. Sums and coordinates are float32 at least. Numba kernels run on a CPU, Triton kernels
+on a CUDA GPU. On other devices, and for float64 on a GPU, plain PyTorch runs (`ops/eager.py`), and a warning in the log says so once.
 """
 
 import logging
@@ -11,23 +11,24 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from roi_quantization.ops import eager, library
-from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule
-from roi_quantization.ops.inputs import mask_invalid_boxes, prepare
+from roi_quantization.ops.geometry import IntegralRule, LatticeRule
+from roi_quantization.ops.inputs import check_boxes, mask_invalid_boxes, prepare
 
 log = logging.getLogger(__name__)
 
 Boxes = Tensor | Sequence[Tensor]
 Size = int | Sequence[int]
+T = TypeVar("T")
 
 
 def lattice_pool(
-    features: Tensor,
+    input: Tensor,
     boxes: Boxes,
     output_size: Size,
     spatial_scale: float = 1.0,
@@ -45,7 +46,7 @@ def lattice_pool(
     """The whole family, each step with its own knob; the defaults are RoIAlign with 2 x 2 samples.
 
     Args:
-        features: `[N, C, H, W]`.
+        input: the feature map `[N, C, H, W]`.
         boxes: `(x1, y1, x2, y2)` in pixels of the image: a list of `[L, 4]`, one for each image, or `[K, 5]` with the image's index before.
         output_size: bins along height and width.
         spatial_scale: cells a pixel, such as 1/16.
@@ -71,7 +72,7 @@ def lattice_pool(
     if reduce not in ("mean", "max"):
         raise ValueError(f"reduce={reduce!r}: expected one of mean, max")
     rule = LatticeRule(quantize_roi, inclusive_end, half_pixel, min_extent, quantize_bins, sampling_ratio, sample_offset, border)
-    return _pool_lattice(rule, features, boxes, output_size, spatial_scale, reduce)
+    return _pool_lattice(rule, input, boxes, output_size, spatial_scale, reduce)
 
 
 ROI_POOL = LatticeRule(quantize_roi="round", inclusive_end=True, half_pixel=False, quantize_bins="cover")
@@ -80,27 +81,28 @@ ROI_POOL = LatticeRule(quantize_roi="round", inclusive_end=True, half_pixel=Fals
 
 def _pool_lattice(rule: LatticeRule, features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float, reduce: str) -> Tensor:
     image, y, x = place_bins(rule, features, boxes, output_size, spatial_scale)
-    if _has_kernels(features):
-        remembered = None  # which samples won, in as few bytes as their number needs: a gradient has to know
-        if reduce == "max" and torch.is_grad_enabled() and (features.requires_grad or y.first.requires_grad):
-            most = rule.most_samples(features.shape[2]) * rule.most_samples(features.shape[3])
-            remembered = next(t for t in (torch.int8, torch.int16, torch.int32, torch.int64) if most <= torch.iinfo(t).max)
-        return library.lattice_pool(features, image, *y, *x, reduce, remembered)[0]
-    return eager.lattice_pool(features, image, y, x, reduce).to(features.dtype)
+    if not _has_kernels(features):
+        return eager.lattice_pool(features, image, y, x, reduce).to(features.dtype)
+    winners_dtype = None  # a gradient has to know which samples won: in as few bytes as their numbers need
+    if reduce == "max" and torch.is_grad_enabled() and (features.requires_grad or y.first.requires_grad):
+        most = rule.most_samples(features.shape[2]) * rule.most_samples(features.shape[3])
+        winners_dtype = torch.int8 if most <= 2**7 - 1 else torch.int16 if most <= 2**15 - 1 else torch.int32
+    out, _ = library.lattice_pool(features, image, *y, *x, reduce, winners_dtype)
+    return out
 
 
-def roi_pool(features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float = 1.0) -> Tensor:
+def roi_pool(input: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float = 1.0) -> Tensor:
     """RoIPool: RoI rounded (and Caffe's `+ 1`), bins from floor to ceil, the largest cell of each.
 
     Girshick, "Fast R-CNN", 2015. Equal to `torchvision.ops.roi_pool`, gradients included. No gradient for the boxes: asking is an error.
 
     Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
-    return _pool_lattice(ROI_POOL, features, boxes, output_size, spatial_scale, "max")
+    return _pool_lattice(ROI_POOL, input, boxes, output_size, spatial_scale, "max")
 
 
 def roi_align(
-    features: Tensor,
+    input: Tensor,
     boxes: Boxes,
     output_size: Size,
     spatial_scale: float = 1.0,
@@ -116,11 +118,11 @@ def roi_align(
 
     Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
-    return lattice_pool(features, boxes, output_size, spatial_scale, half_pixel=aligned, sampling_ratio=sampling_ratio, reduce=reduce)
+    return lattice_pool(input, boxes, output_size, spatial_scale, half_pixel=aligned, sampling_ratio=sampling_ratio, reduce=reduce)
 
 
 def roi_warp(
-    features: Tensor,
+    input: Tensor,
     boxes: Boxes,
     output_size: Size,
     spatial_scale: float = 1.0,
@@ -136,11 +138,11 @@ def roi_warp(
     Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
     return lattice_pool(
-        features, boxes, output_size, spatial_scale, quantize_roi="round", half_pixel=aligned, sampling_ratio=sampling_ratio, reduce=reduce
+        input, boxes, output_size, spatial_scale, quantize_roi="round", half_pixel=aligned, sampling_ratio=sampling_ratio, reduce=reduce
     )
 
 
-def prroi_pool(features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float = 1.0, half_pixel: bool = False) -> Tensor:
+def prroi_pool(input: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float = 1.0, half_pixel: bool = False) -> Tensor:
     """Precise RoI pooling: the mean of the interpolated map over each bin, as an exact integral; nothing quantized, nothing sampled.
 
     Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection" (IoU-Net), 2018, equation 5. The map is 0 beyond
@@ -148,31 +150,36 @@ def prroi_pool(features: Tensor, boxes: Boxes, output_size: Size, spatial_scale:
 
     Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
-    rule = IntegralRule(half_pixel)
-    image, y, x = place_bins(rule, features, boxes, output_size, spatial_scale)
-    if _has_kernels(features):
-        return library.integral_pool(features, image, *y, *x)
-    return eager.integral_pool(features, image, y, x).to(features.dtype)
+    image, y, x = place_bins(IntegralRule(half_pixel), input, boxes, output_size, spatial_scale)
+    if not _has_kernels(input):
+        return eager.integral_pool(input, image, y, x).to(input.dtype)
+    return library.integral_pool(input, image, *y, *x)
 
 
-def place_bins(
-    rule: LatticeRule | IntegralRule, features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float
-) -> tuple[Tensor, Axis, Axis] | tuple[Tensor, Bounds, Bounds]:
+class _Rule(Protocol[T]):
+    @property
+    def has_box_gradient(self) -> bool: ...
+
+    def axis(self, x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, size: int) -> T: ...
+
+
+def place_bins(rule: _Rule[T], features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float) -> tuple[Tensor, T, T]:
     """The image of each box, and where its bins look along y and along x."""
-    has_gradient = isinstance(rule, IntegralRule) or rule.quantize_bins == "none"
-    image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=has_gradient)
+    image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=rule.has_box_gradient)
     if not 0 < spatial_scale < math.inf:
         raise ValueError(f"spatial_scale={spatial_scale!r}: expected cells a pixel, above 0, such as 1/16")
     # a compiled function keeps its tensors for one backward pass alone, and someone may want another (retain_graph=True)
     wants_gradient = box.requires_grad and torch.is_grad_enabled()
     fuse = features.is_cuda and library.supports(features) and not wants_gradient and not torch.compiler.is_compiling()
     geometry = fused(rule, spatial_scale) if fuse else _geometry(rule, spatial_scale)
+    if features.is_cpu:
+        image = check_boxes(image, box.detach(), features.detach())
     images, _, height, width = features.shape
     return geometry(image, box, images, *bins, height, width)
 
 
-def _geometry(rule: LatticeRule | IntegralRule, spatial_scale: float) -> Callable[..., tuple]:
-    def place(image: Tensor, box: Tensor, images: int, bins_y: int, bins_x: int, height: int, width: int) -> tuple:
+def _geometry(rule: _Rule[T], spatial_scale: float) -> Callable[..., tuple[Tensor, T, T]]:
+    def place(image: Tensor, box: Tensor, images: int, bins_y: int, bins_x: int, height: int, width: int) -> tuple[Tensor, T, T]:
         image, box = mask_invalid_boxes(image, box, images)
         y = rule.axis(box[:, 1], box[:, 3], spatial_scale, bins_y, height)
         return image, y, rule.axis(box[:, 0], box[:, 2], spatial_scale, bins_x, width)
@@ -181,7 +188,7 @@ def _geometry(rule: LatticeRule | IntegralRule, spatial_scale: float) -> Callabl
 
 
 @cache
-def fused(rule: LatticeRule | IntegralRule, spatial_scale: float) -> Callable[..., tuple]:
+def fused(rule: _Rule[T], spatial_scale: float) -> Callable[..., tuple[Tensor, T, T]]:
     """The geometry as a kernel or two in the place of some seventy, which would take a GPU longer than pooling does.
 
     Compiled when first called, for any number of boxes, bins and cells; never with fused multiply-adds, whose rounding differs.
@@ -196,10 +203,10 @@ def fused(rule: LatticeRule | IntegralRule, spatial_scale: float) -> Callable[..
 def _has_kernels(features: Tensor) -> bool:
     supported = library.supports(features)
     if not (supported or torch.compiler.is_compiling()):
-        _tell_plain(features.device.type, features.dtype)
+        _warn_of_plain_pytorch(features.device.type, features.dtype)
     return supported
 
 
 @cache
-def _tell_plain(device: str, dtype: torch.dtype) -> None:
+def _warn_of_plain_pytorch(device: str, dtype: torch.dtype) -> None:
     log.warning("no kernels for %s on %s: the RoI operators run in plain PyTorch, which is slower and takes more memory", dtype, device)

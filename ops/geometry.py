@@ -16,7 +16,7 @@ PrRoIPool.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,11 @@ class LatticeRule:
             value = getattr(self, knob)
             if value is not None and not value >= low:
                 raise ValueError(f"{knob}={value!r}: expected a number{' of 0 at least' if low == 0 else ''}")
+
+    @property
+    def has_box_gradient(self) -> bool:
+        """Whether the output changes with the boxes other than in steps."""
+        return self.quantize_bins == "none"
 
     def axis(self, x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, size: int) -> Axis:
         """Lattice of `bins` bins a RoI on an axis of `size` cells.
@@ -170,6 +175,7 @@ class IntegralRule:
     """PrRoIPool's: nothing is quantized and nothing sampled."""
 
     half_pixel: bool = False
+    has_box_gradient: ClassVar[bool] = True
 
     def axis(self, x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, size: int) -> Bounds:
         """Edges of `bins` bins a RoI, whatever the `size` of the axis. `x1, x2`: `[K]` in pixels; a reversed box has no extent."""

@@ -1,160 +1,247 @@
 """The operators as PyTorch knows them: `torch.library` operators with shapes for tracing and gradients, and the kernels behind them.
 
-`roi::lattice_pool` and `roi::integral_pool` take lattices, never boxes: what is rounded was rounded before (`ops/geometry.py`).
+`roi_quantization::lattice_pool` and `roi_quantization::integral_pool` take lattices, never boxes: all rounding is in `ops/geometry.py`.
+A traced or exported file names its operators, so that their namespace is the import that such a file needs.
 """
 
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from roi_quantization.ops.geometry import Axis, Bounds
 
-_NONE = torch.Size([0])
 _DEVICES = ("cpu", "cuda")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def kernels(device: torch.device) -> ModuleType:
-    """The module with the kernels of a device; loaded when first used, as Triton is not everywhere."""
+    """Import the module with the kernels of a device, when it is first used: Triton is not installed everywhere."""
     return importlib.import_module(f"roi_quantization.ops.{device.type}.kernels")
 
 
 def supports(features: Tensor) -> bool:
-    """Whether there are kernels for this device and dtype."""
-    return features.is_cpu or (features.is_cuda and _HAS_TRITON and features.dtype != torch.float64)
+    """Whether there are kernels for this device and dtype. A meta tensor has shapes alone, for which none is needed."""
+    return features.is_cpu or features.is_meta or (features.is_cuda and _HAS_TRITON and features.dtype != torch.float64)
 
 
-@torch.library.custom_op("roi::lattice_pool", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("roi_quantization::lattice_pool", mutates_args=(), device_types=_DEVICES)
 def lattice_pool(
     features: Tensor,
     image: Tensor,
     y_first: Tensor,
     y_step: Tensor,
-    y_count: Tensor,
+    y_visited: Tensor,
     y_total: Tensor,
     x_first: Tensor,
     x_step: Tensor,
-    x_count: Tensor,
+    x_visited: Tensor,
     x_total: Tensor,
     reduce: str,
-    arg_dtype: torch.dtype | None,
+    winners_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """Reduce each bin's samples. -> `[K, C, P, P]` in the dtype of the features, and for `max` which won, in the kernels' own order."""
-    y, x = Axis(y_first, y_step, y_count, y_total), Axis(x_first, x_step, x_count, x_total)
-    return kernels(features.device).lattice_forward(features, image, y, x, reduce, arg_dtype)
+    """Reduce each bin's samples.
+
+    Args:
+        features: `[N, C, H, W]`.
+        image: `[K]` index of each RoI's image, int64.
+        y_first, ..., x_total: `Axis` along y and along x, each `[K, P]`.
+        reduce: `mean` or `max`.
+        winners_dtype: of the numbers of the samples that won, for `max`; None where no gradient needs them.
+
+    Returns:
+        `[K, C, P, P]` in the dtype of the features, contiguous, and which sample won, in the kernels' own order, or an empty tensor.
+    """
+    y, x = Axis(y_first, y_step, y_visited, y_total), Axis(x_first, x_step, x_visited, x_total)
+    out, winners = kernels(features.device).lattice_forward(features, image, y, x, reduce, winners_dtype)
+    return out, winners
 
 
 @lattice_pool.register_fake
-def _(features, image, y_first, y_step, y_count, y_total, x_first, x_step, x_count, x_total, reduce, arg_dtype):
+def _(
+    features: Tensor,
+    image: Tensor,
+    y_first: Tensor,
+    y_step: Tensor,
+    y_visited: Tensor,
+    y_total: Tensor,
+    x_first: Tensor,
+    x_step: Tensor,
+    x_visited: Tensor,
+    x_total: Tensor,
+    reduce: str,
+    winners_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
     rois, channels, bins = image.shape[0], features.shape[1], (y_first.shape[1], x_first.shape[1])
-    winners = rois * channels * bins[0] * bins[1] if reduce == "max" and arg_dtype else 0
-    return features.new_empty(rois, channels, *bins), features.new_empty(winners, dtype=arg_dtype or torch.int8)
+    winners = rois * channels * bins[0] * bins[1] if reduce == "max" and winners_dtype else 0
+    return features.new_empty(rois, channels, *bins), features.new_empty(winners, dtype=winners_dtype or torch.int8)
 
 
-@torch.library.custom_op("roi::lattice_pool_backward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("roi_quantization::lattice_pool_backward", mutates_args=(), device_types=_DEVICES)
 def lattice_pool_backward(
     grad: Tensor,
-    features: Tensor,
+    features: Tensor | None,
     winners: Tensor,
     image: Tensor,
     y_first: Tensor,
     y_step: Tensor,
-    y_count: Tensor,
+    y_visited: Tensor,
     y_total: Tensor,
     x_first: Tensor,
     x_step: Tensor,
-    x_count: Tensor,
+    x_visited: Tensor,
     x_total: Tensor,
     reduce: str,
+    shape: list[int],
+    channels_last: bool,
     of_features: bool,
     of_lattice: bool,
 ) -> list[Tensor]:
-    """-> gradients of features, y_first, y_step, x_first, x_step; what is not asked for is empty."""
-    y, x = Axis(y_first, y_step, y_count, y_total), Axis(x_first, x_step, x_count, x_total)
-    backward = kernels(features.device).lattice_backward
-    return _filled(features, y_first, *backward(grad, features, winners, image, y, x, reduce, of_features, of_lattice))
+    """Gradients of features, y_first, y_step, x_first and x_step; what is not asked for is empty.
+
+    Args:
+        grad: `[K, C, P, P]`.
+        features: the map. None where no gradient that is asked for reads it.
+        winners: as the forward gave them. Where it was not asked for them, the forward runs once more.
+        image, ..., reduce: as of the forward.
+        shape, channels_last: of the features, and of their gradient.
+        of_features, of_lattice: which gradients are asked for.
+    """
+    device = kernels(grad.device)
+    y, x = Axis(y_first, y_step, y_visited, y_total), Axis(x_first, x_step, x_visited, x_total)
+    if reduce == "max" and winners.numel() != grad.numel():
+        winners = device.lattice_forward(features, image, y, x, reduce, torch.int32)[1]
+    out = _empty_map(grad, shape, channels_last) if of_features else None
+    of_edges = device.lattice_backward(grad, features, winners, image, y, x, reduce, out, of_lattice)
+    return _all_gradients(grad, y_first, out, of_edges)
 
 
 @lattice_pool_backward.register_fake
 def _(
-    grad, features, winners, image, y_first, y_step, y_count, y_total, x_first, x_step, x_count, x_total, reduce, of_features, of_lattice
-):
-    lattice = [torch.empty_like(t) for t in (y_first, y_step, x_first, x_step)] if of_lattice else None
-    return _filled(features, y_first, torch.empty_like(features) if of_features else None, lattice)
+    grad: Tensor,
+    features: Tensor | None,
+    winners: Tensor,
+    image: Tensor,
+    y_first: Tensor,
+    y_step: Tensor,
+    y_visited: Tensor,
+    y_total: Tensor,
+    x_first: Tensor,
+    x_step: Tensor,
+    x_visited: Tensor,
+    x_total: Tensor,
+    reduce: str,
+    shape: list[int],
+    channels_last: bool,
+    of_features: bool,
+    of_lattice: bool,
+) -> list[Tensor]:
+    of_edges = [torch.empty_like(t) for t in (y_first, y_step, x_first, x_step)] if of_lattice else None
+    return _all_gradients(grad, y_first, _empty_map(grad, shape, channels_last) if of_features else None, of_edges)
 
 
-def _lattice_setup(ctx, inputs, output):
-    features, image, *lattice, ctx.reduce, _ = inputs
-    ctx.save_for_backward(features, output[1], image, *lattice)
+def _lattice_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, image, *lattice, ctx.reduce, winners_dtype = inputs
+    ctx.shape, ctx.channels_last = features.shape, _is_channels_last(features)
+    # Only these gradients read the map; the others leave its memory to whoever wants to change it in place.
+    needs_map = any(ctx.needs_input_grad[i] for i in (2, 3, 6, 7)) or (ctx.reduce == "max" and winners_dtype is None)
+    ctx.save_for_backward(features if needs_map else None, output[1], image, *lattice)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros as large as the output for the indices, which have no gradient
+    ctx.set_materialize_grads(False)  # the winners have no gradient: save zeros as large as the output
 
 
-def _lattice_backward(ctx, grad, _):
+def _lattice_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 12
     of_features, of_lattice = ctx.needs_input_grad[0], any(ctx.needs_input_grad[i] for i in (2, 3, 6, 7))
-    out = lattice_pool_backward(grad, *ctx.saved_tensors, ctx.reduce, of_features, of_lattice)
-    of_source, y_first, y_step, x_first, x_step = (
+    out = lattice_pool_backward(grad, *ctx.saved_tensors, ctx.reduce, ctx.shape, ctx.channels_last, of_features, of_lattice)
+    of_map, y_first, y_step, x_first, x_step = (
         g if asked else None for g, asked in zip(out, [of_features] + [of_lattice] * 4, strict=True)
     )
-    return of_source, None, y_first, y_step, None, None, x_first, x_step, None, None, None, None
+    return of_map, None, y_first, y_step, None, None, x_first, x_step, None, None, None, None
 
 
 lattice_pool.register_autograd(_lattice_backward, setup_context=_lattice_setup)
 
 
-@torch.library.custom_op("roi::integral_pool", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("roi_quantization::integral_pool", mutates_args=(), device_types=_DEVICES)
 def integral_pool(features: Tensor, image: Tensor, y_low: Tensor, y_high: Tensor, x_low: Tensor, x_high: Tensor) -> Tensor:
-    """The mean of the interpolated map over each bin. -> `[K, C, P, P]` in the dtype of the features."""
-    return kernels(features.device).integral_forward(features, image, Bounds(y_low, y_high), Bounds(x_low, x_high))
+    """Take the mean of the interpolated map over each bin: `[K, C, P, P]` in the dtype of the features, contiguous."""
+    out: Tensor = kernels(features.device).integral_forward(features, image, Bounds(y_low, y_high), Bounds(x_low, x_high))
+    return out
 
 
 @integral_pool.register_fake
-def _(features, image, y_low, y_high, x_low, x_high):
+def _(features: Tensor, image: Tensor, y_low: Tensor, y_high: Tensor, x_low: Tensor, x_high: Tensor) -> Tensor:
     return features.new_empty(image.shape[0], features.shape[1], y_low.shape[1], x_low.shape[1])
 
 
-@torch.library.custom_op("roi::integral_pool_backward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("roi_quantization::integral_pool_backward", mutates_args=(), device_types=_DEVICES)
 def integral_pool_backward(
     grad: Tensor,
-    features: Tensor,
+    features: Tensor | None,
     image: Tensor,
     y_low: Tensor,
     y_high: Tensor,
     x_low: Tensor,
     x_high: Tensor,
+    shape: list[int],
+    channels_last: bool,
     of_features: bool,
     of_bounds: bool,
 ) -> list[Tensor]:
-    """-> gradients of features, y_low, y_high, x_low, x_high; what is not asked for is empty."""
-    backward, y, x = kernels(features.device).integral_backward, Bounds(y_low, y_high), Bounds(x_low, x_high)
-    return _filled(features, y_low, *backward(grad, features, image, y, x, of_features, of_bounds))
+    """Gradients of features, y_low, y_high, x_low and x_high; arguments as of `lattice_pool_backward`."""
+    y, x = Bounds(y_low, y_high), Bounds(x_low, x_high)
+    out = _empty_map(grad, shape, channels_last) if of_features else None
+    of_edges = kernels(grad.device).integral_backward(grad, features, image, y, x, out, of_bounds)
+    return _all_gradients(grad, y_low, out, of_edges)
 
 
 @integral_pool_backward.register_fake
-def _(grad, features, image, y_low, y_high, x_low, x_high, of_features, of_bounds):
-    bounds = [torch.empty_like(t) for t in (y_low, y_high, x_low, x_high)] if of_bounds else None
-    return _filled(features, y_low, torch.empty_like(features) if of_features else None, bounds)
+def _(
+    grad: Tensor,
+    features: Tensor | None,
+    image: Tensor,
+    y_low: Tensor,
+    y_high: Tensor,
+    x_low: Tensor,
+    x_high: Tensor,
+    shape: list[int],
+    channels_last: bool,
+    of_features: bool,
+    of_bounds: bool,
+) -> list[Tensor]:
+    of_edges = [torch.empty_like(t) for t in (y_low, y_high, x_low, x_high)] if of_bounds else None
+    return _all_gradients(grad, y_low, _empty_map(grad, shape, channels_last) if of_features else None, of_edges)
 
 
-def _integral_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+def _integral_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    features, *rest = inputs
+    ctx.shape, ctx.channels_last = features.shape, _is_channels_last(features)
+    ctx.save_for_backward(features if any(ctx.needs_input_grad[2:]) else None, *rest)
 
 
-def _integral_backward(ctx, grad):
+def _integral_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     of_features, of_bounds = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
-    of_source, *bounds = integral_pool_backward(grad, *ctx.saved_tensors, of_features, of_bounds)
-    return of_source if of_features else None, None, *(bounds if of_bounds else [None] * 4)
+    of_map, *of_edges = integral_pool_backward(grad, *ctx.saved_tensors, ctx.shape, ctx.channels_last, of_features, of_bounds)
+    return of_map if of_features else None, None, *(of_edges if of_bounds else [None] * 4)
 
 
 integral_pool.register_autograd(_integral_backward, setup_context=_integral_setup)
 
 
-def _filled(features: Tensor, edges: Tensor, of_features: Tensor | None, of_edges: list[Tensor] | None) -> list[Tensor]:
-    """An operator returns tensors: empty ones for gradients that nobody asked for."""
-    of_features = features.new_empty(_NONE) if of_features is None else of_features
-    return [of_features, *(of_edges or [edges.new_empty(_NONE) for _ in range(4)])]
+def _is_channels_last(features: Tensor) -> bool:
+    return features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous()
+
+
+def _empty_map(grad: Tensor, shape: list[int], channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+
+
+def _all_gradients(grad: Tensor, edges: Tensor, of_features: Tensor | None, of_edges: list[Tensor] | None) -> list[Tensor]:
+    """An operator returns tensors, so that a gradient that nobody asked for is an empty one."""
+    return [grad.new_empty(0) if of_features is None else of_features, *(of_edges or [edges.new_empty(0) for _ in range(4)])]

@@ -4,8 +4,10 @@ Blocks share nothing and do not depend on the number of threads, so neither do t
 """
 
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from concurrent.futures.thread import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
@@ -17,6 +19,8 @@ from roi_quantization.ops.cpu import argmax as argmax_kernels
 from roi_quantization.ops.cpu import max as max_kernels
 from roi_quantization.ops.cpu import window as window_kernels
 from roi_quantization.ops.geometry import Axis, Bounds
+
+MOST_SAMPLES = 2**20  # looked up together
 
 
 class Windows(NamedTuple):
@@ -30,12 +34,14 @@ class Windows(NamedTuple):
     x_weights: np.ndarray
 
 
-def lattice_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, arg_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """The mean or the largest sample of each bin, `[K, C, P, P]`; and which won, `[K * C * P * P]` in `arg_dtype` (None: empty)."""
+def lattice_forward(
+    features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, winners_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """The mean or the largest sample of each bin, `[K, C, P, P]`; and which won, `[K * C * P * P]` (without a dtype: empty)."""
     _check_finite(y.first, x.first)
     source = _accumulable(features)
     if reduce == "max":
-        out, winners = _max_forward(source, image, y, x, arg_dtype)
+        out, winners = _max_forward(source, image, y, x, winners_dtype)
     else:
         out = _window_forward(source, image, _lattice_windows(y, x, *features.shape[2:]))
         winners = torch.empty(0, dtype=torch.int8)
@@ -43,28 +49,42 @@ def lattice_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: s
 
 
 def lattice_backward(
-    grad: Tensor, features: Tensor, winners: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, of_features: bool, of_lattice: bool
-) -> tuple[Tensor | None, list[Tensor] | None]:
-    """Gradient of the features, laid out as they are; of `first` and `step`, of y and then of x. None for what is not asked for."""
-    source, grad = _accumulable(features), _accumulable(grad).contiguous()
+    grad: Tensor,
+    features: Tensor | None,
+    winners: Tensor,
+    image: Tensor,
+    y: Axis,
+    x: Axis,
+    reduce: str,
+    of_features: Tensor | None,
+    of_lattice: bool,
+) -> list[Tensor] | None:
+    """Write the gradient of the features to `of_features`, unless it is None; gradients of `first` and `step`, of y and then of x.
+
+    The map itself is read for `of_lattice` alone.
+    """
+    grad = _accumulable(grad).contiguous()
     if reduce == "max":
-        out = _max_backward(grad, winners, image, y, x, source).to(features.dtype) if of_features else None
-        return out, _max_lattice_gradient(source, grad, winners, image, y, x) if of_lattice else None
-    windows = _lattice_windows(y, x, *features.shape[2:])
-    out = _window_backward(grad, image, windows, source).to(features.dtype) if of_features else None
+        if of_features is not None:
+            _write(of_features, lambda out: _max_backward(grad, winners, image, y, x, out))
+        return _max_lattice_gradient(_accumulable(features), grad, winners, image, y, x) if of_lattice else None
+    sizes = (of_features if features is None else features).shape[2:]
+    windows = _lattice_windows(y, x, *sizes)
+    if of_features is not None:
+        _write(of_features, lambda out: _window_backward(grad, image, windows, out))
     if not of_lattice:
-        return out, None
-    of_weights = _window_weight_gradient(source, grad, image, windows)
-    of_y = window_kernels.lattice_gradient(*_numpy(y), features.shape[2], windows.y_start, of_weights[0].numpy())
-    of_x = window_kernels.lattice_gradient(*_numpy(x), features.shape[3], windows.x_start, of_weights[1].numpy())
-    return out, [torch.from_numpy(g) for g in (*of_y, *of_x)]
+        return None
+    of_weights = _window_weight_gradient(_accumulable(features), grad, image, windows)
+    of_y = window_kernels.lattice_gradient(*_numpy(y), sizes[0], windows.y_start, of_weights[0].numpy())
+    of_x = window_kernels.lattice_gradient(*_numpy(x), sizes[1], windows.x_start, of_weights[1].numpy())
+    return [torch.from_numpy(g) for g in (*of_y, *of_x)]
 
 
 def max_of_cells(features: Tensor, image: Tensor, y: Axis, x: Axis) -> tuple[Tensor, Tensor]:
     """The largest cell of each bin, `[K, C, P, P]`, and its index `row * W + column` as int32, -1 for an empty bin: torchvision's form."""
     out, winners = lattice_forward(features, image, y, x, "max", torch.int32)
     cells = torch.empty(out.flatten(2).shape, dtype=torch.int32)
-    arrays = [*_numpy((winners, y.first.int(), x.first.int(), x.count)), features.shape[3], *_numpy((cells,))]
+    arrays = [*_numpy((winners, y.first.int(), x.first.int(), x.visited)), features.shape[3], *_numpy((cells,))]
     _each_block(features.shape[1], lambda _, *block: argmax_kernels.cells_of_winners(*arrays, *block))
     return out, cells.view(out.shape)
 
@@ -85,18 +105,22 @@ def integral_forward(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> T
 
 
 def integral_backward(
-    grad: Tensor, features: Tensor, image: Tensor, y: Bounds, x: Bounds, of_features: bool, of_bounds: bool
-) -> tuple[Tensor | None, list[Tensor] | None]:
-    """Gradient of the features, laid out as they are; gradients of `low` and `high`, of y and then of x. None for what is not asked for."""
-    source, grad = _accumulable(features), _accumulable(grad).contiguous()
-    windows = _integral_windows(y, x, *features.shape[2:])
-    out = _window_backward(grad, image, windows, source).to(features.dtype) if of_features else None
+    grad: Tensor, features: Tensor | None, image: Tensor, y: Bounds, x: Bounds, of_features: Tensor | None, of_bounds: bool
+) -> list[Tensor] | None:
+    """Write the gradient of the features to `of_features`, unless it is None; gradients of `low` and `high`, of y and then of x.
+
+    The map itself is read for `of_bounds` alone.
+    """
+    grad = _accumulable(grad).contiguous()
+    windows = _integral_windows(y, x, *(of_features if features is None else features).shape[2:])
+    if of_features is not None:
+        _write(of_features, lambda out: _window_backward(grad, image, windows, out))
     if not of_bounds:
-        return out, None
-    of_weights = _window_weight_gradient(source, grad, image, windows)
+        return None
+    of_weights = _window_weight_gradient(_accumulable(features), grad, image, windows)
     of_y = window_kernels.integral_gradient(*_numpy(y), *windows[:3], of_weights[0].numpy())
     of_x = window_kernels.integral_gradient(*_numpy(x), *windows[3:], of_weights[1].numpy())
-    return out, [torch.from_numpy(g) for g in (*of_y, *of_x)]
+    return [torch.from_numpy(g) for g in (*of_y, *of_x)]
 
 
 def _lattice_windows(y: Axis, x: Axis, height: int, width: int) -> Windows:
@@ -109,19 +133,16 @@ def _integral_windows(y: Bounds, x: Bounds, height: int, width: int) -> Windows:
 
 def _window_forward(features: Tensor, image: Tensor, windows: Windows) -> Tensor:
     """Weighted sums of cells. `features [N, C, H, W]` in float32 or float64, any strides -> `[K, C, P, P]`."""
-    bins = windows.y_start.shape[1], windows.x_start.shape[1]
-    out = features.new_empty(len(image), features.shape[1], bins[0] * bins[1])
-    arrays = [*_numpy((features, image)), *windows, *_numpy((out,))]
+    out = features.new_empty(len(image), features.shape[1], windows.y_start.shape[1], windows.x_start.shape[1])
+    arrays = [*_numpy((features, image)), *windows, *_numpy((out.flatten(2),))]
     _each_block(features.shape[1], lambda _, *block: window_kernels.window_forward(*arrays, *block))
-    return out.unflatten(2, bins)
-
-
-def _window_backward(grad: Tensor, image: Tensor, windows: Windows, like: Tensor) -> Tensor:
-    """Gradient of the features, laid out as `like`."""
-    out = torch.empty_like(like, dtype=grad.dtype)
-    arrays = [*_numpy((grad.flatten(2), image)), *windows, *_numpy((out,))]
-    _each_block(like.shape[1], lambda _, *block: window_kernels.window_backward(*arrays, *block))
     return out
+
+
+def _window_backward(grad: Tensor, image: Tensor, windows: Windows, out: Tensor) -> None:
+    """Write the gradient of the features."""
+    arrays = [*_numpy((grad.flatten(2), image)), *windows, *_numpy((out,))]
+    _each_block(out.shape[1], lambda _, *block: window_kernels.window_backward(*arrays, *block))
 
 
 def _window_weight_gradient(features: Tensor, grad: Tensor, image: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
@@ -133,30 +154,45 @@ def _window_weight_gradient(features: Tensor, grad: Tensor, image: Tensor, windo
     return of_y.sum(0), of_x.sum(0)
 
 
-def _max_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, arg_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """The largest samples, `[K, C, P, P]`; and which they are, `[K * C * P * P]` in `arg_dtype` and the kernels' order (None: empty)."""
-    bins = y.first.shape[1], x.first.shape[1]
-    out = features.new_empty(len(image), features.shape[1], bins[0] * bins[1])
-    arg = torch.empty(out.numel() if arg_dtype else 0, dtype=arg_dtype or torch.int8)
-    samples = max_kernels.lattice_samples(*_numpy((image, *y, *x)), *features.shape[2:])
-    arrays = [*_numpy((features, image, y.count, x.count)), *samples, *_numpy((out, arg))]
-    _each_block(features.shape[1], lambda _, *block: max_kernels.max_forward(*arrays, *block))
-    return out.unflatten(2, bins), arg
+def _max_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, winners_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """The largest samples, `[K, C, P, P]`; and which they are, `[K * C * P * P]` in the kernels' order (without a dtype: empty)."""
+    out = features.new_empty(len(image), features.shape[1], y.first.shape[1], x.first.shape[1])
+    winners = torch.empty(out.numel() if winners_dtype else 0, dtype=winners_dtype or torch.int8)
+    source, to, which = _numpy((features, out.flatten(2), winners))
+    for k0, k1 in _chunks(y, x, features):
+        rois = [a[k0:k1] for a in _numpy((image, *y, *x))]
+        samples = max_kernels.lattice_samples(*rois, *features.shape[2:])
+        arrays = [source, rois[0], rois[3], rois[7], *samples, to[k0:k1], which, k0, len(image)]
+        _each_block(features.shape[1], lambda _, *block, arrays=arrays: max_kernels.max_forward(*arrays, *block))
+    return out, winners
 
 
-def _max_backward(grad: Tensor, arg: Tensor, image: Tensor, y: Axis, x: Axis, like: Tensor) -> Tensor:
-    """Gradient of the features, laid out as `like`."""
-    out = torch.empty_like(like, dtype=grad.dtype)
-    arrays = _numpy((grad.flatten(2), arg, image, *y[:3], *x[:3], out))
-    _each_block(like.shape[1], lambda _, *block: max_kernels.max_backward(*arrays, *block))
-    return out
+def _chunks(y: Axis, x: Axis, features: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges of RoIs whose samples are looked up together: a dozen bytes a sample, which large boxes on a large map make many of.
+
+    Each chunk copies the map, which sixteen samples a cell make cheap beside the visits.
+    """
+    limit = max(MOST_SAMPLES, 16 * features[:, 0].numel())
+    ends = (y.visited.sum(1) * x.visited.sum(1)).cumsum(0).numpy()
+    start = 0
+    while start < len(ends):
+        before = ends[start - 1] if start else 0
+        end = max(int(np.searchsorted(ends, before + limit, side="right")), start + 1)
+        yield start, end
+        start = end
 
 
-def _max_lattice_gradient(features: Tensor, grad: Tensor, arg: Tensor, image: Tensor, y: Axis, x: Axis) -> list[Tensor]:
+def _max_backward(grad: Tensor, winners: Tensor, image: Tensor, y: Axis, x: Axis, out: Tensor) -> None:
+    """Write the gradient of the features."""
+    arrays = _numpy((grad.flatten(2), winners, image, *y[:3], *x[:3], out))
+    _each_block(out.shape[1], lambda _, *block: max_kernels.max_backward(*arrays, *block))
+
+
+def _max_lattice_gradient(features: Tensor, grad: Tensor, winners: Tensor, image: Tensor, y: Axis, x: Axis) -> list[Tensor]:
     """Gradients of `first` and `step`, of y and then of x; slices as in `_window_weight_gradient`."""
     blocks = len(_blocks(features.shape[1]))
     out = [features.new_zeros(blocks, *t.shape) for t in (y.first, y.step, x.first, x.step)]
-    arrays, slices = _numpy((features, grad.flatten(2), arg, image, *y[:3], *x[:3])), _numpy(out)
+    arrays, slices = _numpy((features, grad.flatten(2), winners, image, *y[:3], *x[:3])), _numpy(out)
     _each_block(features.shape[1], lambda b, *block: max_kernels.max_lattice_gradient(*arrays, *(s[b] for s in slices), *block))
     return [t.sum(0) for t in out]
 
@@ -164,6 +200,14 @@ def _max_lattice_gradient(features: Tensor, grad: Tensor, arg: Tensor, image: Te
 def _accumulable(tensor: Tensor) -> Tensor:
     """Sums are kept in float32 at least, whatever the features are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _write(out: Tensor, compute: Callable[[Tensor], None]) -> None:
+    """Let `compute` write to `out`, through a tensor in which sums can be kept."""
+    wide = torch.empty_like(out, dtype=torch.promote_types(out.dtype, torch.float32)) if out.itemsize < 4 else out
+    compute(wide)
+    if wide is not out:
+        out.copy_(wide)
 
 
 def _check_finite(*first: Tensor) -> None:
@@ -181,21 +225,37 @@ def _blocks(channels: int) -> list[tuple[int, int]]:
     return [(c, min(c + size, channels)) for c in range(0, channels, size)]
 
 
-def _each_block(channels: int, task: Callable[[int, int, int], None]) -> None:
-    blocks = _blocks(channels)
-    threads = min(torch.get_num_threads(), len(blocks))
-    if threads <= 1:
-        for b, block in enumerate(blocks):
-            task(b, *block)
-    else:
-        for running in [_pool(threads).submit(task, b, *block) for b, block in enumerate(blocks)]:
-            running.result()
+def _each_block(channels: int, task: Callable[..., None]) -> None:
+    """Call `task(number, first channel, last channel + 1)` for each block, in as many threads as PyTorch has."""
+    waiting = deque(enumerate(_blocks(channels)))
+
+    def work() -> None:
+        while True:
+            try:
+                number, block = waiting.popleft()
+            except IndexError:
+                return
+            task(number, *block)
+
+    helpers = [helper for helper in (_start(work) for _ in range(min(torch.get_num_threads(), len(waiting)) - 1)) if helper]
+    work()
+    for helper in helpers:
+        if not helper.cancel():  # one that has not started yet has nothing left to do
+            helper.result()
+
+
+def _start(work: Callable[[], None]) -> Future[None] | None:
+    try:
+        return _helpers().submit(work)
+    except RuntimeError:  # Python shuts down and starts no threads any more: the caller does it all
+        return None
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="roi")
+def _helpers() -> ThreadPoolExecutor:
+    """The threads that help a caller, one pool for all: it starts them when they are first wanted."""
+    return ThreadPoolExecutor(max((os.cpu_count() or 1) - 1, 1), thread_name_prefix="roi")
 
 
 if hasattr(os, "register_at_fork"):  # a forked worker has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_helpers.cache_clear)

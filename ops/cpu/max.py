@@ -53,8 +53,8 @@ def lattice_samples(image, yf, ys, yn, yt, xf, xs, xn, xt, height, width):
 
 
 @compile_kernel
-def max_forward(features, image, yn, xn, top, v, near, start, worth, at, beside, way, between, out, arg, c0, c1):
-    """The largest sample of each bin, and which it is, unless `arg` is empty."""
+def max_forward(features, image, yn, xn, top, v, near, start, worth, at, beside, way, between, out, winners, k0, rois, c0, c1):
+    """The largest sample of each bin of RoIs `k0` and after, of `rois` in all, and which sample it is, unless `winners` is empty."""
     height, width, channels = features.shape[2], features.shape[3], c1 - c0
     bins_y, bins_x = yn.shape[1], xn.shape[1]
     flat = channels_last(features, c0, c1)
@@ -62,10 +62,11 @@ def max_forward(features, image, yn, xn, top, v, near, start, worth, at, beside,
     lines = np.empty((top.shape[2] * width, channels), features.dtype)
     flat_lines = lines.reshape(-1)
     best = np.empty((bins_y * bins_x, channels), features.dtype)
-    winners = _winners(arg, c0, c1, len(image) if arg.size > 0 else 1, len(best))
+    remember = winners.size > 0
+    of_block = _of_block(winners, c0, c1, rois if remember else 1, len(best))
     way = way.astype(features.dtype)
     for k in range(len(image)):
-        which = winners[k if arg.size > 0 else 0]
+        which = of_block[k0 + k if remember else 0]
         which[:] = -1
         left, length = _touched(near, xn, k, width, channels)
         for p in range(bins_y):
@@ -85,7 +86,7 @@ def max_forward(features, image, yn, xn, top, v, near, start, worth, at, beside,
 
 
 @compile_kernel
-def max_backward(grad, arg, image, yf, ys, yn, xf, xs, xn, grad_features, c0, c1):
+def max_backward(grad, winners, image, yf, ys, yn, xf, xs, xn, grad_features, c0, c1):
     """Each bin's gradient to the taps of its winner: every sample takes it from the channels where it won."""
     height, width, channels = grad_features.shape[2], grad_features.shape[3], c1 - c0
     bins_x = xf.shape[1]
@@ -94,10 +95,10 @@ def max_backward(grad, arg, image, yf, ys, yn, xf, xs, xn, grad_features, c0, c1
     between = np.any(v != 0) or np.any(h != 0)
     row = np.empty((width + 1) * channels, grad_features.dtype)  # a tap beyond the edge has weight 0
     tile = np.empty((yf.shape[1] * bins_x, channels), grad_features.dtype)
-    winners = _winners(arg, c0, c1, len(image), len(tile))
+    of_block = _of_block(winners, c0, c1, len(image), len(tile))
     for k in range(len(image)):
         read_tile(grad[k], tile, c0)
-        which = winners[k]
+        which = of_block[k]
         left, length = _touched(near, xn, k, width, channels)
         for p in range(yf.shape[1]):
             for i in range(yn[k, p]):
@@ -125,16 +126,16 @@ def max_backward(grad, arg, image, yf, ys, yn, xf, xs, xn, grad_features, c0, c1
 
 
 @compile_sums
-def max_lattice_gradient(features, grad, arg, image, yf, ys, yn, xf, xs, xn, grad_yf, grad_ys, grad_xf, grad_xs, c0, c1):
+def max_lattice_gradient(features, grad, winners, image, yf, ys, yn, xf, xs, xn, grad_yf, grad_ys, grad_xf, grad_xs, c0, c1):
     """Gradients of `first` and `step`, summed over the channels of this block: the slope of the map at each winning sample."""
     height, width, channels = features.shape[2], features.shape[3], c1 - c0
     bins_x = xf.shape[1]
     cells = channels_last(features, c0, c1)
     tile = np.empty((yf.shape[1] * bins_x, channels), features.dtype)
-    winners = _winners(arg, c0, c1, len(image), len(tile))
+    of_block = _of_block(winners, c0, c1, len(image), len(tile))
     for k in range(len(image)):
         read_tile(grad[k], tile, c0)
-        which = winners[k]
+        which = of_block[k]
         for p in range(yf.shape[1]):
             for i in range(yn[k, p]):
                 top, v = _tap(yf[k, p], ys[k, p], i, height)
@@ -199,11 +200,11 @@ def _touched(low, count, k, size, channels):
 
 
 @inline
-def _winners(arg, c0, c1, rois, bins):
+def _of_block(winners, c0, c1, rois, bins):
     """The winners of a block of channels; where none are remembered, a scratch to write to."""
-    if arg.size == 0:
-        return np.empty((rois, bins, c1 - c0), arg.dtype)
-    return arg[c0 * rois * bins : c1 * rois * bins].reshape((rois, bins, c1 - c0))
+    if winners.size == 0:
+        return np.empty((rois, bins, c1 - c0), winners.dtype)
+    return winners[c0 * rois * bins : c1 * rois * bins].reshape((rois, bins, c1 - c0))
 
 
 @inline

@@ -26,11 +26,14 @@ OPTIONS = {"enable_fp_fusion": True}
 NARROW, WIDE = {"num_warps": 4, "maxnreg": 168, **OPTIONS}, {"num_warps": 8, "maxnreg": 128, **OPTIONS}
 
 
-def lattice_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, arg_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """The mean or the largest sample of each bin, `[K, C, P, P]`; and which won, `[K * C * P * P]` in `arg_dtype` (None: empty)."""
+def lattice_forward(
+    features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, winners_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """The mean or the largest sample of each bin, `[K, C, P, P]`; and which won, `[K * C * P * P]` (without a dtype: empty)."""
     bins = y.first.shape[1], x.first.shape[1]
     out = features.new_empty(len(image), features.shape[1], *bins)
-    winners = torch.empty(out.numel() if reduce == "max" and arg_dtype else 0, dtype=arg_dtype or torch.int8, device=features.device)
+    remembered = out.numel() if reduce == "max" and winners_dtype else 0
+    winners = torch.empty(remembered, dtype=winners_dtype or torch.int8, device=features.device)
     if out.numel():
         features = features.contiguous(memory_format=torch.channels_last)
         sizes, blocks = _sizes(features, bins), _blocks(features, bins)
@@ -42,12 +45,24 @@ def lattice_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: s
 
 
 def lattice_backward(
-    grad: Tensor, features: Tensor, winners: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, of_features: bool, of_lattice: bool
-) -> tuple[Tensor | None, list[Tensor] | None]:
-    """Gradient of the features, laid out as they are; of `first` and `step`, of y and then of x. None for what is not asked for."""
+    grad: Tensor,
+    features: Tensor | None,
+    winners: Tensor,
+    image: Tensor,
+    y: Axis,
+    x: Axis,
+    reduce: str,
+    of_features: Tensor | None,
+    of_lattice: bool,
+) -> list[Tensor] | None:
+    """Write the gradient of the features to `of_features`, unless it is None; gradients of `first` and `step`, of y and then of x.
+
+    The map itself is read for `of_lattice` alone.
+    """
     grad, y, x = grad.contiguous(), Axis(*_dense(y)), Axis(*_dense(x))
-    out = _gather(grad, features, image, y, x, reduce, winners) if of_features else None
-    return out, _slopes(lattice_slopes, grad, features, (winners, image, *y, *x), MAX=reduce == "max") if of_lattice else None
+    if of_features is not None:
+        _gather(grad, of_features, image, y, x, reduce, winners)
+    return _slopes(lattice_slopes, grad, features, (winners, image, *y, *x), MAX=reduce == "max") if of_lattice else None
 
 
 def integral_forward(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> Tensor:
@@ -63,24 +78,24 @@ def integral_forward(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> T
 
 
 def integral_backward(
-    grad: Tensor, features: Tensor, image: Tensor, y: Bounds, x: Bounds, of_features: bool, of_bounds: bool
-) -> tuple[Tensor | None, list[Tensor] | None]:
-    """Gradient of the features, laid out as they are; gradients of `low` and `high`, of y and then of x. None for what is not asked for."""
+    grad: Tensor, features: Tensor | None, image: Tensor, y: Bounds, x: Bounds, of_features: Tensor | None, of_bounds: bool
+) -> list[Tensor] | None:
+    """Write the gradient of the features to `of_features`, unless it is None; gradients of `low` and `high`, of y and then of x.
+
+    The map itself is read for `of_bounds` alone.
+    """
     grad, y, x = grad.contiguous(), Bounds(*_dense(y)), Bounds(*_dense(x))
-    out = _gather(grad, features, image, y, x, "integral") if of_features else None
-    return out, _slopes(integral_slopes, grad, features, (image, *y, *x)) if of_bounds else None
+    if of_features is not None:  # edges for first and step; an integral has no count and no total, which are not read
+        _gather(grad, of_features, image, Axis(*y, y.low, y.low), Axis(*x, x.low, x.low), "integral")
+    return _slopes(integral_slopes, grad, features, (image, *y, *x)) if of_bounds else None
 
 
-def _gather(
-    grad: Tensor, features: Tensor, image: Tensor, y: Axis | Bounds, x: Axis | Bounds, reduce: str, winners: Tensor | None = None
-) -> Tensor:
-    """Gradient of the features, tile by tile; `reduce` is `mean`, `max` or `integral`."""
-    if not (grad.numel() and features.numel()):
-        return torch.zeros_like(features)
-    images, channels, height, width = features.shape
-    out = torch.empty_like(features)
-    if reduce == "integral":
-        y, x = Axis(*y, y.low, y.low), Axis(*x, x.low, x.low)  # edges for first and step; it has no count and no total, which are not read
+def _gather(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, winners: Tensor | None = None) -> None:
+    """Write the gradient of the features, tile by tile; `reduce` is `mean`, `max` or `integral`."""
+    if not (grad.numel() and out.numel()):
+        out.zero_()
+        return
+    images, channels, height, width = out.shape
     tiles_x = triton.cdiv(width, TILE["TILE_X"])
     tiles = triton.cdiv(height, TILE["TILE_Y"]) * tiles_x
     lists = torch.empty(images * tiles, len(image), dtype=torch.int32, device=grad.device)
@@ -93,13 +108,13 @@ def _gather(
     pad_y, pad_x = triton.next_power_of_2(bins[0]), triton.next_power_of_2(bins[1])
     block = {
         "CHANNELS": _channels(channels, 64 if reduce == "max" else 32),
-        "OFFSET": _offset(features, bins),
+        "OFFSET": _offset(out, bins),
         "BINS_X": pad_x,
         **TILE,
         **OPTIONS,
     }
     grid = images * tiles, triton.cdiv(channels, block["CHANNELS"])
-    with torch.cuda.device_of(features):
+    with torch.cuda.device_of(out):
         list_rois_by_tile[grid[:1]](
             *(image, *y[:3], *x[:3], lists, lengths, len(image), height, width, *bins, tiles_x, tiles),
             **{"INTEGRAL": reduce == "integral", "ROIS": 64, "BINS_Y": pad_y, "BINS_X": pad_x, **TILE, **OPTIONS},
@@ -109,7 +124,6 @@ def _gather(
         else:
             block["BINS_Y"] = max(min(pad_y, 32 // pad_x), 16 // pad_x, 1)  # in one product: 32 bins, 16 at least
             mean_backward[grid](grad, *y, *x, lists, lengths, out, *sizes, **block, INTEGRAL=reduce == "integral", num_stages=1)
-    return out
 
 
 def _slopes(kernel: triton.JITFunction, grad: Tensor, features: Tensor, lattice: tuple[Tensor, ...], **options: bool) -> list[Tensor]:

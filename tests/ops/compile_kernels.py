@@ -50,9 +50,9 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[CompiledKernel]:
     for reduce, winners_dtype in (("mean", None), ("max", torch.int8)):
         y, x = (LatticeRule().axis(low, high, 1 / 16, 7, size) for size in features.shape[2:])
         out, winners = cuda.lattice_forward(features, image, y, x, reduce, winners_dtype)
-        cuda.lattice_backward(out, features, winners, image, y, x, reduce, True, True)
+        cuda.lattice_backward(out, features, winners, image, y, x, reduce, torch.empty_like(features), True)
     y, x = (IntegralRule().axis(low, high, 1 / 16, 7, size) for size in features.shape[2:])
-    cuda.integral_backward(cuda.integral_forward(features, image, y, x), features, image, y, x, True, True)
+    cuda.integral_backward(cuda.integral_forward(features, image, y, x), features, image, y, x, torch.empty_like(features), True)
     return compiled
 
 

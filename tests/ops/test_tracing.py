@@ -1,0 +1,152 @@
+"""The operators where PyTorch runs them without Python or without data: exported, traced, on meta and fake tensors, under transforms.
+
+What is captured has to serve other boxes, other maps and other gradients than those it was captured with.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from roi_quantization import ops
+
+from .test_against_reference import feature_map
+
+OPERATORS = [
+    pytest.param(ops.roi_pool, id="pool"),
+    pytest.param(partial(ops.roi_align, sampling_ratio=2, aligned=True), id="align"),
+    pytest.param(partial(ops.roi_align, reduce="max"), id="align_max-adaptive"),
+    pytest.param(ops.prroi_pool, id="prroi"),
+]
+every_operator = pytest.mark.parametrize("operator", OPERATORS)
+FEATURES = feature_map(2, 3, 8, 10, dtype=torch.float32)
+BOXES = torch.tensor([[0, 1.0, 2, 60, 70], [1, 3, 4, 90, 100], [1, 10, 10, 50, 60]])
+OTHER = torch.tensor([[0, 1.0, 2, 660, 570], [0, 20, 10, 40, 90], [1, 3, 4, 90, 100], [1, 10, 10, 50, 60]])
+LARGER = feature_map(2, 3, 40, 50, dtype=torch.float32)
+tracing_warns = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+class Lists(nn.Module):
+    """Two images, each with boxes of its own."""
+
+    def __init__(self, operator) -> None:
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, features: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return self.operator(features, [first, second], 3, 1 / 16)
+
+
+def gradient(call, features: Tensor, *boxes: Tensor) -> Tensor:
+    features = features.detach().clone().requires_grad_()
+    call(features, *boxes).square().sum().backward()
+    return features.grad
+
+
+def assert_same(captured, model, features: Tensor, *boxes: Tensor) -> None:
+    """Output and gradient."""
+    assert_close(captured(features, *boxes), model(features, *boxes))
+    assert_close(gradient(captured, features, *boxes), gradient(model, features, *boxes))
+
+
+@every_operator
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@pytest.mark.parametrize("with_gradient", [False, True], ids=["no gradient", "gradient"])
+def test_an_exported_model_takes_any_split_of_boxes_and_has_their_gradient(operator, strict, with_gradient):
+    model = Lists(operator)
+    count, other = torch.export.Dim("count", min=0, max=1000), torch.export.Dim("other", min=0, max=1000)
+    args = FEATURES.clone().requires_grad_(with_gradient), 50 * torch.rand(5, 4), 50 * torch.rand(7, 4)
+    with torch.set_grad_enabled(with_gradient):
+        program = torch.export.export(model, args, dynamic_shapes=(None, {0: count}, {0: other}), strict=strict)
+    exported, boxes = program.module(), BOXES[:, 1:]
+    for split in (1, 2, 3):
+        assert_same(exported, model, FEATURES, boxes[:split], boxes[split:])
+    assert_close(program.run_decompositions().module()(FEATURES, boxes, boxes), model(FEATURES, boxes, boxes))
+    with pytest.raises(ValueError, match=r"box 1 is \[nan, .*must be finite"):
+        exported(FEATURES, boxes[:1], torch.tensor([[torch.nan, 1, 1, 1]]))
+
+
+@tracing_warns
+@every_operator
+def test_a_trace_takes_any_split_of_boxes_and_any_map(operator):
+    model = Lists(operator)
+    traced = torch.jit.trace(model, (FEATURES, BOXES[:1, 1:], BOXES[1:, 1:]), check_trace=False)
+    for features in (FEATURES, LARGER):
+        assert_same(traced, model, features, OTHER[:2, 1:], OTHER[2:, 1:])
+        assert_same(traced, model, features, OTHER[:0, 1:], OTHER[:, 1:])
+
+    def call(features, boxes):
+        return operator(features, boxes, 3, 1 / 16)
+
+    assert_same(torch.jit.trace(call, (FEATURES, BOXES), check_trace=False), call, LARGER, OTHER)
+
+
+@every_operator
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx(operator, mode):
+    call = partial(operator, output_size=3, spatial_scale=1 / 16)
+    graph = make_fx(call, tracing_mode=mode)(FEATURES, BOXES)
+    assert_same(graph, call, FEATURES, OTHER[1:])
+
+
+@every_operator
+def test_tensors_without_data_have_shapes(operator):
+    for dtype in (torch.float32, torch.bfloat16):
+        out = operator(FEATURES.to("meta", dtype), BOXES.to("meta"), (3, 4), 1 / 16)
+        assert (out.shape, out.dtype, out.device.type) == ((3, 3, 3, 4), dtype, "meta")
+    with FakeTensorMode() as mode:
+        features = mode.from_tensor(FEATURES).requires_grad_()
+        out = operator(features, mode.from_tensor(BOXES), (3, 4), 1 / 16)
+        out.sum().backward()
+    assert (out.shape, features.grad.shape) == ((3, 3, 3, 4), FEATURES.shape)
+
+
+@every_operator
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_images(operator):
+    def pooled(features, boxes):
+        return operator(features[None], [boxes], 3, 1 / 16)
+
+    features, boxes = feature_map(4, 3, 8, 10, dtype=torch.float32), 60 * torch.rand(4, 2, 4)
+    assert_close(torch.vmap(pooled, (0, None))(features, boxes[0]), torch.stack([pooled(f, boxes[0]) for f in features]))
+    assert_close(torch.vmap(pooled)(features, boxes), torch.stack([pooled(f, b) for f, b in zip(features, boxes, strict=True)]))
+
+
+@every_operator
+def test_flops_of_a_model_are_counted(operator):
+    convolution = nn.Conv2d(3, 3, 1)
+    with FlopCounterMode(display=False) as counter:
+        operator(convolution(FEATURES), BOXES, 3, 1 / 16).sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 2 * 80 * 3 * 3), "those of the convolution, and of the gradient of its weights"
+
+
+@every_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_comes_after_may_work_in_place(operator, dtype):
+    def pooled(features):
+        return operator(features, BOXES, 3, 1 / 16)
+
+    features = FEATURES.to(dtype)
+    assert not pooled(features)._is_view()
+    assert torch.equal(gradient(lambda f: torch.relu_(pooled(f)), features), gradient(lambda f: torch.relu(pooled(f)), features))
+
+
+@every_operator
+def test_the_map_is_kept_for_the_gradient_of_the_boxes_alone(operator):
+    """Without it, the map may change in place before the backward pass."""
+
+    def pooled(features, boxes):
+        features = features * 1
+        out = operator(features, boxes, 3, 1 / 16)
+        features.zero_()
+        return out
+
+    assert torch.equal(gradient(pooled, FEATURES, BOXES), gradient(lambda f, b: operator(f, b, 3, 1 / 16), FEATURES, BOXES))
+    if operator is not ops.roi_pool:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient(pooled, FEATURES, BOXES.clone().requires_grad_())

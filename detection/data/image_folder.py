@@ -42,10 +42,23 @@ def read_images(paths: Sequence[Path], progress: bool = False) -> tuple[list[Ima
 
 
 class ImageFolder(Dataset):
-    """Items as those of `CocoDetection`, without annotations: `(image, {"proposals", "image_id", "original_size"})`."""
+    """Items as those of `CocoDetection`, without annotations: `(image, {"proposals", "image_id", "original_size"})`.
 
-    def __init__(self, records: Sequence[ImageRecord], proposals: ProposalProvider, transform: Callable | None = None):
-        self.records, self.proposals, self.transform = list(records), proposals, transform
+    Args:
+        records: the images.
+        proposals: provider of their windows.
+        transform: applied to the image and its windows.
+        read: returns the pixels of an image, uint8 RGB `[3, H, W]`.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        proposals: ProposalProvider,
+        transform: Callable | None = None,
+        read: Callable[[ImageRecord], torch.Tensor] = read_image,
+    ):
+        self.records, self.proposals, self.transform, self.read = list(records), proposals, transform, read
         proposals.prepare(self.records)
 
     def __len__(self) -> int:
@@ -54,7 +67,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
         record = self.records[index]
         size = (record.height, record.width)
-        image = tv_tensors.Image(read_image(record))
+        image = tv_tensors.Image(self.read(record))
         proposals = tv_tensors.BoundingBoxes(self.proposals(record), format="XYXY", canvas_size=size)
         if self.transform is not None:
             image, proposals = self.transform(image, proposals)

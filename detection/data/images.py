@@ -87,6 +87,16 @@ def read_image(record: ImageRecord, has_boxes: bool = False) -> torch.Tensor:
     return image
 
 
+def to_rgb(image: Image.Image, name: Path | str, transpose: Image.Transpose | None = None) -> torch.Tensor:
+    """Convert a PIL image to uint8 RGB `3 x height x width`, as `decode` does; `name` is what a log line calls it."""
+    samples = image
+    if image.mode.startswith(("I", "F")):
+        samples = Image.fromarray(_to_uint8(np.asarray(image), name, _stated_maximum(image)))
+    if transpose is not None:
+        samples = samples.transpose(transpose)
+    return F.pil_to_tensor(samples.convert("RGB"))
+
+
 def check_size(width: int, height: int) -> None:
     """Check that an image is not too large to read. A file of a few bytes can claim any size, and decoding it would take all memory.
 
@@ -110,12 +120,7 @@ def _decode(path: Path) -> tuple[torch.Tensor, int]:
             layout = str(file.tile[0][3]) if file.tile else ""  # Pillow's name of the samples in the file
             file.load()
             orientation = _orientation(file)
-            image = file
-            if file.mode.startswith(("I", "F")):
-                image = Image.fromarray(_to_uint8(np.asarray(image), path, _stated_maximum(file)))
-            if orientation in TRANSPOSES:
-                image = image.transpose(TRANSPOSES[orientation])
-            pixels = F.pil_to_tensor(image.convert("RGB"))
+            pixels = to_rgb(file, path, TRANSPOSES.get(orientation))
             # Pillow keeps the upper 8 bits of a 16-bit colour: too few where a camera of 14 bits or less uses the lower ones
             if ";16" in layout and file.mode in ("RGB", "RGBA") and 0 < pixels.max() < 64:
                 raise InputError("its colours have 16 bits and use 14 or fewer, of which Pillow drops 8; convert it to 8 bits a channel")
@@ -151,7 +156,7 @@ def _stated_maximum(file: Image.Image) -> int | None:
     return 2**bits - 1 if 8 < bits < 16 else None
 
 
-def _to_uint8(values: np.ndarray, path: Path, maximum: int | None = None) -> np.ndarray:
+def _to_uint8(values: np.ndarray, path: Path | str, maximum: int | None = None) -> np.ndarray:
     """Scale samples of more than 8 bits to 0..255.
 
     White is `maximum` where the file states it. Otherwise it follows from the largest value: the smallest of 8, 10, 12, 14 and 16 bits
@@ -186,7 +191,7 @@ def _warn_once(kind: str, message: str, *arguments: object) -> None:
         log.warning(message, *arguments)
 
 
-def _warn_of_scaling(samples: str, scale: str, path: Path) -> None:
+def _warn_of_scaling(samples: str, scale: str, path: Path | str) -> None:
     _warn_once(
         f"{samples} {scale}",
         "%s has %s and does not say which value is white: %s is scaled to 0 to 255, by the image's own range. Other images of the kind are "

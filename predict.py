@@ -15,18 +15,16 @@ from tqdm import tqdm
 
 from roi_quantization.detection.configuration import CONFIGS, path_setting
 from roi_quantization.detection.data.coco import collate
-from roi_quantization.detection.data.image_folder import ImageFolder, find_images, read_images
+from roi_quantization.detection.data.image_folder import find_images, read_images
 from roi_quantization.detection.data.images import ImageRecord, decode
-from roi_quantization.detection.data.proposals.file import ProposalFile
-from roi_quantization.detection.data.proposals.provider import ProposalProvider
 from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.coco import to_coco_results, write_results
 from roi_quantization.detection.evaluation.figures import plot_detections
 from roi_quantization.detection.files import atomic_write
-from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
-from roi_quantization.detection.runs.checkpoint import compose_with_checkpoint, load_checkpoint, load_weights, register_checkpoint
+from roi_quantization.detection.runs.checkpoint import compose_with_checkpoint, register_checkpoint
 from roi_quantization.detection.runs.command_line import replace_null_choices
+from roi_quantization.detection.runs.detector import Detector
 from roi_quantization.detection.runs.errors import handle_errors
 from roi_quantization.detection.runs.setup import set_up_run
 from roi_quantization.detection.runs.trainer import build_trainer
@@ -44,11 +42,8 @@ def predict(cfg: DictConfig) -> list[dict]:
         raise InputError(f"image={image}: none of {len(paths)} pictures can be read; {paths[0].name}: {bad[paths[0]]}")
     run_dir = set_up_run(cfg)
 
-    checkpoint = load_checkpoint(path_setting(cfg.ckpt, "ckpt"))
-    detector = build_detector(cfg, num_classes=len(checkpoint["categories"]) + 1, pretrained=False)
-    load_weights(detector, checkpoint)
-
-    pictures = ImageFolder(records, build_provider(cfg), instantiate(cfg.data.eval_transform))
+    detector = Detector(cfg, device="cpu")
+    pictures = detector.dataset(records)
     loader = DataLoader(pictures, collate_fn=collate, num_workers=cfg.data.num_workers if len(records) > 1 else 0)
     trainer = build_trainer(OmegaConf.merge(cfg.trainer, {"enable_progress_bar": bar}), enable_checkpointing=False)
     if trainer.world_size > 1:
@@ -57,35 +52,24 @@ def predict(cfg: DictConfig) -> list[dict]:
         )
     if cfg.trainer.get("fast_dev_run") or cfg.trainer.get("limit_predict_batches") is not None:
         raise InputError("trainer.limit_predict_batches and fast_dev_run leave out pictures. Remove them, and give fewer with image=")
-    found = {image_id: one for batch in trainer.predict(DetectionModule(detector), loader) for image_id, one in batch.items()}
+    found = {image_id: one for batch in trainer.predict(DetectionModule(detector.model), loader) for image_id, one in batch.items()}
 
-    categories = dict(enumerate(checkpoint["categories"], 1))
-    results = to_coco_results(found, {label: category["id"] for label, category in categories.items()})
+    results = to_coco_results(found, {label: category["id"] for label, category in enumerate(detector.categories, 1)})
     names = {record.id: display_name(record, image) for record in records}
     images = [{"id": r.id, "file_name": names[r.id], "width": r.width, "height": r.height} for r in records]
-    instances = {"images": images, "annotations": [], "categories": checkpoint["categories"]}
+    instances = {"images": images, "annotations": [], "categories": detector.categories}
     atomic_write(run_dir / "instances.json", json.dumps(instances, indent=1).encode())
     write_results(run_dir / "results.json", results)
 
-    classes = {label: category["name"] for label, category in categories.items()}
     for record in tqdm(records, desc="drawing", unit="image", disable=not bar):
         path = run_dir / "pictures" / f"{names[record.id]}.png"
-        plot_detections(decode(record.path), found[record.id], classes, path, cfg.score_threshold)
+        plot_detections(decode(record.path), found[record.id], detector.names, path, cfg.score_threshold)
     for record in records[:10]:
-        print(f"{names[record.id]}: {format_detections(found[record.id], classes, cfg.score_threshold)}")
+        print(f"{names[record.id]}: {format_detections(found[record.id], detector.names, cfg.score_threshold)}")
     print(f"\n{len(records)} of {len(paths)} pictures, {len(results)} boxes. results.json, instances.json and pictures/ are in {run_dir}")
     for path, reason in bad.items():
         print(f"  could not be read: {path}: {reason}")
     return results
-
-
-def build_provider(cfg: DictConfig) -> ProposalProvider:
-    """Build the proposals of `cfg`, those of its test split where the splits differ."""
-    proposals = instantiate(cfg.proposals)
-    proposals = proposals["test"] if isinstance(proposals, Mapping) else proposals
-    if isinstance(proposals, ProposalFile):
-        raise InputError("proposals=file: it has no windows for these pictures. Choose proposals=selective_search or proposals=grid_photos")
-    return proposals
 
 
 def display_name(record: ImageRecord, image: str) -> str:

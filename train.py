@@ -40,6 +40,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Returns:
         The metrics by name: `cfg.optimized_metric` of the best checkpoint, and `test/AP`, `test/AP50`, ... in percent.
     """
+    with exclusive_run_folder(cfg.run_dir):
+        return _train(cfg)
+
+
+def _train(cfg: DictConfig) -> dict[str, float]:
     check_operators(cfg.cross)
     resumed = checkpoint_to_resume(cfg)
     run_dir = set_up_run(cfg, groups=("optim", "coco_eval"))
@@ -115,11 +120,7 @@ def _main(cfg: DictConfig) -> float:
     silence_other_ranks()
     metrics = {}
     with handle_errors("train.py"), reraise_signal():
-        if cfg.arm is not None:
-            metrics = run_in_sweep(train, cfg)
-        else:
-            with exclusive_run_folder(cfg.run_dir):
-                metrics = train(cfg)
+        metrics = train(cfg) if cfg.arm is None else run_in_sweep(train, cfg)
     return metrics.get(cfg.optimized_metric, math.nan)
 
 

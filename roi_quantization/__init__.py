@@ -10,10 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from roi_quantization.detection.runs.composition import compose as compose
+    from roi_quantization.detection.runs.detector import Detector as Detector
+    from roi_quantization.detection.runs.detector import load as load
     from roi_quantization.ops.acceleration import accelerate_torchvision as accelerate_torchvision
+    from roi_quantization.scripts.eval import evaluate as evaluate
+    from roi_quantization.scripts.train import train as train
 
 # imported when first asked for: a script that is not installed has no PyTorch
-_LAZY = {"accelerate_torchvision": "roi_quantization.ops.acceleration"}
+_LAZY = {
+    "accelerate_torchvision": "roi_quantization.ops.acceleration",
+    "compose": "roi_quantization.detection.runs.composition",
+    "Detector": "roi_quantization.detection.runs.detector",
+    "evaluate": "roi_quantization.scripts.eval",
+    "load": "roi_quantization.detection.runs.detector",
+    "train": "roi_quantization.scripts.train",
+}
 
 __version__ = "0.2.0"
 

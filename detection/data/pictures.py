@@ -54,7 +54,7 @@ def to_image(picture: Any, name: str = "picture") -> Tensor:
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
     if isinstance(picture, np.ndarray):
-        if picture.dtype.kind not in "fu" or picture.dtype.kind == "u" and picture.dtype != np.uint8:
+        if picture.dtype.kind not in "fu" or (picture.dtype.kind == "u" and picture.dtype != np.uint8):
             raise _wrong_dtype(picture.dtype, name)
         values = torch.from_numpy(np.ascontiguousarray(picture))
         values = values.permute(2, 0, 1) if values.ndim == 3 else values

@@ -7,13 +7,10 @@ from typing import Any
 
 import hydra.utils
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.utils import JobRuntime
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
-from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.config_sources import choices, compose_from_all
 from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 
@@ -30,21 +27,17 @@ def instantiate(node: DictConfig, **more: Any) -> Any:
 
 
 def read_operator(name: str) -> DictConfig:
-    """Compose `configs/roi/<name>.yaml`, with the files that it builds on.
+    """Compose `roi/<name>.yaml`, with the files that it builds on; of this project or of a folder that the user names.
 
     Raises:
         InputError: there is no such file; the message lists the choices.
     """
-    known = sorted(path.stem for path in (CONFIGS / "roi").glob("*.yaml"))
+    known = choices("roi")
     if name not in known:
-        raise InputError(f"there is no operator {name}. Choose from {', '.join(known)} (configs/roi)")
-    holder = GlobalHydra.instance()
-    application, holder.hydra = holder.hydra, None  # in a script that Hydra started nothing else can be composed
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=JobRuntime.instance().get("name")):
-            return compose(f"roi/{name}").roi
-    finally:
-        GlobalHydra.instance().hydra = application
+        raise InputError(
+            f"there is no operator {name}. Choose from {', '.join(known)} (configs/roi), or name your folder with --config-dir"
+        )
+    return compose_from_all(f"roi/{name}").roi
 
 
 def build_detector(cfg: DictConfig, num_classes: int, pretrained: bool = True) -> FastRCNN:

@@ -1,6 +1,5 @@
 """A trained detector as one graph: `torch.export` for every operator, ONNX for those that ONNX has."""
 
-import math
 from functools import partial
 from importlib import import_module
 from pathlib import Path

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
+from roi_quantization.detection.config_sources import name_folders_of_command
 from roi_quantization.detection.configuration import path_setting
 from roi_quantization.detection.errors import ExpectedError, InputError, MissingFileError
 from roi_quantization.detection.runs.config_security import check_targets_allowed
@@ -80,7 +81,8 @@ def register_checkpoint(arguments: list[str], script: str) -> None:
     """
     options = get_args_parser().parse_args(arguments)
     try:
-        paths = _checkpoint_paths(options.overrides)
+        name_folders_of_command(arguments)
+        paths = checkpoint_paths(options.overrides)
         if paths:
             register_parts(load_checkpoint(paths[0])["config"], paths[0])
         elif not (options.help or options.hydra_help):
@@ -89,7 +91,7 @@ def register_checkpoint(arguments: list[str], script: str) -> None:
         sys.exit(f"{script}: {error}")
 
 
-def _checkpoint_paths(overrides: Iterable[str]) -> list[str]:
+def checkpoint_paths(overrides: Iterable[str]) -> list[str]:
     """Parse the values of `ckpt` among Hydra's overrides, as Hydra does; several in a sweep."""
     given = [text for text in overrides if text.lstrip("+").startswith("ckpt=")]
     if not given:

@@ -5,11 +5,10 @@ A `_target_` is called with the arguments beside it, so the configuration of a c
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.config_sources import config_folders
 from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.runs.renamed_targets import RENAMED
 
@@ -20,7 +19,7 @@ INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|(?:oc\.env|hydra|now):[^${}\[\]'\"]*)
 
 
 def check_targets_allowed(config: Any, source: str | Path) -> None:
-    """Check that a configuration can call nothing but the `_target_`s that files in `configs/` name.
+    """Check that a configuration can call nothing but the `_target_`s that files in `configs/` or in the user's folders name.
 
     Whole names are compared, not packages: `roi_quantization.detection.runs.lock.os.system` starts with this one.
 
@@ -31,13 +30,14 @@ def check_targets_allowed(config: Any, source: str | Path) -> None:
     Raises:
         InputError: it can call something else; the message names the setting.
     """
+    allowed = allowed_targets()
     for key, value in _flatten(config, source):
         name = key.rpartition(".")[2]
-        if name == "_target_" and (not isinstance(value, str) or RENAMED.get(value, value) not in allowed_targets()):
+        if name == "_target_" and (not isinstance(value, str) or RENAMED.get(value, value) not in allowed):
             raise InputError(
-                f"{source}: its configuration would call {value} ({key}). Only targets that a file in configs/ names are called for a "
-                "checkpoint. If you trust that function and the author of this file, name it there yourself: in a new file, in the folder "
-                "of its group"
+                f"{source}: its configuration would call {value} ({key}). Only targets that a file in configs/ or in your own folder of "
+                "configurations names are called for a checkpoint. If you trust that function and the author of this file, name it there "
+                "yourself, and name the folder: --config-dir <folder>, in Python config_dir=<folder>"
             )
         if name == "defaults":
             raise InputError(f"{source}: its configuration contains {key}, by which Hydra would add others. train.py writes no such key")
@@ -47,10 +47,9 @@ def check_targets_allowed(config: Any, source: str | Path) -> None:
             )
 
 
-@cache
 def allowed_targets() -> frozenset[str]:
-    """Return every `_target_` in `configs/`."""
-    texts = [path.read_text() for path in CONFIGS.rglob("*.yaml")]
+    """Return every `_target_` in `configs/` and in the folders of configurations that the user names."""
+    texts = [path.read_text() for folder in config_folders() for path in folder.rglob("*.yaml")]
     return frozenset(name for text in texts for name in re.findall(r"^\s*_target_:\s*([\w.]+)", text, re.MULTILINE))
 
 

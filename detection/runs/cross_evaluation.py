@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.config_sources import choices, name_config_folder
 from roi_quantization.detection.errors import ExpectedError, InputError
 from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.model.build import build_detector, instantiate, read_operator
@@ -92,7 +92,7 @@ def complete(run: Run, operators: list[str]) -> None:
 
 def operator_name(run: Run) -> str:
     """Return the name in configs/roi of a run's operator. The name of its arm may contain more, such as the learning rate."""
-    own = next((path.stem for path in sorted((CONFIGS / "roi").glob("*.yaml")) if read_operator(path.stem) == run.config.roi), None)
+    own = next((name for name in choices("roi") if read_operator(name) == run.config.roi), None)
     if own is None:
         raise InputError(f"the operator of {run.folder} is not in configs/roi. Name the operators to evaluate with: --operators")
     return own
@@ -105,12 +105,15 @@ def main() -> None:
     )
     parser.add_argument("sweep", help="folder of the sweep")
     parser.add_argument("--operators", nargs="+", help="names in configs/roi to evaluate with; default: those of the sweep")
+    parser.add_argument("--config-dir", help="a folder of your own configurations; naming it permits the runs to call its _target_s")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
     arguments = parser.parse_args()
     silence_lightning()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
+        if arguments.config_dir:
+            name_config_folder(arguments.config_dir)
         sweep = read_sweep(arguments.sweep)
         operators = arguments.operators or list(dict.fromkeys(operator_name(run) for run in sweep.finished))
         check_operators(operators)

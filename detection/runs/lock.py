@@ -25,13 +25,13 @@ class RunFolderLocked(InputError):
 def exclusive_run_folder(run_dir: str | Path) -> Iterator[None]:
     """Hold the lock of a run folder, which is created if necessary. The system releases it however the process ends.
 
-    In a distributed run rank zero holds it for all.
+    In a distributed run rank zero holds it for all. Inside another `with` of the same folder nothing happens.
 
     Raises:
         RunFolderLocked: another process holds it.
         NotWrittenError: the folder cannot be created or written to.
     """
-    if fcntl is None or not is_rank_zero():
+    if fcntl is None or not is_rank_zero() or _lock_file(run_dir) in _held:
         yield
         return
     try:

@@ -6,8 +6,8 @@ from torch import nn
 from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.runs.checkpoint import (
     PARTS,
-    _checkpoint_paths,
     check_categories,
+    checkpoint_paths,
     keep_eval_transform,
     load_checkpoint,
     load_weights,
@@ -53,7 +53,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 )
 def test_the_command_line_is_parsed_as_hydra_parses_it(monkeypatch, override, paths):
     monkeypatch.setenv("FOLDER", "here")
-    assert _checkpoint_paths(["seed=1", override]) == paths
+    assert checkpoint_paths(["seed=1", override]) == paths
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_command_line_is_parsed_as_hydra_parses_it(monkeypatch, override, pa
 )
 def test_a_path_that_hydra_reads_otherwise_is_refused(override, message):
     with pytest.raises(InputError, match=message):
-        _checkpoint_paths([override])
+        checkpoint_paths([override])
 
 
 def test_targets_from_before_the_move_are_renamed(tmp_path):

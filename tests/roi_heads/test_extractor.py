@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -27,6 +28,17 @@ def test_any_callable_is_an_operator():
 
     pooled = RoIExtractor(corners, output_size=1, spatial_scale=0.5)(torch.zeros(1, 4, 2, 2), [torch.tensor([[2.0, 4.0, 6.0, 8.0]])])
     assert pooled.flatten().tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_bins_need_not_be_as_many_in_height_as_in_width():
+    features, boxes = torch.rand(1, 3, 8, 8), [torch.tensor([[0.0, 0.0, 64.0, 48.0]])]
+    for size in ((7, 5), [7, 5], torch.Size([7, 5])):
+        extractor = RoIExtractor(align, size, 1 / 16)
+        assert torch.equal(extractor(features, boxes), align(features, boxes, (7, 5), 1 / 16))
+        assert "output_size=(7, 5)" in repr(extractor)
+    assert RoIExtractor(align, np.int64(7), 1 / 16)(features, boxes).shape == (1, 3, 7, 7)
+    with pytest.raises(ValueError, match="output_size: expected a positive int or two of them"):
+        RoIExtractor(align, (7, 0), 1 / 16)
 
 
 def test_a_map_by_name_is_that_map_and_two_are_an_error():

@@ -6,7 +6,8 @@ from . import fuzz
 
 
 def test_random_calls_equal_the_oracle_or_are_refused():
-    assert {fuzz.check(seed) for seed in range(60)} == {"equal", "refused"}
+    for halves in (False, True):
+        assert {fuzz.check(seed, halves) for seed in range(60)} == {"equal", "equal to torchvision", "refused"}
 
 
 def test_a_disagreement_is_told_with_its_seed(monkeypatch, capsys):

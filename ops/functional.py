@@ -15,6 +15,7 @@ from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from roi_quantization.ops import eager, library
 from roi_quantization.ops.geometry import IntegralRule, LatticeRule
@@ -69,6 +70,10 @@ def lattice_pool(
         TypeError, ValueError: an argument of another shape, type or range; a box that is NaN or infinite, or of an image that is not there
             (on a CPU; on a GPU, where looking would stall the stream, its output is NaN); boxes that want a gradient where there is none.
     """
+    if has_torch_function_unary(input):  # torch.fx draws a call of this function, and subclasses of Tensor have a say
+        knobs = {"quantize_roi": quantize_roi, "inclusive_end": inclusive_end, "half_pixel": half_pixel, "min_extent": min_extent}
+        knobs |= {"quantize_bins": quantize_bins, "sampling_ratio": sampling_ratio, "sample_offset": sample_offset, "border": border}
+        return handle_torch_function(lattice_pool, (input,), input, boxes, output_size, spatial_scale, **knobs, reduce=reduce)
     if reduce not in ("mean", "max"):
         raise ValueError(f"reduce={reduce!r}: expected one of mean, max")
     rule = LatticeRule(quantize_roi, inclusive_end, half_pixel, min_extent, quantize_bins, sampling_ratio, sample_offset, border)
@@ -98,6 +103,8 @@ def roi_pool(input: Tensor, boxes: Boxes, output_size: Size, spatial_scale: floa
 
     Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
+    if has_torch_function_unary(input):
+        return handle_torch_function(roi_pool, (input,), input, boxes, output_size, spatial_scale)
     return _pool_lattice(ROI_POOL, input, boxes, output_size, spatial_scale, "max")
 
 
@@ -150,6 +157,8 @@ def prroi_pool(input: Tensor, boxes: Boxes, output_size: Size, spatial_scale: fl
 
     Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
+    if has_torch_function_unary(input):
+        return handle_torch_function(prroi_pool, (input,), input, boxes, output_size, spatial_scale, half_pixel)
     image, y, x = place_bins(IntegralRule(half_pixel), input, boxes, output_size, spatial_scale)
     if not _has_kernels(input):
         return eager.integral_pool(input, image, y, x).to(input.dtype)

@@ -213,6 +213,35 @@ class TestAgainstTorchvision:
         torch.testing.assert_close(ops.PrRoIPool(3, 1 / 16)(features, boxes), ops.prroi_pool(features, boxes, 3, 1 / 16))
 
 
+def test_keywords_are_torchvisions():
+    features, boxes = feature_map(1, 2, 8, 8), random_boxes(4, 1, 128, 128)
+    for library in (ops, torchvision.ops):
+        call = {"input": features, "boxes": boxes, "output_size": 3, "spatial_scale": 1 / 16}
+        assert torch.equal(library.roi_pool(**call), library.RoIPool(3, 1 / 16)(input=features, rois=boxes))
+        aligned = library.roi_align(**call, sampling_ratio=2, aligned=True)
+        assert torch.equal(aligned, library.RoIAlign(3, 1 / 16, 2, True)(input=features, rois=boxes))
+
+
+@pytest.mark.parametrize("module", [ops.RoIPool(3, 1 / 16), ops.RoIAlign(3, 1 / 16, 2), ops.RoIWarp(3, 1 / 16), ops.PrRoIPool(3, 1 / 16)])
+def test_every_attribute_of_a_module_can_be_read_and_set(module):
+    others = {"output_size": (2, 5), "spatial_scale": 1 / 32, "sampling_ratio": 1, "aligned": None, "reduce": "max", "half_pixel": True}
+    names = [name for name in others if hasattr(module, name)]
+    assert set(names) == {name for name in vars(module) if name != "training" and not name.startswith("_")}
+    features, boxes = feature_map(1, 2, 8, 8), random_boxes(4, 1, 128, 128)
+    for name in names:
+        before = module(features, boxes)
+        setattr(module, name, not module.aligned if name == "aligned" else others[name])
+        after = module(features, boxes)
+        assert before.shape != after.shape or not torch.equal(before, after), name
+        assert f"{name}={getattr(module, name)}" in repr(module)
+
+
+@pytest.mark.parametrize("size", [np.int64(3), (np.int32(3), 3), torch.Size([3, 3]), [3, 3]], ids=repr)
+def test_output_size_is_any_integer_or_two(size):
+    features, boxes = feature_map(1, 2, 8, 8), random_boxes(4, 1, 128, 128)
+    assert torch.equal(ops.roi_align(features, boxes, size, 1 / 16), ops.roi_align(features, boxes, 3, 1 / 16))
+
+
 class TestByHand:
     """`f(y, x) = 5 y + x` on 5 x 5 cells: bilinear interpolation is exact, so a bin's mean is the value at its middle."""
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from roi_quantization.detection.configuration import flatten
+from roi_quantization.detection.configuration import CONFIGS, flatten
 from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.model.lightning_module import LOGGED
@@ -29,7 +30,9 @@ def set_up_run(cfg: DictConfig, groups: Sequence[str] = ()) -> Path:
     """
     check_groups(cfg, ("roi", "backbone", "head", "data", "proposals", "trainer", *groups))
     check_seeds(cfg)
-    check_working_folder()
+    if HydraConfig.initialized():
+        check_working_folder()
+        check_added_keys(cfg, HydraConfig.get().overrides.task, HydraConfig.get().job.config_name)
     check_accelerator(cfg.trainer)
     check_precision(cfg.trainer)
     silence_lightning()
@@ -87,8 +90,29 @@ def check_working_folder() -> None:
     Raises:
         InputError: it has, so that relative paths would mean other files than where the command was typed.
     """
-    if HydraConfig.initialized() and HydraConfig.get().job.chdir:
+    if HydraConfig.get().job.chdir:
         raise InputError("hydra.job.chdir=true: paths are relative to the folder of the command. Remove it; results go to the run folder")
+
+
+def check_added_keys(cfg: DictConfig, overrides: Sequence[str], config_name: str) -> None:
+    """Check that something reads each key that the command line adds at the top level (`+key=value`), or in `checkpoint`.
+
+    Raises:
+        InputError: nothing reads one, such as `+max_epochs=4` for `trainer.max_epochs=4`.
+    """
+    path = CONFIGS / f"{config_name}.yaml"
+    if not path.is_file():  # of --config-dir
+        return
+    primary = OmegaConf.load(path)
+    known = {*primary, *(path.name for path in CONFIGS.iterdir() if path.is_dir())}
+    values = [str(value) for _, value in flatten(OmegaConf.to_container(cfg))]
+    interpolations = " ".join(value for value in values if "${" in value)
+    for text in overrides:
+        key = text.lstrip("+").partition("=")[0]
+        top, _, rest = key.partition(".")
+        is_read = top in known and (top != "checkpoint" or rest.partition(".")[0] in primary.get("checkpoint", {}))
+        if text.startswith("+") and not is_read and not re.search(rf"\b{re.escape(top)}\b", interpolations):
+            raise InputError(f"{text}: nothing reads {key}. See `python {config_name}.py --help` for the settings")
 
 
 def check_accelerator(trainer: DictConfig) -> None:

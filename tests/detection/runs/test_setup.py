@@ -5,7 +5,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 from roi_quantization.detection.errors import InputError
-from roi_quantization.detection.runs.setup import set_up_run
+from roi_quantization.detection.runs.setup import check_added_keys, set_up_run
 from tests.configuration import ROOT, composed
 
 
@@ -36,6 +36,17 @@ def test_a_setting_that_nothing_can_run_with_is_named(tmp_path, overrides, messa
 def test_what_can_be_left_out_is_left_out(tmp_path, overrides, threads_as_before):
     set_up_run(composed("train", "trainer=cpu", f"run_dir={tmp_path}", *overrides), groups=("optim", "coco_eval"))
     assert (tmp_path / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("override", ["+max_epochs=4", "++max_epochs=4", "+foo.bar=1", "+checkpoint.every=5"])
+def test_a_key_that_nothing_reads_is_refused(override):
+    with pytest.raises(InputError, match=r"nothing reads .* --help"):
+        check_added_keys(composed("train", override), [override], "train")
+
+
+@pytest.mark.parametrize("overrides", [["+trainer.max_time=1"], ["+rate=1e-3", "optim.groups.lr=${rate}"], ["average=ema"], ["seed=1"]])
+def test_a_key_that_something_reads_is_added(overrides):
+    check_added_keys(composed("train", *overrides), overrides, "train")
 
 
 def test_another_working_folder_is_refused(tmp_path, monkeypatch):

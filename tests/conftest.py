@@ -64,31 +64,31 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(data, tmp_path_factory) -> dict:
-    """What is left of a short training that nothing happened to."""
+def uninterrupted(data, tmp_path_factory) -> dict:
+    """The outcome of a short training that was not interrupted."""
     from tests import trainings  # what trains is imported where something is trained
 
-    run, before = tmp_path_factory.mktemp("whole") / "run", torch.get_num_threads()
+    run, before = tmp_path_factory.mktemp("uninterrupted") / "run", torch.get_num_threads()
     trainings.train(trainings.configuration(run, data))
     torch.set_num_threads(before)
     assert torch.are_deterministic_algorithms_enabled()
-    return trainings.remains(run)
+    return trainings.run_outcome(run)
 
 
 @pytest.fixture
-def accident(monkeypatch):
-    """A function that lets something happen in the middle of a step: `accident(step, what)`, steps counted from 0."""
+def inject_fault(monkeypatch):
+    """A function that calls another in the middle of a training step: `inject_fault(step, fault)`, steps counted from 0."""
     from roi_quantization.detection.model.lightning_module import DetectionModule
 
     training_step = DetectionModule.training_step
 
-    def arrange(step, what):
+    def inject(step, fault):
         def watched(self, batch, batch_idx):
             if self.global_step == step:
                 monkeypatch.setattr(DetectionModule, "training_step", training_step)
-                what()
+                fault()
             return training_step(self, batch, batch_idx)
 
         monkeypatch.setattr(DetectionModule, "training_step", watched)
 
-    return arrange
+    return inject

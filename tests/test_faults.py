@@ -1,4 +1,4 @@
-"""What a training does when its machine, its data or its loss fails it: an error that says what to do, and no checkpoint lost."""
+"""Failures of the machine, of the data and of the loss: an error that says what to do, and no checkpoint lost."""
 
 import json
 import multiprocessing
@@ -21,12 +21,12 @@ from roi_quantization.detection.runs.setup import check_metric
 from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
 from roi_quantization.scripts.train import train
 from tests.faults import full_disk, power_cut
-from tests.trainings import configuration, remains
+from tests.trainings import configuration, run_outcome
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(data, tmp_path):
+def test_a_non_finite_loss_ends_the_run_and_names_the_batch(data, tmp_path):
     message = r"the loss is nan in step \d \(epoch \d, batch \d, images \[.*the largest weight .*e\+\d\d.*resume="
     with pytest.raises(FloatingPointError, match=message):
         train(configuration(tmp_path, data, "optim.groups.lr=1e20"))
@@ -37,10 +37,10 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(data, tmp_pat
     (tmp_path / "nan_loss.json").unlink()
     with pytest.raises(FloatingPointError, match=f"step {found['step']} "):
         train(configuration(tmp_path, data, "optim.groups.lr=1e20", f"resume={tmp_path}"))
-    assert json.loads((tmp_path / "nan_loss.json").read_text()) == found, "it comes to the same batch again"
+    assert json.loads((tmp_path / "nan_loss.json").read_text()) == found, "it reaches the same batch again"
 
 
-def test_where_nothing_is_saved_yet_the_command_itself_is_the_way_back(tmp_path):
+def test_without_a_checkpoint_the_same_command_reaches_the_batch_again(tmp_path):
     model, trainer = torch.nn.Linear(1, 1), SimpleNamespace(global_step=0, current_epoch=0, global_rank=0, world_size=1, optimizers=[])
     trainer.optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1))
     watch = TerminateOnNonFiniteLoss(tmp_path, seed=0)
@@ -50,8 +50,8 @@ def test_where_nothing_is_saved_yet_the_command_itself_is_the_way_back(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["step_0000003.ckpt", "best.ckpt", "metrics.csv", "last.ckpt", "results.json"])
-def test_a_full_disk_loses_nothing_and_the_run_goes_on(whole, data, tmp_path, monkeypatch, file):
-    """The disk is full while this file is written; metrics.csv is Lightning's, the others are written whole."""
+def test_a_full_disk_loses_nothing_and_the_run_goes_on(uninterrupted, data, tmp_path, monkeypatch, file):
+    """The disk is full while this file is written; metrics.csv is Lightning's, the others are written atomically."""
     folder = tmp_path / "run"
     real, happened = files.atomic_file, []
 
@@ -78,34 +78,34 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on(whole, data, tmp_path, mo
     for path in folder.glob("*.ckpt"):
         load_checkpoint(path)
     train(configuration(folder, data, f"resume={folder}"))
-    assert remains(folder) == whole
+    assert run_outcome(folder) == uninterrupted
 
 
-def test_a_run_folder_that_is_moved_away_is_not_begun_anew(whole, data, tmp_path, accident):
+def test_a_run_folder_that_is_moved_away_is_not_created_again(uninterrupted, data, tmp_path, inject_fault):
     run, moved = tmp_path / "run", tmp_path / "moved"
-    accident(3, lambda: run.rename(moved))
+    inject_fault(3, lambda: run.rename(moved))
     with pytest.raises(FileNotFoundError, match=rf"the run folder {run} is gone.*resume=<the folder>"):
         train(configuration(run, data))
     assert [path.name for path in periodic_checkpoints(moved)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
-    assert not list(tmp_path.glob("run/*.ckpt")), "no second half of a run"
+    assert not list(tmp_path.glob("run/*.ckpt")), "the run is not split"
     train(configuration(moved, data, f"resume={moved}"))
-    assert remains(moved) == whole
+    assert run_outcome(moved) == uninterrupted
 
 
-def test_a_loading_process_that_is_killed_says_why_and_how_to_go_on(whole, data, tmp_path, accident):
+def test_a_killed_data_loader_worker_says_why_and_how_to_go_on(uninterrupted, data, tmp_path, inject_fault):
     """As the system kills one when memory runs out."""
-    accident(3, lambda: [os.kill(process.pid, signal.SIGKILL) for process in multiprocessing.active_children()])
+    inject_fault(3, lambda: [os.kill(process.pid, signal.SIGKILL) for process in multiprocessing.active_children()])
     message = r"a data-loader worker died: .*pid.*memory has run out.*data\.num_workers.*resume=auto"
     with pytest.raises(RuntimeError, match=message):
         train(configuration(tmp_path, data, "data.num_workers=1"))
     assert [path.name for path in periodic_checkpoints(tmp_path)] == ["step_0000003.ckpt", "step_0000002.ckpt"]
     train(configuration(tmp_path, data, f"resume={tmp_path}"))
-    assert remains(tmp_path) == whole
+    assert run_outcome(tmp_path) == uninterrupted
 
 
-def test_data_that_changed_are_refused_unless_told_otherwise(data, tmp_path, accident):
+def test_changed_data_are_refused_unless_same_data_is_false(data, tmp_path, inject_fault):
     root, run = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
-    accident(3, power_cut)
+    inject_fault(3, power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(run, root))
     path = root / "annotations/instances_train.json"
@@ -120,7 +120,7 @@ def test_data_that_changed_are_refused_unless_told_otherwise(data, tmp_path, acc
     assert (run / "metrics.json").is_file()
 
 
-def test_what_would_be_noticed_when_training_is_over_is_noticed_before_it(data, tmp_path):
+def test_mistakes_that_would_show_after_training_are_errors_before_it(data, tmp_path):
     for override, message in [
         ("cross=[aling]", "there is no operator aling. Choose from align, "),
         ("optimized_metric=test/AP", "optimized_metric=test/AP: the best checkpoint is chosen on the val split, by one of val/AP, "),
@@ -133,18 +133,18 @@ def test_what_would_be_noticed_when_training_is_over_is_noticed_before_it(data, 
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-def test_without_objects_to_find_no_checkpoint_is_the_best_by_ap():
+def test_without_objects_ap_chooses_no_checkpoint():
     assert check_metric("val/loss", validates=True, objects=0) == "min"
     with pytest.raises(ValueError, match="the val split has no objects"):
         check_metric("val/AP", validates=True, objects=0)
 
 
-def test_an_evaluation_that_is_stopped_is_no_success(tmp_path):
+def test_a_stopped_evaluation_has_the_exit_status_of_its_signal(tmp_path):
     with pytest.raises(SIGTERMException) as ended, explain_errors(tmp_path):
         raise SIGTERMException
     assert ended.value.code == 143
 
 
-def test_a_stop_outside_of_training_passes_on():
+def test_a_stop_outside_of_training_is_raised():
     with pytest.raises(SIGTERMException), reraise_signal():
         raise SIGTERMException

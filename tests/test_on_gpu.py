@@ -5,7 +5,7 @@ import torch
 
 from roi_quantization.scripts.train import train
 from tests.faults import power_cut
-from tests.trainings import configuration, remains
+from tests.trainings import configuration, run_outcome
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,14 +16,14 @@ pytestmark = [
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("roi", ["align", "align_max", "pool", "prroi", "warp"])
-def test_a_rerun_and_a_run_that_was_killed_end_as_the_first(data, tmp_path, accident, roi, precision):
+def test_a_rerun_and_a_run_that_was_killed_end_as_the_first(data, tmp_path, inject_fault, roi, precision):
     """Step 3 is the second of two in its epoch."""
     knobs = ["trainer=gpu", f"trainer.precision={precision}", f"roi={roi}"]
-    for name in ("whole", "again"):
+    for name in ("uninterrupted", "again"):
         train(configuration(tmp_path / name, data, *knobs))
-    accident(3, power_cut)
+    inject_fault(3, power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(tmp_path / "killed", data, *knobs))
     train(configuration(tmp_path / "killed", data, *knobs, "resume=auto"))
-    assert remains(tmp_path / "again") == remains(tmp_path / "whole")
-    assert remains(tmp_path / "killed") == remains(tmp_path / "whole")
+    assert run_outcome(tmp_path / "again") == run_outcome(tmp_path / "uninterrupted")
+    assert run_outcome(tmp_path / "killed") == run_outcome(tmp_path / "uninterrupted")

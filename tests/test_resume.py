@@ -1,4 +1,4 @@
-"""The same command is the same run, bit for bit; and a run that was killed goes on and ends as if it had not been."""
+"""The same command gives the same run, bit for bit, and a run that was killed ends like one that was not."""
 
 import logging
 import os
@@ -18,15 +18,15 @@ from roi_quantization.detection.runs.training_checkpoints import periodic_checkp
 from roi_quantization.scripts.train import train
 from tests.configuration import ROOT
 from tests.faults import power_cut
-from tests.trainings import SHORT, configuration, remains
+from tests.trainings import SHORT, configuration, run_outcome
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_the_same_command_is_the_same_run_with_any_number_of_workers(whole, data, tmp_path, num_workers):
+def test_the_same_command_is_the_same_run_with_any_number_of_workers(uninterrupted, data, tmp_path, num_workers):
     train(configuration(tmp_path, data, f"data.num_workers={num_workers}"))
-    assert remains(tmp_path) == whole
+    assert run_outcome(tmp_path) == uninterrupted
 
 
 KILLED = """
@@ -59,7 +59,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_end(whole, data, tmp_path):
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_end(uninterrupted, data, tmp_path):
     """Through the command line, by SIGKILL, at a moment drawn anew each time."""
     moment = random.choice(["forward pass", "validation", "optimizer's step", "writing of a checkpoint"])
     count = random.randrange(2, 3 if moment == "validation" else 5)
@@ -75,12 +75,12 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_end(whole, data, tmp_pat
     assert resumed.returncode == 0, resumed.stderr
     assert f"Goes on from {run}" in resumed.stdout
     assert list((tmp_path / "runs").iterdir()) == [run], "it goes on in its own folder"
-    assert remains(run) == whole
+    assert run_outcome(run) == uninterrupted
     assert not periodic_checkpoints(run) and not list(run.glob(".*.tmp")), "nothing is left behind"
 
 
-def test_a_truncated_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, data, tmp_path, accident, caplog):
-    accident(4, power_cut)
+def test_a_truncated_checkpoint_is_skipped(uninterrupted, data, tmp_path, inject_fault, caplog):
+    inject_fault(4, power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(tmp_path, data))
     newest, before = periodic_checkpoints(tmp_path)
@@ -91,12 +91,12 @@ def test_a_truncated_checkpoint_is_noticed_and_the_one_before_it_is_used(whole, 
         train(configuration(tmp_path, data, "resume=auto"))
     assert f"{newest} is not an intact checkpoint" in caplog.text
     assert f"Goes on from {before}: step 3, in epoch 1" in caplog.text
-    assert remains(tmp_path) == whole
+    assert run_outcome(tmp_path) == uninterrupted
 
 
-def test_a_checkpoint_with_damaged_bytes_is_noticed_as_well(whole, data, tmp_path, accident, caplog):
-    """Of its full length, and `torch.load` reads it: only its checksums tell."""
-    accident(4, power_cut)
+def test_a_checkpoint_with_damaged_bytes_is_skipped(uninterrupted, data, tmp_path, inject_fault, caplog):
+    """It has its full length, and `torch.load` reads it: only the checksums differ."""
+    inject_fault(4, power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(tmp_path, data))
     newest, before = periodic_checkpoints(tmp_path)
@@ -108,28 +108,36 @@ def test_a_checkpoint_with_damaged_bytes_is_noticed_as_well(whole, data, tmp_pat
     with caplog.at_level(logging.INFO):
         train(configuration(tmp_path, data, "resume=auto"))
     assert f"{newest} is not an intact checkpoint" in caplog.text and f"Goes on from {before}" in caplog.text
-    assert remains(tmp_path) == whole
+    assert run_outcome(tmp_path) == uninterrupted
 
 
 @pytest.mark.parametrize(
-    "knobs", [["average=ema"], ["data.batch_size=2", "trainer.accumulate_grad_batches=2"]], ids=["averaged", "accumulated"]
+    "knobs",
+    [
+        ["average=ema"],
+        ["data.batch_size=2", "trainer.accumulate_grad_batches=2"],
+        ["data.batch_size=2", "+trainer.limit_train_batches=2"],
+        ["data.batch_size=2", "+trainer.reload_dataloaders_every_n_epochs=1"],
+        ["trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=3"],
+    ],
+    ids=["averaged", "accumulated", "limited", "reloaded", "validated by steps"],
 )
-def test_what_a_step_leaves_behind_goes_on_in_the_middle_of_an_epoch(data, tmp_path, accident, knobs):
+def test_what_a_step_leaves_behind_goes_on_in_the_middle_of_an_epoch(data, tmp_path, inject_fault, knobs):
     """Step 3 is the second of two in its epoch."""
-    train(configuration(tmp_path / "whole", data, *knobs))
-    accident(3, power_cut)
+    train(configuration(tmp_path / "uninterrupted", data, *knobs))
+    inject_fault(3, power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(tmp_path / "killed", data, *knobs))
     assert periodic_checkpoints(tmp_path / "killed")[0].name == "step_0000003.ckpt"
     train(configuration(tmp_path / "killed", data, *knobs, f"resume={tmp_path / 'killed'}"))
-    assert remains(tmp_path / "killed") == remains(tmp_path / "whole")
+    assert run_outcome(tmp_path / "killed") == run_outcome(tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("step", [2, 3, 5])
-def test_sigterm_and_ctrl_c_leave_a_checkpoint(whole, data, tmp_path, accident, number, status, step):
+def test_sigterm_and_ctrl_c_leave_a_checkpoint(uninterrupted, data, tmp_path, inject_fault, number, status, step):
     """Step 2 is the first of its epoch; step 3 the last, so that its validation is run before the run ends; step 5 the last of all."""
-    accident(step, lambda: signal.raise_signal(number))
+    inject_fault(step, lambda: signal.raise_signal(number))
     handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended:
         train(configuration(tmp_path, data, "checkpoint.every_n_steps=100"))
@@ -137,24 +145,24 @@ def test_sigterm_and_ctrl_c_leave_a_checkpoint(whole, data, tmp_path, accident, 
     assert signal.getsignal(number) == handler
     assert [path.name for path in periodic_checkpoints(tmp_path)] == [f"step_{step + 1:07d}.ckpt"], "the step is done, then it ends"
     train(configuration(tmp_path, data, "checkpoint.every_n_steps=100", f"resume={tmp_path}"))
-    assert remains(tmp_path) == whole
+    assert run_outcome(tmp_path) == uninterrupted
 
 
-def test_a_run_that_begins_anew_in_its_folder_removes_what_it_replaces(data, tmp_path, accident):
+def test_a_run_that_begins_anew_in_its_folder_removes_what_it_replaces(data, tmp_path, inject_fault):
     for name in ("step_0000005.ckpt", "step_0000006.ckpt", "last.ckpt", "metrics.json", "results.json", "cross.json"):
         (tmp_path / name).touch()
-    accident(2, power_cut)
+    inject_fault(2, power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(tmp_path, data))
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["best.ckpt", "step_0000001.ckpt", "step_0000002.ckpt"]
     assert not list(tmp_path.glob("*.json")), "it is not taken for a finished run"
 
 
-def test_a_finished_run_that_is_trained_on_in_its_folder_keeps_its_end_until_there_is_another(data, tmp_path, accident, monkeypatch):
+def test_a_finished_run_that_is_trained_on_in_its_folder_keeps_its_end_until_there_is_another(data, tmp_path, inject_fault, monkeypatch):
     """Hydra's folder is absolute, what people type is not."""
     monkeypatch.chdir(tmp_path)
     train(configuration(tmp_path / "run", data))
-    accident(6, power_cut)
+    inject_fault(6, power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(tmp_path / "run", data, "trainer.max_epochs=4", "checkpoint.every_n_steps=100", "resume=run/last.ckpt"))
     assert (tmp_path / "run" / "last.ckpt").is_file()
@@ -197,7 +205,7 @@ class TestWhichRunGoesOn:
             process.communicate("\n")
         assert run_folder(new, _root_=cfg) == str(newest)
 
-    def test_what_decides_no_result_may_differ(self, tmp_path):
+    def test_settings_that_do_not_change_the_result_may_differ(self, tmp_path):
         run = self.run(tmp_path / "run", configuration("somewhere", "data", "data.num_workers=2"), "step_0000001.ckpt")
         new = str(tmp_path / "new")
         assert run_folder(new, _root_=configuration("elsewhere", "data", "resume=auto")) == str(run)
@@ -226,7 +234,7 @@ class TestWhichRunGoesOn:
         with pytest.raises(ValueError, match=r"a finished run of another configuration.*resume=.*last\.ckpt and another folder"):
             check_replaceable(run, {"seed": 0})
 
-    def test_weights_alone_are_nothing_to_go_on_from(self, tmp_path):
+    def test_a_checkpoint_with_weights_only_is_refused(self, tmp_path):
         torch.save({"state_dict": {}, "config": {}, "categories": []}, tmp_path / "best.ckpt")
         with pytest.raises(ValueError, match=r"it contains weights only\. To go on take a last\.ckpt"):
             checkpoint_to_resume(configuration(tmp_path, "data", f"resume={tmp_path / 'best.ckpt'}"))
@@ -255,8 +263,8 @@ def test_the_default_training_survives_kills_at_random_moments(tmp_path):
     """20 of them, or as many as ROI_KILLS says: each some moments after the checkpoint of a step drawn at random."""
     kills = int(os.environ.get("ROI_KILLS", 20))
     options = {"cwd": tmp_path, "stdout": subprocess.DEVNULL}
-    subprocess.run(default_training("hydra.run.dir=whole"), check=True, **options)
-    steps = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True, map_location="cpu")["global_step"]
+    subprocess.run(default_training("hydra.run.dir=uninterrupted"), check=True, **options)
+    steps = torch.load(tmp_path / "uninterrupted" / "last.ckpt", weights_only=True, map_location="cpu")["global_step"]
     for step in sorted(random.choices(range(20, steps - 40, 20), k=kills)):
         with subprocess.Popen(default_training("resume=auto"), **options) as process:
             while not any(path.name >= f"step_{step:07d}.ckpt" for path in tmp_path.glob("runs/*/step_*.ckpt")) and process.poll() is None:
@@ -267,7 +275,7 @@ def test_the_default_training_survives_kills_at_random_moments(tmp_path):
     subprocess.run(default_training("resume=auto"), check=True, **options)
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "train.log").read_text().count("Goes on from") <= kills, "some are killed before they say so"
-    assert remains(run) == remains(tmp_path / "whole")
+    assert run_outcome(run) == run_outcome(tmp_path / "uninterrupted")
 
 
 @pytest.mark.slow
@@ -277,5 +285,5 @@ def test_ten_runs_of_one_command_are_one_run(tmp_path):
     for index in range(int(os.environ.get("ROI_RERUNS", 10))):
         command = default_training("trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", f"hydra.run.dir=run{index}")
         subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
-        found.append(remains(tmp_path / f"run{index}"))
+        found.append(run_outcome(tmp_path / f"run{index}"))
     assert all(one == found[0] for one in found)

@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
     return folder, metrics
 
 
-def test_the_run_folder_tells_the_whole_run(trained):
+def test_the_run_folder_describes_the_run(trained):
     folder, metrics = trained
     run = folder / "run"
     cfg = OmegaConf.load(run / "config.yaml")
@@ -199,8 +199,8 @@ def test_predict_reads_any_picture_and_names_those_it_cannot(trained, tmp_path, 
     exif[0x0112] = 6  # lies on its side
     picture.resize((80, 60)).save(photos / "lying.jpg", exif=exif)
     picture.convert("CMYK").save(photos / "sub/cmyk.jpg")
-    whole = (photos / "lying.jpg").read_bytes()
-    (photos / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    content = (photos / "lying.jpg").read_bytes()
+    (photos / "truncated.jpg").write_bytes(content[: len(content) // 2])
     (photos / "notes.txt").write_text("no picture")
     run_predict(folder / "run" / "best.ckpt", tmp_path / "out", photos, "head.score_threshold=0", "score_threshold=0")
     sizes = {i["file_name"]: (i["width"], i["height"]) for i in json.loads((tmp_path / "out/instances.json").read_text())["images"]}
@@ -242,8 +242,8 @@ def test_predict_names_mistakes(trained, tmp_path, monkeypatch, image, overrides
 )
 def test_eval_without_a_checkpoint_says_so(trained, tmp_path, monkeypatch, arguments, message):
     folder, _ = trained
-    whole = (folder / "run" / "best.ckpt").read_bytes()
-    (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
+    content = (folder / "run" / "best.ckpt").read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(content[: len(content) // 2])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
         register_checkpoint(arguments, "eval.py")
@@ -334,7 +334,7 @@ def test_an_unknown_operator_lists_the_choices():
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "predict.py"])
-def test_help_tells_what_can_be_chosen(script, tmp_path):
+def test_help_lists_the_choices(script, tmp_path):
     ended = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0
     assert all(word in ended.stdout for word in ("roi: ", "align", "pool", "data: ", "Examples"))

@@ -1,4 +1,4 @@
-"""Trainings of a few steps on a few small images, and what is compared of them."""
+"""Trainings of a few steps on a few small images, and their outcomes for comparison."""
 
 import csv
 import hashlib
@@ -45,12 +45,12 @@ def configuration(run, data, *overrides):
     return composed("train", *SHORT, f"run_dir={run}", f"data.root={data}", *overrides)
 
 
-def remains(run):
-    """Hashes of the weights, the best ones too, and what is written of the results and the way there, times aside."""
+def run_outcome(run):
+    """Return hashes of the weights, of the best ones too, and the content of the result files and of metrics.csv without times."""
     files = {name: (run / name).read_text() for name in ("results.json", "metrics.json")}
     with open(run / "metrics.csv", newline="") as file:
         files["metrics.csv"] = [{name: cell for name, cell in row.items() if name != "train/waiting"} for row in csv.DictReader(file)]
-    assert json.loads(files["results.json"]), "something was found"
+    assert json.loads(files["results.json"]), "no detections"
     return {name: weights_hash(run / name) for name in ("last.ckpt", "best.ckpt")} | files
 
 

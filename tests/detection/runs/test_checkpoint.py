@@ -113,9 +113,9 @@ def test_missing_truncated_and_foreign_files_are_told_apart(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*best.ckpt"):
         load_checkpoint(path)
     torch.save(checkpoint_of(nn.Linear(50, 50)), path)
-    whole = path.read_bytes()
-    for length in (0, 10, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
+    content = path.read_bytes()
+    for length in (0, 10, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"best.ckpt is not an intact checkpoint"):
             load_checkpoint(path)
     torch.save({"state_dict": {}}, path)

@@ -110,9 +110,9 @@ def test_on_slurm_a_run_that_has_to_leave_saves_is_queued_again_and_goes_on(tmp_
     script = (bin / "script.sh").read_text()
     assert all(f"#SBATCH --{flag}\n" in script for flag in ("partition=gpu", "requeue", "signal=USR2@120", "time=240", "mem=32GB"))
 
-    said = (folder / "align_seed5" / "train.log").read_text()
-    assert (bin / "0.told").exists() and "Stopped by SIGUSR2 after step" in said
-    assert f"Goes on from {folder / 'align_seed5' / 'step_'}" in said
+    output = (folder / "align_seed5" / "train.log").read_text()
+    assert (bin / "0.told").exists() and "Stopped by SIGUSR2 after step" in output
+    assert f"Goes on from {folder / 'align_seed5' / 'step_'}" in output
     assert all((folder / run / "metrics.json").is_file() for run in ("align_seed5", "pool_seed5"))
     assert (folder / "report" / "report.html").is_file()
 

@@ -85,6 +85,26 @@ def restrict(instances: dict, image_ids: Sequence[int]) -> dict:
     }
 
 
+def choose_classes(instances: dict, classes: Sequence[str] | None) -> dict:
+    """Return the instances of these categories only, with all images; None keeps all. Objects of other categories become background.
+
+    Raises:
+        InputError: there is no such category; the message lists those that there are.
+    """
+    if classes is None:
+        return instances
+    present = [category["name"] for category in instances["categories"]]
+    if isinstance(classes, str) or not classes:
+        raise InputError(f"classes={classes}: expected a list of names, such as [{', '.join(present[:2])}]")
+    unknown = [name for name in classes if name not in present]
+    if unknown:
+        raise InputError(f"classes: there is no category {unknown[0]}. Choose from {', '.join(present)}")
+    categories = [category for category in instances["categories"] if category["name"] in classes]
+    chosen = {category["id"] for category in categories}
+    annotations = [annotation for annotation in instances["annotations"] if annotation["category_id"] in chosen]
+    return {"images": instances["images"], "annotations": annotations, "categories": categories}
+
+
 def as_coco(instances: dict) -> COCO:
     """Build pycocotools' `COCO`, without its output on stdout."""
     coco = COCO()

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from roi_quantization.detection.data import plausibility
-from roi_quantization.detection.data.annotations import LAYOUT, as_coco, choose_images, read_instances, restrict
+from roi_quantization.detection.data.annotations import LAYOUT, as_coco, choose_classes, choose_images, read_instances, restrict
 from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
 from roi_quantization.detection.data.transforms import seeded_rng
@@ -45,6 +45,7 @@ class CocoDetection(Dataset):
         subset_seed: seeds `part` and `subset`.
         keep_empty: keep images without objects.
         seed: seeds, with the epoch (`set_epoch`) and the image id, the random transforms.
+        classes: names of the categories to use; objects of others are background. None: all.
 
     Raises:
         FileNotFoundError: the folder, the json or an image is missing.
@@ -63,17 +64,18 @@ class CocoDetection(Dataset):
         subset_seed: int = 0,
         keep_empty: bool = True,
         seed: int = 0,
+        classes: Sequence[str] | None = None,
     ):
         folder = Path(images)
         if not folder.is_dir():
             raise MissingFileError(f"{folder} is not a folder of images.\n{LAYOUT}")
-        instances = read_instances(annotations)
+        instances = choose_classes(read_instances(annotations), classes)
         self.image_ids = choose_images(instances, part, keep_empty, subset, ids, subset_seed)
         if not self.image_ids:
             raise InputError(f"{annotations} has no images to use.")
 
         instances = restrict(instances, self.image_ids)
-        self._annotations = annotations
+        self._annotations, self._classes = annotations, classes
         self.categories = sorted(({"id": c["id"], "name": c["name"]} for c in instances["categories"]), key=lambda c: c["id"])
         self.label_to_category_id = {label: category["id"] for label, category in enumerate(self.categories, start=1)}
         self.records = [
@@ -140,7 +142,7 @@ class CocoDetection(Dataset):
 
         Read on first access, because those of COCO's training set take 600 MB and training does not use them.
         """
-        return as_coco(restrict(read_instances(self._annotations), self.image_ids))
+        return as_coco(restrict(choose_classes(read_instances(self._annotations), self._classes), self.image_ids))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which seeds the random transforms together with `seed` and the image id."""

@@ -94,6 +94,7 @@ class DetectionData(pl.LightningDataModule):
         subset_seed: seeds these draws; apart from `seed`, so that every run has the same images.
         keep_empty: keep training images without objects.
         source: called with `root` before anything is read; may write the data there.
+        classes: names of the categories to use, in all splits; objects of others are background. None: all.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class DetectionData(pl.LightningDataModule):
         subset_seed: int = 0,
         keep_empty: bool = True,
         source: Callable[[Path], None] | None = None,
+        classes: Sequence[str] | None = None,
     ):
         super().__init__()
         if root is None:
@@ -127,12 +129,26 @@ class DetectionData(pl.LightningDataModule):
             "val": {"transform": eval_transform, "subset": subset, "ids": ids},
             "test": {"transform": eval_transform, "subset": subset, "ids": ids},
         }
+        for options in self.options.values():
+            options["classes"] = classes
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.seed, self.subset_seed, self.source = seed, subset_seed, source
         self.train: CocoDetection | None = None
         self.val: CocoDetection | None = None
         self.test: CocoDetection | None = None
         self.start = {"epoch": 0, "batches": 0}  # where training starts; a checkpoint sets it
+
+    def test_on_train(self) -> None:
+        """Let the test split be the training images, with the transform of evaluation.
+
+        They are those that training takes (`train_subset`, `keep_empty`), or as many or those that `subset` or `ids` say.
+        """
+        own, given = self.options["test"], {}
+        if own["subset"] is not None or own["ids"] is not None:
+            given = {"subset": own["subset"], "ids": own["ids"]}
+        self.options["test"] = self.options["train"] | {"transform": own["transform"]} | given
+        self.paths["test"] = self.paths["train"]
+        self.proposals = {**self.proposals, "test": self.proposals["train"]}
 
     def prepare_data(self) -> None:
         if self.source is not None:

@@ -95,6 +95,38 @@ def test_no_root_and_a_missing_root_show_the_layout(tmp_path):
         DetectionData(tmp_path / "nowhere", **SPLITS, proposals=Grid([0.5])).prepare_data()
 
 
+def test_some_of_the_classes_can_be_chosen(root):
+    whole, some = data(root), data(root, classes=["star", "ring"], keep_empty=False)
+    assert [category["name"] for category in some.categories] == ["ring", "star"], "in the order of their ids"
+    names = {label: category["name"] for label, category in enumerate(whole.categories, 1)}
+    for index, record in enumerate(whole.test.records):
+        boxes, labels, _ = whole.test.ground_truth(index)
+        chosen = torch.tensor([names[label] in ("ring", "star") for label in labels.tolist()], dtype=torch.bool)
+        mine, ours, _ = some.test.ground_truth(some.test.image_ids.index(record.id))
+        assert torch.equal(mine, boxes[chosen])
+        assert [("ring", "star")[label - 1] for label in ours.tolist()] == [names[label] for label in labels[chosen].tolist()]
+    assert {some.test.coco.cats[a["category_id"]]["name"] for a in some.test.coco.anns.values()} <= {"ring", "star"}
+    assert all(len(some.train.ground_truth(index)[0]) for index in range(len(some.train))), "images of other objects alone are empty"
+    with pytest.raises(
+        ValueError, match=r"the train split: classes: there is no category cat. Choose from disc, ring, square, triangle, star"
+    ):
+        data(root, classes=["cat"])
+    with pytest.raises(ValueError, match=r"classes=ring: expected a list of names, such as \[disc, ring\]"):
+        data(root, classes="ring")
+
+
+def test_the_training_images_can_be_tested(root):
+    made = DetectionData(root, **SPLITS, proposals={"train": Grid([0.5]), "val": Grid([1.0]), "test": Grid([1.0])}, train_subset=5)
+    made.test_on_train()
+    made.setup("test")
+    assert len(made.test) == 5 and len(made.test[0][1]["proposals"]) > 1
+    assert made.test.image_ids == data(root, train_subset=5).train.image_ids
+    few = DetectionData(root, **SPLITS, proposals=Grid([0.5]), subset=2)
+    few.test_on_train()
+    few.setup("test")
+    assert len(few.test) == 2 and set(few.test.image_ids) < set(data(root).train.image_ids)
+
+
 def test_splits_must_agree_in_their_categories(root, small_set):
     other = {"images": str(small_set.images), "annotations": str(small_set.annotations)}  # absolute paths stand alone
     with pytest.raises(ValueError, match=r"instances\.json has other categories"):

@@ -71,10 +71,19 @@ class BoxPredictor(FastRCNNPredictor):
         in_channels: width of the head before it.
         num_classes: background (0) included.
         score_std, delta_std: standard deviations of the initial weights, 0.01 and 0.001 in the paper (section 2.3).
+        class_agnostic: regress one box for all classes; its deltas are repeated for each.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, score_std: float = 0.01, delta_std: float = 0.001):
+    def __init__(self, in_channels: int, num_classes: int, score_std: float = 0.01, delta_std: float = 0.001, class_agnostic: bool = False):
         super().__init__(in_channels, num_classes)
+        self.num_classes, self.class_agnostic = num_classes, class_agnostic
+        if class_agnostic:
+            self.bbox_pred = nn.Linear(in_channels, 4)
         for layer, std in ((self.cls_score, score_std), (self.bbox_pred, delta_std)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores and deltas of RoIs `[K, in_channels]`."""
+        scores, deltas = super().forward(x)
+        return scores, deltas.repeat(1, self.num_classes) if self.class_agnostic else deltas

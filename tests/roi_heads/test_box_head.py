@@ -11,6 +11,13 @@ def test_shapes():
     assert (scores.shape, deltas.shape) == ((5, 6), (5, 24))
 
 
+def test_a_class_agnostic_predictor_gives_every_class_the_same_box():
+    predictor = BoxPredictor(16, num_classes=6, class_agnostic=True)
+    scores, deltas = predictor(torch.rand(5, 16))
+    assert (scores.shape, deltas.shape, predictor.bbox_pred.weight.shape) == ((5, 6), (5, 24), (4, 16))
+    assert torch.equal(deltas.unflatten(1, (6, 4)), deltas[:, None, :4].expand(5, 6, 4)) and deltas.abs().sum() > 0
+
+
 def test_no_rois_give_no_rows():
     assert TwoFCHead(in_channels=4, output_size=7, hidden=16)(torch.rand(0, 4, 7, 7)).shape == (0, 16)
 

@@ -31,14 +31,17 @@ from roi_quantization.detection.runs.trainer import build_trainer, check_limits
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate `cfg.ckpt` on `cfg.split` and fill `cfg.run_dir`. Return the metrics: `test/AP`, `test/AP50`, ... in percent."""
-    if cfg.split not in ("test", "val"):
-        raise InputError(f"split={cfg.split}: expected test or val")
+    if cfg.split not in ("test", "val", "train"):
+        raise InputError(f"split={cfg.split}: expected test, val or train")
+    split = "val" if cfg.split == "val" else "test"  # that of the data module
     run_dir = set_up_run(cfg, groups=("coco_eval",))
-    check_limits(cfg.trainer, cfg.split)
+    check_limits(cfg.trainer, split)
     data = instantiate(cfg.data)
     data.prepare_data()
-    data.setup({"test": "test", "val": "validate"}[cfg.split])
-    dataset = getattr(data, cfg.split)
+    if cfg.split == "train":
+        data.test_on_train()
+    data.setup({"test": "test", "val": "validate"}[split])
+    dataset = getattr(data, split)
     if dataset is None:
         other = "val" if cfg.split == "test" else "test"
         raise InputError(f"split={cfg.split}: this data set has no such split. Set split={other}, or data.{cfg.split}")
@@ -51,7 +54,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     module = DetectionModule(detector, categories=data.categories, coco_eval=instantiate(cfg.coco_eval))
     trainer = build_trainer(cfg.trainer, enable_checkpointing=False)
     share_run_dir_with_ranks(trainer, run_dir)
-    run = {"test": trainer.test, "val": trainer.validate}[cfg.split]
+    run = {"test": trainer.test, "val": trainer.validate}[split]
     with explain_errors(run_dir):
         run(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:

@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.configuration import CONFIGS, path_setting
 from roi_quantization.detection.data.data_fingerprint import DataFingerprint
 from roi_quantization.detection.data.loading_time import LoadingTimeMonitor
 from roi_quantization.detection.data.module import DetectionData
@@ -22,6 +22,7 @@ from roi_quantization.detection.runs.command_line import replace_null_choices
 from roi_quantization.detection.runs.cross_evaluation import check_operators, cross_evaluate
 from roi_quantization.detection.runs.distributed import share_run_dir_with_ranks, silence_other_ranks
 from roi_quantization.detection.runs.errors import handle_errors
+from roi_quantization.detection.runs.fine_tuning import initialize_from
 from roi_quantization.detection.runs.interruption import GracefulStop, TerminateOnNonFiniteLoss, explain_errors, reraise_signal
 from roi_quantization.detection.runs.lock import exclusive_run_folder
 from roi_quantization.detection.runs.results import draw_curves, report, report_cross
@@ -56,8 +57,11 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     check_limits(cfg.trainer, split)
     objects = 0 if data.val is None else data.val.num_objects
     mode = check_metric(cfg.optimized_metric, validates=data.val is not None, objects=objects)
+    detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=cfg.init_from is None)
+    if cfg.init_from is not None and resumed is None:
+        initialize_from(detector, path_setting(cfg.init_from, "init_from"), data.categories)
     module = DetectionModule(
-        build_detector(cfg, num_classes=len(data.categories) + 1),
+        detector,
         **instantiate(cfg.optim),
         categories=data.categories,
         config=OmegaConf.to_container(cfg),  # with its interpolations: in eval.py the others follow when one part changes

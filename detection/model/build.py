@@ -44,7 +44,7 @@ def build_detector(cfg: DictConfig, num_classes: int, pretrained: bool = True) -
     """Build the detector of `cfg.backbone`, `cfg.roi` and `cfg.head`.
 
     Args:
-        cfg: with `backbone`, `roi`, `head` and `channels_last`.
+        cfg: with `backbone`, `roi`, `head` and `channels_last`; `model.compile` where there is one, see `compile_backbone`.
         num_classes: background included.
         pretrained: whether parts with a setting `weights` load those. Not necessary where a checkpoint is loaded afterwards.
 
@@ -69,7 +69,27 @@ def build_detector(cfg: DictConfig, num_classes: int, pretrained: bool = True) -
             box_head={"in_channels": backbone.out_channels},
             box_predictor={"num_classes": num_classes},
         )
-    return FastRCNN(backbone, roi_heads, channels_last=cfg.channels_last)
+    detector = FastRCNN(backbone, roi_heads, channels_last=cfg.channels_last)
+    compile_backbone(detector, cfg.model.compile if "model" in cfg else False)
+    return detector
+
+
+def compile_backbone(detector: FastRCNN, backend: bool | str) -> None:
+    """Let `torch.compile` compile the backbone when it is first called.
+
+    Args:
+        detector: its weights and their names stay as they are.
+        backend: of `torch.compile`; True is its default, False does nothing.
+
+    Raises:
+        InputError: there is no such backend.
+    """
+    if backend is False:
+        return
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if backend is not True and backend not in backends:
+        raise InputError(f"model.compile={backend}: expected true, false or one of {', '.join(backends)}")
+    detector.backbone.compile(backend="inductor" if backend is True else backend)
 
 
 @contextmanager

@@ -182,10 +182,24 @@ def load_weights(detector: nn.Module, checkpoint: dict) -> None:
     Raises:
         InputError: a weight is missing, left over or of another shape. The message names the first, and the usual causes.
     """
+    found = detector_weights(checkpoint)
+    check_weights(found, detector.state_dict())
+    detector.load_state_dict(found)
+
+
+def detector_weights(checkpoint: dict) -> dict[str, Tensor]:
+    """Return the state dict of a checkpoint's detector; of the averaged one where there is one."""
     weights = checkpoint["state_dict"]
     prefix = "averaged.module." if any(key.startswith("averaged.") for key in weights) else "detector."
-    found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    wanted = detector.state_dict()
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def check_weights(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Check that the weights of a checkpoint, `found`, are those that a detector has.
+
+    Raises:
+        InputError: a weight is missing, left over or of another shape. The message names the first, and the usual causes.
+    """
     problems = [f"{key} is not in the checkpoint" for key in wanted.keys() - found.keys()]
     problems += [f"{key} of the checkpoint has no place in the detector" for key in found.keys() - wanted.keys()]
     problems += [
@@ -198,7 +212,6 @@ def load_weights(detector: nn.Module, checkpoint: dict) -> None:
             f"the checkpoint does not fit the detector, {len(problems)} of its weights differ: {sorted(problems)[0]}. Was backbone, "
             "head.extractor.output_size or head.box_head.hidden changed?"
         )
-    detector.load_state_dict(found)
 
 
 def _join(names: list[str], limit: int = 8) -> str:

@@ -1,15 +1,19 @@
 """The package from Python: a configuration is composed, trained and evaluated, and the detector is called on pictures."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 
 import roi_quantization
 from roi_quantization.detection.data.images import decode
+from roi_quantization.detection.model.build import build_detector
+from tests.configuration import ROOT
 from tests.trainings import TINY
 
 
@@ -170,3 +174,56 @@ def test_evaluate_reproduces_what_train_reported(trained, tmp_path):
     metrics = roi_quantization.evaluate(roi_quantization.compose("eval", overrides, ckpt=folder / "best.ckpt"))
     assert metrics["test/AP"] == pytest.approx(json.loads((trained / "run/metrics.json").read_text())["stats"]["AP"])
     assert json.loads((tmp_path / "run/results.json").read_text()) == json.loads((trained / "run/results.json").read_text())
+
+
+def test_a_checkpoint_is_trained_on_with_some_of_its_classes_and_a_compiled_backbone(trained, tmp_path, caplog):
+    best = trained / "run/best.ckpt"
+    chosen = ["data.classes=[star,disc]", "head.box_predictor.class_agnostic=false", "model.compile=aot_eager", "optim.groups.lr=1e-9"]
+    chosen += ["optimized_metric=val/loss"]
+    where = [f"run_dir={tmp_path / 'run'}", f"data.root={trained / 'data'}"]
+    with caplog.at_level("INFO"):
+        roi_quantization.train(roi_quantization.compose("train", [*TINY, *chosen, *where, f"init_from='{best}'", "trainer.max_steps=1"]))
+    assert "rows of disc, star are kept, those of no class are new" in caplog.text
+    before, after = (torch.load(path, weights_only=True)["state_dict"] for path in (best, tmp_path / "run/best.ckpt"))
+    assert before.keys() == after.keys(), "a compiled backbone has the same weights"
+    key = "detector.roi_heads.box_predictor.cls_score.weight"  # disc, ring, square, triangle, star
+    torch.testing.assert_close(after[key], before[key][[0, 1, 5]])
+    detector = roi_quantization.load(tmp_path / "run/best.ckpt", device="cpu")
+    assert detector.names == {1: "disc", 2: "star"}
+
+    overrides = ["trainer=cpu", "trainer.enable_progress_bar=false", f"run_dir={tmp_path / 'on_train'}", "split=train"]
+    metrics = roi_quantization.evaluate(roi_quantization.compose("eval", overrides, ckpt=tmp_path / "run/best.ckpt"))
+    assert "train/AP" in metrics
+    evaluated = json.loads((tmp_path / "on_train/metrics.json").read_text())
+    assert evaluated["images"] == 8 and evaluated["per_class"].keys() == {"disc", "star"}
+
+
+@pytest.mark.parametrize(("override", "message"), [("model.compile=none", "model.compile=none: expected true, false or one of .*inductor")])
+def test_a_backend_that_is_not_there_is_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        build_detector(roi_quantization.compose("train", [*TINY, override, "run_dir=unused"]), num_classes=3)
+
+
+def test_a_compiled_backbone_computes_the_same():
+    plain, compiled = (
+        build_detector(roi_quantization.compose("train", [*TINY, f"model.compile={backend}", "run_dir=unused"]), num_classes=3).eval()
+        for backend in ("false", "aot_eager")
+    )
+    compiled.load_state_dict(plain.state_dict())
+    images = torch.rand(1, 3, 64, 96)
+    assert compiled.backbone._compiled_call_impl is not None and plain.backbone._compiled_call_impl is None
+    torch.testing.assert_close(compiled.backbone(images), plain.backbone(images))
+
+
+def test_the_blocks_of_the_document_run(trained, paths, detector):
+    """Those that train or write are tested above, piece by piece."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python_api.md").read_text(), re.MULTILINE | re.DOTALL)
+    first, given, nms = blocks[0], blocks[1], blocks[-1]
+    names = {"image": paths[0], "torchvision": torchvision}
+    exec(first.replace("runs/<run>/best.ckpt", str(trained / "run/best.ckpt")).replace("dog.jpg", str(paths[0])), names)
+    assert_same(names["found"], detector(paths[0]))
+    exec(given.replace("200]", "90]").replace("180", "80").replace("120", "90"), names)
+    assert names["found"].keys() == detector(paths[0]).keys()
+    names |= {"boxes": torch.rand(3, 2, 4).cumsum(2), "scores": torch.tensor([[0.9, 0.0], [0.0, 0.8], [0.01, 0.02]])}
+    exec(nms, names)
+    assert names["kept"].tolist() == [0, 1]

@@ -18,6 +18,7 @@ from torch import Tensor
 from roi_quantization.ops.cpu import argmax as argmax_kernels
 from roi_quantization.ops.cpu import max as max_kernels
 from roi_quantization.ops.cpu import window as window_kernels
+from roi_quantization.ops.cpu.pages import ask_for_large_pages
 from roi_quantization.ops.geometry import Axis, Bounds
 
 MOST_SAMPLES = 2**20  # looked up together
@@ -67,14 +68,14 @@ def lattice_backward(
     if reduce == "max":
         if of_features is not None:
             _write(of_features, lambda out: _max_backward(grad, winners, image, y, x, out))
-        return _max_lattice_gradient(_accumulable(features), grad, winners, image, y, x) if of_lattice else None
-    sizes = (of_features if features is None else features).shape[2:]
+        return _max_lattice_gradient(_map(features), grad, winners, image, y, x) if of_lattice else None
+    sizes = (_map(of_features) if features is None else features).shape[2:]
     windows = _lattice_windows(y, x, *sizes)
     if of_features is not None:
         _write(of_features, lambda out: _window_backward(grad, image, windows, out))
     if not of_lattice:
         return None
-    of_weights = _window_weight_gradient(_accumulable(features), grad, image, windows)
+    of_weights = _window_weight_gradient(_map(features), grad, image, windows)
     of_y = window_kernels.lattice_gradient(*_numpy(y), sizes[0], windows.y_start, of_weights[0].numpy())
     of_x = window_kernels.lattice_gradient(*_numpy(x), sizes[1], windows.x_start, of_weights[1].numpy())
     return [torch.from_numpy(g) for g in (*of_y, *of_x)]
@@ -112,12 +113,12 @@ def integral_backward(
     The map itself is read for `of_bounds` alone.
     """
     grad = _accumulable(grad).contiguous()
-    windows = _integral_windows(y, x, *(of_features if features is None else features).shape[2:])
+    windows = _integral_windows(y, x, *(_map(of_features) if features is None else features).shape[2:])
     if of_features is not None:
         _write(of_features, lambda out: _window_backward(grad, image, windows, out))
     if not of_bounds:
         return None
-    of_weights = _window_weight_gradient(_accumulable(features), grad, image, windows)
+    of_weights = _window_weight_gradient(_map(features), grad, image, windows)
     of_y = window_kernels.integral_gradient(*_numpy(y), *windows[:3], of_weights[0].numpy())
     of_x = window_kernels.integral_gradient(*_numpy(x), *windows[3:], of_weights[1].numpy())
     return [torch.from_numpy(g) for g in (*of_y, *of_x)]
@@ -133,7 +134,7 @@ def _integral_windows(y: Bounds, x: Bounds, height: int, width: int) -> Windows:
 
 def _window_forward(features: Tensor, image: Tensor, windows: Windows) -> Tensor:
     """Weighted sums of cells. `features [N, C, H, W]` in float32 or float64, any strides -> `[K, C, P, P]`."""
-    out = features.new_empty(len(image), features.shape[1], windows.y_start.shape[1], windows.x_start.shape[1])
+    out = ask_for_large_pages(features.new_empty(len(image), features.shape[1], windows.y_start.shape[1], windows.x_start.shape[1]))
     arrays = [*_numpy((features, image)), *windows, *_numpy((out.flatten(2),))]
     _each_block(features.shape[1], lambda _, *block: window_kernels.window_forward(*arrays, *block))
     return out
@@ -156,7 +157,7 @@ def _window_weight_gradient(features: Tensor, grad: Tensor, image: Tensor, windo
 
 def _max_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, winners_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """The largest samples, `[K, C, P, P]`; and which they are, `[K * C * P * P]` in the kernels' order (without a dtype: empty)."""
-    out = features.new_empty(len(image), features.shape[1], y.first.shape[1], x.first.shape[1])
+    out = ask_for_large_pages(features.new_empty(len(image), features.shape[1], y.first.shape[1], x.first.shape[1]))
     winners = torch.empty(out.numel() if winners_dtype else 0, dtype=winners_dtype or torch.int8)
     source, to, which = _numpy((features, out.flatten(2), winners))
     for k0, k1 in _chunks(y, x, features):
@@ -195,6 +196,11 @@ def _max_lattice_gradient(features: Tensor, grad: Tensor, winners: Tensor, image
     arrays, slices = _numpy((features, grad.flatten(2), winners, image, *y[:3], *x[:3])), _numpy(out)
     _each_block(features.shape[1], lambda b, *block: max_kernels.max_lattice_gradient(*arrays, *(s[b] for s in slices), *block))
     return [t.sum(0) for t in out]
+
+
+def _map(features: Tensor | None) -> Tensor:
+    assert features is not None, "the map is kept for a gradient that reads it"
+    return _accumulable(features)
 
 
 def _accumulable(tensor: Tensor) -> Tensor:

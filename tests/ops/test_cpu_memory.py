@@ -1,0 +1,48 @@
+"""Memory of the CPU kernels: the pages of large outputs, and what maxima over large boxes look up."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from roi_quantization import ops
+from roi_quantization.ops.cpu import kernels, pages
+
+from .presets import preset, random_boxes
+from .test_against_reference import assert_same, feature_map, results
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists(), reason="needs Linux with transparent huge pages")
+@pytest.mark.parametrize("operator", [ops.roi_align, ops.roi_pool])
+def test_large_pages_are_asked_for_large_outputs(operator):
+    boxes = torch.tensor([[0.0, 0, 0, 7, 7]]).expand(pages.LEAST // (256 * 49 * 4) + 1, 5)
+    out = operator(torch.ones(1, 256, 8, 8), boxes, 7)
+    middle = out.data_ptr() + out.nbytes // 2
+    for mapping in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        start, end = (int(edge, 16) for edge in mapping.split()[0].split("-"))
+        if start <= middle < end:
+            assert " hg" in mapping.rsplit("VmFlags:")[1]
+            return
+    raise AssertionError("the output is in no mapping")
+
+
+@pytest.mark.parametrize("name", ["pool", "align_max"])
+def test_maxima_in_chunks_of_rois_are_the_same(name, monkeypatch):
+    boxes = torch.cat([random_boxes(40, 2, 160, 128), torch.tensor([[1.0, 0, 0, 160, 128]]).double().repeat(60, 1)]).float()
+    args = feature_map(2, 150, 8, 10, dtype=torch.float32), boxes, (2, 3), 1 / 16, False
+    operator = preset(name, sampling_ratio=8) if name == "align_max" else preset(name)
+    whole, looked_up = results(operator, *args), []
+    lattice_samples = kernels.max_kernels.lattice_samples
+
+    def watched(*arrays):
+        samples = lattice_samples(*arrays)
+        looked_up.append(len(samples[5]))
+        return samples
+
+    monkeypatch.setattr(kernels, "MOST_SAMPLES", 1)
+    monkeypatch.setattr(kernels.max_kernels, "lattice_samples", watched)
+    assert_same(results(operator, *args), whole, rtol=0, atol=0)
+    assert len(looked_up) > 2 and max(looked_up) <= 16 * 2 * 8 * 10, "sixteen samples a cell of the map"

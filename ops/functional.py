@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 Boxes = Tensor | Sequence[Tensor]
 Size = int | Sequence[int]
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)  # Axis or Bounds
 
 
 def lattice_pool(
@@ -71,9 +71,23 @@ def lattice_pool(
             (on a CPU; on a GPU, where looking would stall the stream, its output is NaN); boxes that want a gradient where there is none.
     """
     if has_torch_function_unary(input):  # torch.fx draws a call of this function, and subclasses of Tensor have a say
-        knobs = {"quantize_roi": quantize_roi, "inclusive_end": inclusive_end, "half_pixel": half_pixel, "min_extent": min_extent}
-        knobs |= {"quantize_bins": quantize_bins, "sampling_ratio": sampling_ratio, "sample_offset": sample_offset, "border": border}
-        return handle_torch_function(lattice_pool, (input,), input, boxes, output_size, spatial_scale, **knobs, reduce=reduce)
+        return handle_torch_function(
+            lattice_pool,
+            (input,),
+            input,
+            boxes,
+            output_size,
+            spatial_scale,
+            quantize_roi=quantize_roi,
+            inclusive_end=inclusive_end,
+            half_pixel=half_pixel,
+            min_extent=min_extent,
+            quantize_bins=quantize_bins,
+            sampling_ratio=sampling_ratio,
+            sample_offset=sample_offset,
+            border=border,
+            reduce=reduce,
+        )
     if reduce not in ("mean", "max"):
         raise ValueError(f"reduce={reduce!r}: expected one of mean, max")
     rule = LatticeRule(quantize_roi, inclusive_end, half_pixel, min_extent, quantize_bins, sampling_ratio, sample_offset, border)
@@ -165,14 +179,15 @@ def prroi_pool(input: Tensor, boxes: Boxes, output_size: Size, spatial_scale: fl
     return library.integral_pool(input, image, *y, *x)
 
 
-class _Rule(Protocol[T]):
+class _Rule(Protocol[T_co]):
     @property
     def has_box_gradient(self) -> bool: ...
 
-    def axis(self, x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, size: int) -> T: ...
+    def axis(self, x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, size: int) -> T_co: ...
+    def __hash__(self) -> int: ...
 
 
-def place_bins(rule: _Rule[T], features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float) -> tuple[Tensor, T, T]:
+def place_bins(rule: _Rule[T_co], features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float) -> tuple[Tensor, T_co, T_co]:
     """The image of each box, and where its bins look along y and along x."""
     image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=rule.has_box_gradient)
     if not 0 < spatial_scale < math.inf:
@@ -187,8 +202,8 @@ def place_bins(rule: _Rule[T], features: Tensor, boxes: Boxes, output_size: Size
     return geometry(image, box, images, *bins, height, width)
 
 
-def _geometry(rule: _Rule[T], spatial_scale: float) -> Callable[..., tuple[Tensor, T, T]]:
-    def place(image: Tensor, box: Tensor, images: int, bins_y: int, bins_x: int, height: int, width: int) -> tuple[Tensor, T, T]:
+def _geometry(rule: _Rule[T_co], spatial_scale: float) -> Callable[..., tuple[Tensor, T_co, T_co]]:
+    def place(image: Tensor, box: Tensor, images: int, bins_y: int, bins_x: int, height: int, width: int) -> tuple[Tensor, T_co, T_co]:
         image, box = mask_invalid_boxes(image, box, images)
         y = rule.axis(box[:, 1], box[:, 3], spatial_scale, bins_y, height)
         return image, y, rule.axis(box[:, 0], box[:, 2], spatial_scale, bins_x, width)
@@ -197,7 +212,7 @@ def _geometry(rule: _Rule[T], spatial_scale: float) -> Callable[..., tuple[Tenso
 
 
 @cache
-def fused(rule: _Rule[T], spatial_scale: float) -> Callable[..., tuple[Tensor, T, T]]:
+def fused(rule: _Rule[T_co], spatial_scale: float) -> Callable[..., tuple[Tensor, T_co, T_co]]:
     """The geometry as a kernel or two in the place of some seventy, which would take a GPU longer than pooling does.
 
     Compiled when first called, for any number of boxes, bins and cells; never with fused multiply-adds, whose rounding differs.

@@ -1,5 +1,7 @@
 """Fast R-CNN's heads on torchvision's `RoIHeads`: what the paper has and torchvision lacks, and nothing else."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +10,8 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 
 from roi_quantization.roi_heads.extractor import RoIExtractor
 
+Target = dict[str, Any]
+"""Of one image: see `FastRCNNHeads.forward`."""
 IGNORED = -1  # the label that torchvision's sampler passes over
 
 
@@ -78,7 +82,7 @@ class FastRCNNHeads(RoIHeads):
         self.epoch = 0
 
     def forward(
-        self, features: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]], targets: list[dict] | None = None
+        self, features: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]], targets: list[Target] | None = None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """
         Args:
@@ -94,6 +98,8 @@ class FastRCNNHeads(RoIHeads):
             so that nothing of the targets reaches the detections.
         """
         if self.training:
+            if targets is None:
+                raise ValueError("targets: training needs those of each image, got None. Call eval() to detect without targets")
             if self.append_ground_truth:
                 proposals = self.add_gt_proposals(proposals, [target["boxes"] for target in targets])
             proposals, labels, regression_targets = self.sample(proposals, targets, self.epoch)
@@ -104,9 +110,9 @@ class FastRCNNHeads(RoIHeads):
         detections = self.detect(scores, deltas, proposals, image_shapes)
         if targets is None:
             return detections, {}
-        labels, matched, chosen = self.match_and_sample(proposals, targets, epoch=0)
+        labels, matched, masks = self.match_and_sample(proposals, targets, epoch=0)
         regression_targets = self.box_coder.encode(matched, proposals)
-        chosen = torch.cat(chosen)
+        chosen = torch.cat(masks)
         return detections, self.losses(scores[chosen], deltas[chosen], torch.cat(labels)[chosen], torch.cat(regression_targets)[chosen])
 
     def predict(self, features: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -130,13 +136,15 @@ class FastRCNNHeads(RoIHeads):
             detections.append({"boxes": boxes, "scores": sure, "labels": labels, "proposals": source})
         return detections
 
-    def sample(self, proposals: list[Tensor], targets: list[dict], epoch: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def sample(self, proposals: list[Tensor], targets: list[Target], epoch: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The RoIs of a training step: `(proposals, labels, regression targets)` of each image."""
         labels, matched, chosen = self.match_and_sample(proposals, targets, epoch)
         proposals, labels, matched = ([x[keep] for x, keep in zip(xs, chosen, strict=True)] for xs in (proposals, labels, matched))
         return proposals, labels, list(self.box_coder.encode(matched, proposals))
 
-    def match_and_sample(self, proposals: list[Tensor], targets: list[dict], epoch: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def match_and_sample(
+        self, proposals: list[Tensor], targets: list[Target], epoch: int
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """For each image the label `[L]` of every proposal, the object `[L, 4]` it is matched to, and a mask `[L]` of those sampled."""
         labels, matched, chosen = [], [], []
         for boxes, target in zip(proposals, targets, strict=True):
@@ -153,7 +161,7 @@ class FastRCNNHeads(RoIHeads):
             chosen.append(self.draw(label, epoch, target["image_id"]))
         return labels, matched, chosen
 
-    def ignore(self, labels: Tensor, proposals: Tensor, target: dict) -> Tensor:
+    def ignore(self, labels: Tensor, proposals: Tensor, target: Target) -> Tensor:
         """The labels, with background below the lower bound or inside a crowd region marked as not to be sampled."""
         labels = labels.clone()
         if self.background_low > 0:

@@ -29,7 +29,8 @@ def lattice_samples(image, yf, ys, yn, yt, xf, xs, xn, xt, height, width):
     `beside` are then a sample's neighbours on these lines, line `i` from `i * width` on, and `way` is how far it is from one to the other.
     """
     rois, bins_y, bins_x = len(image), yf.shape[1], xf.shape[1]
-    top, v, near, h = *_taps(yf, ys, yn, height), *_taps(xf, xs, xn, width)
+    top, v = _taps(yf, ys, yn, height)
+    near, h = _taps(xf, xs, xn, width)
     between = np.any(v != 0) or np.any(h != 0)
     start = np.zeros(rois * bins_y * bins_x + 1, np.int64)  # of each bin's samples
     worth = np.zeros(rois * bins_y * bins_x, xf.dtype)  # of a bin before its samples are visited
@@ -91,7 +92,8 @@ def max_backward(grad, winners, image, yf, ys, yn, xf, xs, xn, grad_features, c0
     height, width, channels = grad_features.shape[2], grad_features.shape[3], c1 - c0
     bins_x = xf.shape[1]
     cells = np.zeros(grad_features.shape[0] * height * width * channels, grad_features.dtype)
-    top, v, near, h = *_taps(yf, ys, yn, height), *_taps(xf, xs, xn, width)
+    top, v = _taps(yf, ys, yn, height)
+    near, h = _taps(xf, xs, xn, width)
     between = np.any(v != 0) or np.any(h != 0)
     row = np.empty((width + 1) * channels, grad_features.dtype)  # a tap beyond the edge has weight 0
     tile = np.empty((yf.shape[1] * bins_x, channels), grad_features.dtype)

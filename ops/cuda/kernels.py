@@ -6,6 +6,8 @@ Nothing here waits for the device, so CUDA graphs can capture all of it. The ker
 once a call, which costs far less than reading its cells one channel at a time. The gradient of the features is laid out as the map is.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -126,8 +128,11 @@ def _gather(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, reduce: 
             mean_backward[grid](grad, *y, *x, lists, lengths, out, *sizes, **block, INTEGRAL=reduce == "integral", num_stages=1)
 
 
-def _slopes(kernel: triton.JITFunction, grad: Tensor, features: Tensor, lattice: tuple[Tensor, ...], **options: bool) -> list[Tensor]:
+def _slopes(
+    kernel: triton.JITFunction, grad: Tensor, features: Tensor | None, lattice: tuple[Tensor, ...], **options: bool
+) -> list[Tensor]:
     """Four gradients `[K, P]`: each bin's share of them, added up along the axis that they do not belong to."""
+    assert features is not None, "the map is kept for this gradient"
     rois, bins = len(grad), grad.shape[2:]
     slopes = torch.zeros(4, rois, *bins, device=grad.device)
     if grad.numel():
@@ -144,13 +149,13 @@ def _dense(axis: Axis | Bounds) -> list[Tensor]:
     return [t.contiguous() for t in axis]
 
 
-def _sizes(features: Tensor, bins: tuple[int, int]) -> tuple[int, ...]:
+def _sizes(features: Tensor, bins: Sequence[int]) -> tuple[int, ...]:
     """What a kernel has to know of a channels-last map and its bins."""
     _, channels, height, width = features.shape
     return channels, height, width, channels * height * width, channels * width, channels, *bins
 
 
-def _blocks(features: Tensor, bins: tuple[int, int]) -> dict[str, object]:
+def _blocks(features: Tensor, bins: Sequence[int]) -> dict[str, object]:
     """A program's share: 64 bins, and channels for 128 bytes of each cell."""
     channels = _channels(features.shape[1], 128 // features.element_size())
     return {"BINS": BINS, "CHANNELS": channels, "OFFSET": _offset(features, bins), **(WIDE if channels > 32 else NARROW)}
@@ -164,7 +169,7 @@ def _channels(channels: int, most: int) -> int:
     return max(min(triton.next_power_of_2(channels), most), 16)  # tensor cores want 16
 
 
-def _offset(features: Tensor, bins: tuple[int, int]) -> tl.dtype:
+def _offset(features: Tensor, bins: Sequence[int]) -> tl.dtype:
     """Width of an offset within one image or one RoI; what comes before these always counts in 64 bits."""
     _, channels, height, width = features.shape
     return tl.int64 if channels * max(height * width, bins[0] * bins[1]) >= 2**31 else tl.int32

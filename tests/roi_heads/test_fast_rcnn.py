@@ -146,6 +146,11 @@ def test_targets_are_divided_by_their_deviations():
     assert targets[0].tolist() == pytest.approx([5.0, 0.0, 0.0, math.log(2) / 0.2])
 
 
+def test_training_without_targets_is_refused():
+    with pytest.raises(ValueError, match="targets: training needs those of each image"):
+        make()(torch.rand(1, 3, 4, 4), [PROPOSALS], [(64, 64)])
+
+
 def test_no_roi_at_all_gives_zero_losses_and_gradients_not_nan():
     heads = make(background_iou=(0.1, 0.5))
     _, losses = heads(torch.rand(1, 3, 4, 4), [PROPOSALS], [(64, 64)], [target(boxes=(), labels=())])

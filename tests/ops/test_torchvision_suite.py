@@ -1,6 +1,6 @@
 """What torchvision tests of its own RoIPool and RoIAlign, asked of ours with the same parameters.
 
-Not asked: TorchScript (40 of gradcheck's calls and the two of lists of boxes there), quantized tensors, MPS; see docs/kernels.md.
+Not asked: TorchScript (half of each test of the backward pass, and of the lists of boxes), quantized tensors, MPS; see docs/kernels.md.
 """
 
 import math

@@ -126,6 +126,11 @@ def sampled_region(operator: Operator, boxes: Tensor, image_size: Sequence[int],
     return SampledRegion(x, y, extent, torch.stack([x_cells[0], y_cells[0], x_cells[1], y_cells[1]], 1))
 
 
+def sampled_bins(operator: Operator, low: Tensor, high: Tensor, output_size: int = 7) -> AxisBins:
+    """Return the bins along one axis of RoIs `[low, high]`, both `[L]` in cells, on a map that ends nowhere near them."""
+    return _axis_bins(operator, low.float(), high.float(), 1.0, output_size, size=2**20)[0]
+
+
 def misalignment(operator: Operator, boxes: Tensor, image_size: Sequence[int], stride: int, output_size: int = 7) -> Misalignment:
     """Compare what `operator` samples with `boxes`. Arguments as for `sampled_region`.
 

@@ -247,6 +247,33 @@ def plot_misalignment(findings: Findings) -> ReportFigure | None:
     return ReportFigure("misalignment", "Misalignment and accuracy", caption, draw)
 
 
+def plot_predicted(findings: Findings) -> ReportFigure | None:
+    if not findings.predicted:
+        return None
+
+    def draw(theme: Theme) -> Figure:
+        styles = _styles(findings, theme)
+        figure, (axes,) = _panels(3.8)
+        x = {arm: of_arm[METRIC] for arm, of_arm in findings.predicted.items()}
+        measured = {arm: findings.differences[METRIC][arm] for arm in x}
+        for arm, estimate in measured.items():
+            if estimate.has_interval:
+                axes.plot([x[arm]] * 2, [estimate.low, estimate.high], color=styles[arm].colour, linewidth=1.6)
+            axes.plot(x[arm], estimate.value, linestyle="", markersize=7, **styles[arm].point)
+        ends = [min(*x.values(), *(e.value for e in measured.values())) - 2, 2]
+        axes.plot(ends, ends, color=theme.faint, linewidth=1, zorder=0)
+        axes.set_xlim(*ends)
+        axes.set(xlabel=f"predicted difference in {METRIC} to {findings.reference}, points", ylabel="measured difference, points")
+        axes.grid(linewidth=0.6)
+        _label_beside(axes, x, {arm: estimate.value for arm, estimate in measured.items()}, theme)
+        _add_legend(axes, {arm: styles[arm] for arm in x}, theme)
+        return figure
+
+    caption = f"Predicted from {findings.reference}'s own runs, without training the others. On the line both are equal. "
+    caption += f"Bars: 95 % intervals over {findings.varies_over}."
+    return ReportFigure("predicted", "Predicted", caption, draw)
+
+
 def _label_beside(axes: Axes, x: dict[str, float], y: dict[str, float], theme: Theme) -> None:
     """Write the names in a column right of the axes, in order of height, with a line to each point."""
     low, high = axes.get_ylim()
@@ -309,6 +336,7 @@ def make_figures(findings: Findings) -> list[ReportFigure]:
             plot_localisation,
             plot_sizes,
             plot_misalignment,
+            plot_predicted,
             plot_cross_evaluation,
         )
     )

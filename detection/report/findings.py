@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from roi_quantization.detection.alignment.ideal_localizer import IdealLocalizer
 from roi_quantization.detection.alignment.misalignment import Operator, is_supported, lattice_rule, summarize
 from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.bootstrap import MatchedDetections, bootstrap_over_images
+from roi_quantization.detection.evaluation.coco import evaluate
 from roi_quantization.detection.evaluation.localisation import Localisation, localisation
 from roi_quantization.detection.evaluation.matching import match, percent
 from roi_quantization.detection.evaluation.sizes import average_precision_by_cells
 from roi_quantization.detection.evaluation.statistics import Combination, Estimate, TwoByTwo, difference, estimate_over_seeds
+from roi_quantization.detection.report.predicted_cost import predicted_results
 from roi_quantization.detection.report.sweep import Run, Sweep
 
 METRICS = ("AP", "AP50", "AP75")
@@ -191,6 +194,35 @@ class Findings:
         operators = {arm: operator for arm, operator in self.operators.items() if is_supported(operator)}
         size = self.sweep.finished[0].config.head.extractor.output_size
         return {row["operator"]: row for row in summarize(operators, boxes, [self.stride], size) if row["size"] == "all"}
+
+    @cached_property
+    def predicted(self) -> dict[str, dict[str, float]]:
+        """Arm -> metric -> difference to the reference predicted from the reference's own runs, see `predicted_cost`.
+
+        Empty where the reference does not sample its RoIs exactly, or its results have no proposals. Operators of other
+        projects are left out.
+        """
+        runs = self.runs(self.reference)
+        size = self.sweep.finished[0].config.head.extractor.output_size
+        operator = self.operators[self.reference]
+        if not (is_supported(operator) and IdealLocalizer(operator, np.array([2.0, 8.0]), size).is_exact):
+            return {}
+        results = {run.folder: run.results() for run in runs}
+        if not all(of_run and all("proposal" in one for one in of_run) for of_run in results.values()):
+            return {}
+        truth, limit = self.sweep.annotations, self.sweep.max_detections
+        own = {run.folder: evaluate(truth, results[run.folder], self.image_ids, limit).stats for run in runs}
+        found: dict[str, dict[str, float]] = {}
+        for arm in tqdm(self.differences[METRIC], desc="predicting", unit="operator", leave=False):
+            if not is_supported(self.operators[arm]):
+                continue
+            changes = []
+            for run in runs:
+                moved = predicted_results(results[run.folder], self.operators[arm], self.stride, self.sweep.scales, size)
+                stats = evaluate(truth, moved, self.image_ids, limit).stats
+                changes.append([stats[metric] - own[run.folder][metric] for metric in METRICS])
+            found[arm] = dict(zip(METRICS, np.mean(changes, axis=0).tolist(), strict=True))
+        return found
 
     @cached_property
     def operators(self) -> dict[str, Operator]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from roi_quantization.detection.evaluation.localisation import EDGES
 from roi_quantization.detection.evaluation.statistics import Estimate, holm
@@ -259,8 +260,44 @@ def misalignment_table(findings: Findings) -> Table | None:
     )
 
 
+def predicted_table(findings: Findings) -> Table | None:
+    """Return the predicted differences to the reference beside the measured ones. None where nothing can be predicted."""
+    predicted = findings.predicted
+    if not predicted:
+        return None
+    rows = []
+    for arm, of_arm in predicted.items():
+        measured = findings.differences[METRIC][arm]
+        others = (cell for metric in METRICS[1:] for cell in (of_arm[metric], findings.differences[metric][arm]))
+        rows.append((arm, of_arm[METRIC], measured, of_arm[METRIC] - measured.value, *others))
+    error = np.mean([abs(row[3]) for row in rows])
+    note = (
+        f"Points. The prediction adds the errors that each operator makes unavoidable to {findings.reference}'s own detections, without "
+        f"training (docs/predicted_cost.md). Mean absolute error in {METRIC}: {error:.1f} points."
+    )
+    if len(rows) > 2:
+        rank = spearmanr([row[1] for row in rows], [row[2].value for row in rows]).statistic
+        note += f" Rank correlation: {rank:.2f}."
+    columns = [Column("operator"), Column(f"predicted {METRIC}", format_number(1, signed=True))]
+    columns += [Column(f"measured {METRIC}", format_estimate(signed=True)), Column("error", format_number(1, signed=True))]
+    for metric in METRICS[1:]:
+        columns += [Column(f"predicted {metric}", format_number(1, signed=True))]
+        columns += [Column(f"measured {metric}", format_estimate(signed=True))]
+    return Table("predicted", f"Predicted and measured differences to {findings.reference}", tuple(columns), tuple(rows), note)
+
+
 def make_tables(findings: Findings) -> dict[str, Table]:
-    make = (main_table, costs_table, images_table, differences_table, localisation_table, sizes_table, misalignment_table, cross_table)
+    make = (
+        main_table,
+        costs_table,
+        images_table,
+        differences_table,
+        localisation_table,
+        sizes_table,
+        misalignment_table,
+        predicted_table,
+        cross_table,
+    )
     tables = [table for table in (build(findings) for build in make) if table is not None]
     return {table.name: _mark_partial(table, findings.sweep.partial) for table in tables}
 

@@ -21,7 +21,7 @@ from roi_quantization.detection.report.style import DARK, LIGHT, render
 from roi_quantization.detection.report.sweep import Sweep, read_sweep
 from roi_quantization.detection.report.tables import Table, make_tables
 
-WITH_NUMBERS = {"differences", "localisation", "sizes", "misalignment", "cross"}  # figures that have a table of the same name
+WITH_NUMBERS = {"differences", "localisation", "sizes", "misalignment", "predicted", "cross"}  # figures that have a table of the same name
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def test_differences_have_an_interval_over_images_as_well(sweep):
 
 def test_every_figure_is_there_as_png_and_svg(sweep):
     figures = sweep / "report" / "figures"
-    names = {"differences", "two_by_two", "seeds", "thresholds", "localisation", "sizes", "misalignment", "cross"}
+    names = {"differences", "two_by_two", "seeds", "thresholds", "localisation", "sizes", "misalignment", "predicted", "cross"}
     assert {path.stem for path in figures.glob("*.png")} == {path.stem for path in figures.glob("*.svg")} == names
     for name in names:
         assert f"figures/{name}.png" in text(sweep, "report.md")
@@ -120,7 +120,7 @@ def test_the_page_needs_nothing_but_itself(sweep):
 
     page = text(sweep, "report.html")
     Sources().feed(page)
-    assert len(Sources.found) == 16 and all(source.startswith("data:image/svg+xml;base64,") for source in Sources.found)
+    assert len(Sources.found) == 18 and all(source.startswith("data:image/svg+xml;base64,") for source in Sources.found)
     assert "url(" not in page and "@import" not in page
     assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
 
@@ -200,6 +200,24 @@ def test_runs_with_different_limits_of_detections_are_not_mixed(tmp_path):
     metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"max_detections": 300}))
     with pytest.raises(ValueError, match=r"at most \[100, 300\] detections per image and category"):
         write_report(folder)
+
+
+def test_predictions_stand_beside_what_was_measured(sweep):
+    """From align's own detections: an exact operator is predicted to lose nothing, a rounded one more with each edge."""
+    predicted = table(sweep, "predicted")
+    assert list(predicted) == [arm for arm in SCATTER if arm != "align"]
+    cost = {arm: float(row["predicted AP"]) for arm, row in predicted.items()}
+    assert cost["align_max"] == cost["prroi"] == pytest.approx(0, abs=1e-6)
+    assert cost["pool_floor"] < cost["warp"] < cost["pool_bins"] < -1
+    assert float(predicted["warp"]["measured AP"]) == pytest.approx(float(table(sweep, "main")["warp"]["AP - align"]))
+    assert float(predicted["warp"]["error"]) == pytest.approx(cost["warp"] - float(predicted["warp"]["measured AP"]))
+    assert "## Predicted" in text(sweep, "report.md") and "Rank correlation: " in text(sweep, "report.md")
+
+
+def test_a_reference_with_rounded_rois_predicts_nothing(tmp_path):
+    folder = write_fake_sweep(tmp_path / "other", arms={"warp": 5.0, "pool": 7.5}, seeds=(0,), images=10)
+    write_report(folder, reference="warp")
+    assert "## Predicted" not in text(folder, "report.md")
 
 
 def test_without_the_reference_another_arm_takes_its_place(tmp_path):

@@ -1,0 +1,186 @@
+"""Predict what quantizing RoI coordinates costs on a data set, without training: `python predict_cost.py data=custom data.root=...`.
+
+The ceiling needs annotations and proposals. `results=` of a run trained with RoIAlign adds the prediction of AP.
+"""
+
+import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
+
+# isort: split
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from roi_quantization.detection.alignment.misalignment import Operator, is_supported
+from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.data.coco import CocoDetection
+from roi_quantization.detection.errors import InputError, MissingFileError
+from roi_quantization.detection.evaluation.coco import Metrics
+from roi_quantization.detection.evaluation.sizes import resize_scales
+from roi_quantization.detection.evaluation.statistics import Estimate
+from roi_quantization.detection.model.build import instantiate, read_operator
+from roi_quantization.detection.report.predicted_cost import Ceiling, Foreground, ceiling, gather_foreground, predict
+from roi_quantization.detection.report.predicted_cost_output import format_ceilings, format_prediction, plot_costs, summarize_cost
+from roi_quantization.detection.runs.errors import handle_errors
+
+Ceilings = dict[int, dict[str, Ceiling]]  # stride -> operator -> ceiling
+Predictions = dict[int, dict[str, dict[str, Estimate]]]  # stride -> operator -> metric -> difference to the reference
+
+
+def predict_cost(cfg: DictConfig) -> tuple[Ceilings, Predictions]:
+    """Print and draw the ceiling of each operator, and with `cfg.results` the predicted differences.
+
+    Returns:
+        The ceilings by stride and operator, and the predictions likewise, which are empty without results.
+    """
+    strides = check_strides(cfg.backbone.stride)
+    operators = load_operators([cfg.reference, *(name for name in cfg.operators if name != cfg.reference)])
+    if cfg.reference not in operators:
+        raise InputError(f"reference={cfg.reference}: where this operator samples is not known. Choose one of configs/roi.")
+    dataset = load_split(cfg)
+    transform = cfg.data.eval_transform
+    scales = resize_scales(dataset.coco, transform.get("short_side"), transform.get("max_side"))
+    results, image_ids = load_results(cfg, strides, dataset)
+
+    foreground = gather_foreground(read_images(dataset, scales))
+    halves = [stride // 2 for stride in strides if stride % 2 == 0 and stride // 2 not in strides]  # for the last sentence
+    ceilings = {
+        stride: {name: ceiling(foreground, operator, stride, cfg.output_size) for name, operator in operators.items()}
+        for stride in tqdm([*strides, *halves], desc="ceilings", unit="stride", leave=False)
+    }
+    others = {name: operator for name, operator in operators.items() if name != cfg.reference}
+    predictions: Predictions = {}
+    if results:
+        for stride in tqdm([*strides, *halves], desc="predictions", unit="stride", leave=False):
+            resamples = cfg.resamples if stride in strides else 2  # of half the stride only the value is used
+            predictions[stride] = predict(
+                dataset.coco, results, image_ids, others, cfg.reference, stride, scales, cfg.output_size, resamples
+            )
+
+    print(f"{cfg.split}: {len(dataset)} images, {len(foreground.objects)} objects, proposals overlap {_covered(foreground):.1%} of them\n")
+    for stride in strides:
+        print(format_ceilings(ceilings[stride], cfg.reference, stride))
+        if results:
+            print(f"\n{format_prediction(predictions[stride], cfg.reference, stride, len(image_ids))}")
+        print(f"\n{summarize_cost(ceilings, predictions, cfg.reference, stride)}\n")
+    plot_costs({s: ceilings[s] for s in strides}, {s: predictions[s] for s in strides if results}, cfg.reference, cfg.picture)
+    print(f"The picture: {cfg.picture}")
+    return {s: ceilings[s] for s in strides}, {s: predictions[s] for s in strides if results}
+
+
+def check_strides(strides: int | Sequence[int]) -> list[int]:
+    """Return the strides as a list. InputError where one is no whole number above 0."""
+    listed = list(strides) if OmegaConf.is_list(strides) else [strides]
+    if not listed or not all(isinstance(stride, int) and stride > 0 for stride in listed):
+        raise InputError(f"backbone.stride={strides}: expected a whole number of pixels above 0, or a list of them such as [16,32]")
+    return listed
+
+
+def load_operators(names: Sequence[str]) -> dict[str, Operator]:
+    """Instantiate operators of `configs/roi`. Those whose sampling is unknown are left out with a message."""
+    operators = {}
+    for name in names:
+        operator = instantiate(read_operator(name))
+        if is_supported(operator):
+            operators[name] = operator
+        else:
+            print(f"{name} is left out: where this operator samples is not known.")
+    return operators
+
+
+def load_split(cfg: DictConfig) -> CocoDetection:
+    """Return the data set of `cfg.split`, or of val where there is no test split."""
+    if cfg.split not in ("val", "test"):
+        raise InputError(f"split={cfg.split}: expected test or val")
+    if cfg.split == "test" and cfg.data.get("test") is None:
+        print("There is no test split, so val is used.")
+        cfg.split = "val"
+    data = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup({"val": "validate", "test": "test"}[cfg.split])
+    dataset = getattr(data, cfg.split)
+    if dataset is None:
+        raise InputError(f"split={cfg.split}: this data set has no such split. Set data.{cfg.split}.")
+    return dataset
+
+
+def read_images(dataset: CocoDetection, scales: dict[int, float] | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield proposals, objects and labels of each image in pixels of the network's input."""
+    for index, record in enumerate(tqdm(dataset.records, desc="proposals", unit="image", leave=False)):
+        boxes, labels, _ = dataset.ground_truth(index)
+        scale = 1.0 if scales is None else scales[record.id]
+        yield dataset.proposals(record) * scale, boxes * scale, labels
+
+
+def load_results(cfg: DictConfig, strides: list[int], dataset: CocoDetection) -> tuple[list[dict], list[int]]:
+    """Read `cfg.results` and the ids of the images that they are of.
+
+    Raises:
+        MissingFileError: there is no such file.
+        InputError: it holds no results, or its run had another operator, stride or image size than asked for here.
+    """
+    if cfg.results is None:
+        return [], dataset.image_ids
+    path = Path(cfg.results)
+    path = path / "results.json" if path.is_dir() else path
+    if not path.is_file():
+        raise MissingFileError(f"results={cfg.results}: there is no such file. Name the results.json of a run of train.py or eval.py.")
+    try:
+        results = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"results={path} is not a JSON file, or was truncated: {error}") from error
+    if not isinstance(results, list) or not results:
+        raise InputError(f"results={path} holds no results. Expected the results.json of a run that detects something.")
+    unknown = {result.get("image_id") for result in results} - set(dataset.image_ids)
+    if unknown:
+        raise InputError(
+            f"results={path} has results of {len(unknown)} images that are not in split={cfg.split} of this data set, the first is image "
+            f"{min(unknown, key=str)}. Choose the data and split that they were made on."
+        )
+    check_run(cfg, path.parent / "config.yaml", strides)
+    metrics = path.parent / "metrics.json"
+    if metrics.is_file():
+        evaluated = Metrics.from_json(json.loads(metrics.read_bytes()))
+        if evaluated.is_partial:
+            print(f"The results are of {evaluated.coverage}.")
+            return results, list(evaluated.image_ids)
+    return results, dataset.image_ids
+
+
+def check_run(cfg: DictConfig, path: Path, strides: list[int]) -> None:
+    """Compare this prediction with the configuration of the run that made the results, where it lies beside them."""
+    if not path.is_file():
+        return
+    run = OmegaConf.load(path)
+    own = {key: OmegaConf.select(run, key) for key in ("backbone.stride", "data.eval_transform.short_side", "data.eval_transform.max_side")}
+    if own["backbone.stride"] not in strides:
+        raise InputError(
+            f"results={cfg.results} are of a run at stride {own['backbone.stride']}. Set backbone.stride={own['backbone.stride']}."
+        )
+    for key in ("data.eval_transform.short_side", "data.eval_transform.max_side"):
+        if own[key] != OmegaConf.select(cfg, key):
+            raise InputError(
+                f"results={cfg.results} are of a run with {key}={own[key]}, here it is {OmegaConf.select(cfg, key)}. Set the same."
+            )
+    if run.get("roi") is not None and run.roi != read_operator(cfg.reference):
+        raise InputError(
+            f"results={cfg.results} are of a run with another operator than reference={cfg.reference}. Name those of {cfg.reference}."
+        )
+
+
+def _covered(foreground: Foreground) -> float:
+    return len(set(foreground.object_of.tolist())) / max(len(foreground.objects), 1)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="predict_cost")
+def main(cfg: DictConfig) -> None:
+    with handle_errors("predict_cost.py"):
+        predict_cost(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -131,14 +131,18 @@ class PeriodicCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Give `ModelCheckpoint` the paths of this run folder, which may have been moved; it would lose the best checkpoint otherwise.
 
-        From a checkpoint of another run it gets no best checkpoint: it would take that run's for its own.
+        From a checkpoint of another run it gets no best checkpoint: it would take that run's for its own. A `ModelCheckpoint` of
+        `trainer.callbacks` that saves elsewhere stays as it is.
         """
         here = self.folder.resolve()
+        before = checkpoint["callbacks"].get(self.state_key, {}).get("folder")
         of_another_run = Path(trainer.ckpt_path).resolve().parent != here
         for state in checkpoint["callbacks"].values():
-            if "best_k_models" in state and of_another_run:
+            if "best_k_models" not in state or (before is not None and state["dirpath"] != before):
+                continue
+            if of_another_run:
                 state["best_model_path"] = ""
-            elif "best_k_models" in state:
+            else:
                 state["dirpath"] = str(here)
                 for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
                     state[key] = state[key] and str(here / Path(state[key]).name)
@@ -146,11 +150,12 @@ class PeriodicCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Include the rows of metrics.csv, so that a run that goes on has complete curves."""
+        state = {"step": self._saved_step, "folder": str(self.folder.resolve()), "logged": []}
         path = self.folder / "metrics.csv"
-        if not path.is_file():
-            return {"step": self._saved_step, "logged": []}
-        with open(path, newline="") as file:
-            return {"step": self._saved_step, "logged": list(csv.DictReader(file))}
+        if path.is_file():
+            with open(path, newline="") as file:
+                state["logged"] = list(csv.DictReader(file))
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._saved_step, self._logged = state["step"], state["logged"]

@@ -146,7 +146,7 @@ def test_a_sweep_over_checkpoints_evaluates_those_that_can_be_and_ends_with_an_e
     command = [sys.executable, str(ROOT / "eval.py"), "-m", "ckpt='a=b, (c) é.ckpt',gone.ckpt,last.ckpt", "hydra.sweep.dir=sweep"]
     ended = subprocess.run([*command, "trainer=cpu"], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1, ended.stderr
-    assert "eval.py: there is no checkpoint gone.ckpt" in ended.stdout and "1 runs failed. sweep/1_" in ended.stderr
+    assert "eval.py: there is no checkpoint gone.ckpt" in ended.stdout and "1 run failed. sweep/1_" in ended.stderr
     assert "MissingFileError" in next(tmp_path.glob("sweep/1_*/failed.txt")).read_text()
     first, third = (next(tmp_path.glob(f"sweep/{job}_*/results.json")).read_text() for job in (0, 2))
     assert first == (folder / "run" / "results.json").read_text() != third
@@ -322,7 +322,7 @@ def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "-m", "optim.groups.lr=1e30,1e-3", "hydra.sweep.dir=sweep", *TINY]
     ended = subprocess.run([*command, "trainer.max_epochs=2", "logger=null"], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1, ended.stderr
-    assert "train.py: the loss is " in ended.stdout and "1 runs failed" in ended.stderr and "Traceback" not in ended.stdout
+    assert "train.py: the loss is " in ended.stdout and "1 run failed" in ended.stderr and "Traceback" not in ended.stdout
     (failed,) = tmp_path.glob("sweep/0_*/train.log")
     assert "Traceback" in failed.read_text() and "NonFiniteLossError" in failed.with_name("failed.txt").read_text()
     (second,) = tmp_path.glob("sweep/1_*/metrics.json")

@@ -84,4 +84,5 @@ class FailedRunsCallback(Callback):
         found = Path(config.hydra.sweep.dir).rglob(FAILED)
         failed = sorted(str(path) for path in found if path.stat().st_mtime >= self.start - 1)
         if failed:  # Hydra would print any other exception of a callback as a warning
-            sys.exit(f"{len(failed)} runs failed. {failed[0]} says why")
+            runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+            sys.exit(f"{runs} failed. {failed[0]} says why")

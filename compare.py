@@ -17,13 +17,13 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
+from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.data.annotations import as_coco, read_instances
-from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.bootstrap import METRICS, MatchedDetections, bootstrap_over_images
 from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, ErrorSplit, split_errors
 from roi_quantization.detection.evaluation.results_file import read_results
 from roi_quantization.detection.evaluation.statistics import Estimate, difference
-from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.runs.errors import handle_errors
 
 log = logging.getLogger(__name__)

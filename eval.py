@@ -9,8 +9,8 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from roi_quantization.detection.configuration import CONFIGS, path_setting
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.configuration import CONFIGS, path_setting
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.runs.checkpoint import (

@@ -21,9 +21,9 @@ from roi_quantization.detection.alignment.explanation import Explanation, format
 from roi_quantization.detection.alignment.explanation import explain as explain_operator
 from roi_quantization.detection.alignment.explanation_figure import Photograph, draw_explanations
 from roi_quantization.detection.alignment.misalignment import Operator, format_summary, is_supported, lattice_rule, summarize
-from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.common.configuration import CONFIGS
+from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.images import decode
-from roi_quantization.detection.errors import InputError, MissingFileError
 from roi_quantization.detection.model.build import instantiate, read_operator
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 from roi_quantization.detection.model.vgg16 import VGG16

@@ -13,14 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from roi_quantization.detection.configuration import CONFIGS, path_setting
+from roi_quantization.detection.common.configuration import CONFIGS, path_setting
+from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.data.coco import collate
 from roi_quantization.detection.data.image_folder import find_images, read_images
 from roi_quantization.detection.data.images import ImageRecord, decode
-from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.coco import to_coco_results, write_results
 from roi_quantization.detection.evaluation.figures import plot_detections
-from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.runs.checkpoint import compose_with_checkpoint, register_checkpoint
 from roi_quantization.detection.runs.command_line import replace_null_choices

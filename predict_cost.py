@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from roi_quantization.detection.alignment.misalignment import Operator, is_supported
-from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.common.configuration import CONFIGS
+from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.coco import CocoDetection
-from roi_quantization.detection.errors import InputError, MissingFileError
 from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.evaluation.sizes import resize_scales
 from roi_quantization.detection.evaluation.statistics import Estimate

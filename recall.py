@@ -10,9 +10,9 @@ import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.common.configuration import CONFIGS
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.proposals.recall import format_recall, recall_table
-from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.runs.errors import handle_errors
 

@@ -11,11 +11,11 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from roi_quantization.detection.configuration import CONFIGS, path_setting
+from roi_quantization.detection.common.configuration import CONFIGS, path_setting
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.data_fingerprint import DataFingerprint
 from roi_quantization.detection.data.loading_time import LoadingTimeMonitor
 from roi_quantization.detection.data.module import DetectionData
-from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.runs.command_line import replace_null_choices

@@ -28,9 +28,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.evaluation.coco import evaluate
 from roi_quantization.detection.evaluation.matching import Evaluator, SilentCOCOeval, faster_coco_eval
-from roi_quantization.detection.files import atomic_write
 
 CLASSES, OBJECTS, DETECTIONS = 80, 7.2, 100  # per image
 WIDTH, HEIGHT = 640, 480

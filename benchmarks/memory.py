@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytorch_lightning as pl
 
-from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.common.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES_FILE = "memory.json"  # in the run folder

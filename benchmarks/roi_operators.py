@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from roi_quantization import ops
-from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.common.files import atomic_write
 
 
 class Shape(NamedTuple):

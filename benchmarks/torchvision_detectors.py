@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
 from tqdm import tqdm
 
-from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.ops.acceleration import accelerate_torchvision
 
 BUILDERS = {"fasterrcnn_resnet50_fpn": fasterrcnn_resnet50_fpn, "maskrcnn_resnet50_fpn": maskrcnn_resnet50_fpn}

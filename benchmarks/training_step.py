@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 from tqdm import tqdm
 
-from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 

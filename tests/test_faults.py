@@ -13,8 +13,8 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from roi_quantization.detection import files
-from roi_quantization.detection.files import NotWrittenError
+from roi_quantization.detection.common import files
+from roi_quantization.detection.common.files import NotWrittenError
 from roi_quantization.detection.runs.checkpoint import load_checkpoint
 from roi_quantization.detection.runs.interruption import TerminateOnNonFiniteLoss, explain_errors, reraise_signal
 from roi_quantization.detection.runs.setup import check_metric

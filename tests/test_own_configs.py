@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import roi_quantization
-from roi_quantization.detection import config_sources
-from roi_quantization.detection.config_sources import choices, config_folders, name_config_folder, name_folders_of_command
+from roi_quantization.detection.common import config_sources
+from roi_quantization.detection.common.config_sources import choices, config_folders, name_config_folder, name_folders_of_command
 from roi_quantization.detection.model.build import read_operator
 from tests.configuration import ROOT
 from tests.trainings import TINY

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
-from roi_quantization.detection.errors import InputError, MissingFileError
+from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.scripts import predict_cost as script
 from roi_quantization.scripts.predict_cost import predict_cost
 from tests import configuration

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from roi_quantization.detection.alignment.explanation import Explanation, describe, sample_positions
 from roi_quantization.detection.alignment.explanation_figure import BIN, KEPT, WIDTH, add_rectangle, draw_cell_grid, paper_name, save_png
 from roi_quantization.detection.alignment.misalignment import lattice_rule
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 
 TAP = "#D55E00"
 

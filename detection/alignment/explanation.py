@@ -19,7 +19,7 @@ from roi_quantization.detection.alignment.misalignment import (
     misalignment,
     sampled_region,
 )
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.ops.geometry import IntegralRule
 
 Rectangle = tuple[float, float, float, float]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from roi_quantization.detection.alignment.explanation import Explanation, describe, format_dead_zone, format_shift, sample_positions
 from roi_quantization.detection.alignment.misalignment import AxisBins
-from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.common.files import atomic_write
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; hatched differently besides, for those who print in grey.
 LOST = {"facecolor": "#F0A579", "edgecolor": "#A34400", "hatch": "////"}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from roi_quantization import ops
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.ops.geometry import IntegralRule, LatticeRule
 
 Operator = Callable[..., Tensor]

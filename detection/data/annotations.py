@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
+from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.garbage_collection import without_garbage_collection
 from roi_quantization.detection.data.images import check_size
-from roi_quantization.detection.errors import InputError, MissingFileError
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.annotations import LAYOUT, as_coco, choose_classes, choose_images, read_instances, restrict
 from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
 from roi_quantization.detection.data.transforms import seeded_rng
-from roi_quantization.detection.errors import InputError, MissingFileError
 
 
 class CocoDetection(Dataset):

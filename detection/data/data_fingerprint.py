@@ -8,9 +8,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.module import DetectionData
-from roi_quantization.detection.errors import InputError
 
 log = logging.getLogger(__name__)
 

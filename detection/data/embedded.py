@@ -19,7 +19,7 @@ from filelock import FileLock
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from roi_quantization.detection.files import CACHE_REMEDY, NotWrittenError
+from roi_quantization.detection.common.files import CACHE_REMEDY, NotWrittenError
 
 log = logging.getLogger(__name__)
 

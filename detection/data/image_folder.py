@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
+from roi_quantization.detection.common.errors import MissingFileError
 from roi_quantization.detection.data.images import FORMATS, ImageRecord, decode, read_image
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
-from roi_quantization.detection.errors import MissingFileError
 
 log = logging.getLogger(__name__)
 

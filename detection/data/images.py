@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image
 from torchvision.transforms.v2 import functional as F
 
-from roi_quantization.detection.errors import InputError, MissingFileError
+from roi_quantization.detection.common.errors import InputError, MissingFileError
 
 log = logging.getLogger(__name__)
 

@@ -13,14 +13,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from roi_quantization.detection.configuration import path_setting
+from roi_quantization.detection.common.configuration import path_setting
+from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.annotations import LAYOUT
 from roi_quantization.detection.data.coco import CocoDetection, collate
 from roi_quantization.detection.data.loading_time import TimedDataLoader
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
 from roi_quantization.detection.data.proposals.recall import recall
-from roi_quantization.detection.errors import InputError, MissingFileError
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.images import check_size, decode, to_rgb
-from roi_quantization.detection.errors import InputError, MissingFileError
 
 ACCEPTED = "a path, a PIL image, a NumPy array [height, width, channels] or a tensor [channels, height, width]"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 
 log = logging.getLogger(__name__)
 

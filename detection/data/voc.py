@@ -25,9 +25,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from roi_quantization.detection.common.errors import InputError, MissingFileError
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.data.images import FORMATS, decode
-from roi_quantization.detection.errors import InputError, MissingFileError
-from roi_quantization.detection.files import atomic_write
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from scipy import stats
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.matching import IOU50, IOU75, match
 from roi_quantization.detection.evaluation.statistics import Combination, Estimate
 

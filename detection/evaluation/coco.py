@@ -11,9 +11,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.evaluation.matching import IOU50, IOU75, Evaluator, SilentCOCOeval, match, percent
-from roi_quantization.detection.files import atomic_write
 
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # indices of COCOeval's size ranges: small is below 32^2 pixels, large above 96^2
 COCO_MAX_DETECTIONS = 100  # of an image and category

@@ -19,11 +19,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
+from roi_quantization.detection.common.errors import InputError, MissingFileError
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.images import ImageRecord, read_image
-from roi_quantization.detection.errors import InputError, MissingFileError
 from roi_quantization.detection.evaluation.fonts import plain_text
-from roi_quantization.detection.files import atomic_write
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 DPI = 130

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from torch import from_numpy
 from torchvision.ops import box_convert, box_iou
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.matching import IOU50, match
 
 EDGES = ("left", "top", "right", "bottom")

@@ -16,8 +16,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from roi_quantization.detection.common.errors import InputError, MissingPackageError
 from roi_quantization.detection.data.garbage_collection import without_garbage_collection
-from roi_quantization.detection.errors import InputError, MissingPackageError
 
 log = logging.getLogger(__name__)
 

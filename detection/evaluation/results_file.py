@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.garbage_collection import without_garbage_collection
-from roi_quantization.detection.errors import InputError, MissingFileError
 
 
 def read_results(path: Path | str) -> list[dict]:

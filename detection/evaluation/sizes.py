@@ -11,8 +11,8 @@ from itertools import pairwise
 import numpy as np
 from pycocotools.coco import COCO
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.annotations import as_coco
-from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.evaluation.matching import IOU50, IOU75, match, percent
 
 CELLS = (2.0, 6.0)

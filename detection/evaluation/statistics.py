@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 
 Combination = Mapping[str, float]  # arm -> its weight in the sum
 

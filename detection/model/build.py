@@ -10,8 +10,8 @@ import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
-from roi_quantization.detection.config_sources import choices, compose_from_all
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.config_sources import choices, compose_from_all
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from roi_quantization import ops
-from roi_quantization.detection.errors import InputError, MissingPackageError
+from roi_quantization.detection.common.errors import InputError, MissingPackageError
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 from roi_quantization.ops.functional import ROI_POOL
 from roi_quantization.ops.geometry import LatticeRule

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.coco import COCO_MAX_DETECTIONS, Metrics, evaluate, to_coco_results
 from roi_quantization.detection.evaluation.matching import Evaluator, SilentCOCOeval
 

@@ -6,8 +6,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from roi_quantization.detection.configuration import path_setting
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.configuration import path_setting
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.roi_heads.weights import load_vgg16
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from roi_quantization.detection.alignment.ideal_localizer import IdealLocalizer
 from roi_quantization.detection.alignment.misalignment import Operator, is_supported, lattice_rule, summarize
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.bootstrap import MatchedDetections, bootstrap_over_images
 from roi_quantization.detection.evaluation.coco import evaluate
 from roi_quantization.detection.evaluation.localisation import Localisation, localisation

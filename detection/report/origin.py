@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.common.files import atomic_write
 
 NAME = "origin.json"
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "pycocotools", "numba", "numpy", "scipy")

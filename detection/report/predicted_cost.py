@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 
 from roi_quantization.detection.alignment.ideal_localizer import IdealLocalizer
 from roi_quantization.detection.alignment.misalignment import Operator
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.bootstrap import MatchedDetections, bootstrap_over_images
 from roi_quantization.detection.evaluation.statistics import Estimate, difference
 

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.evaluation.statistics import Estimate
-from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.report.predicted_cost import SIZES, SMALL, Ceiling
 from roi_quantization.detection.report.prose import paper_name
 from roi_quantization.detection.report.style import LIGHT, WIDTH, figure_height, label_rows, render

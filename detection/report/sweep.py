@@ -19,8 +19,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from pycocotools.coco import COCO
 
+from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.annotations import as_coco, choose_images, read_instances, restrict
-from roi_quantization.detection.errors import InputError, MissingFileError
 from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.evaluation.sizes import resize_scales
 

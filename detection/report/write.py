@@ -11,8 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.evaluation.coco import COCO_MAX_DETECTIONS
-from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.report import prose
 from roi_quantization.detection.report.figures import ReportFigure, make_figures
 from roi_quantization.detection.report.findings import Findings

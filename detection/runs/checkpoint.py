@@ -19,9 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
-from roi_quantization.detection.config_sources import name_folders_of_command
-from roi_quantization.detection.configuration import path_setting
-from roi_quantization.detection.errors import ExpectedError, InputError, MissingFileError
+from roi_quantization.detection.common.config_sources import name_folders_of_command
+from roi_quantization.detection.common.configuration import path_setting
+from roi_quantization.detection.common.errors import ExpectedError, InputError, MissingFileError
 from roi_quantization.detection.runs.config_security import check_targets_allowed
 from roi_quantization.detection.runs.renamed_targets import rename_targets
 

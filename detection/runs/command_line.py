@@ -1,6 +1,6 @@
 """The command line, before Hydra reads it."""
 
-from roi_quantization.detection.configuration import CONFIGS
+from roi_quantization.detection.common.configuration import CONFIGS
 
 
 def replace_null_choices(arguments: list[str]) -> list[str]:

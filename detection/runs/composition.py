@@ -8,8 +8,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import Container, DictConfig, OmegaConf, open_dict
 
-from roi_quantization.detection.config_sources import compose_from_all, name_config_folder, name_folders_of_overrides
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.config_sources import compose_from_all, name_config_folder, name_folders_of_overrides
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.runs.checkpoint import checkpoint_paths, keep_eval_transform, load_checkpoint, register_parts
 
 WITH_CHECKPOINT = ("eval", "predict")

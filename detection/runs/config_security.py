@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from roi_quantization.detection.config_sources import config_folders
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.config_sources import config_folders
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.runs.renamed_targets import RENAMED
 
 MAX_SETTINGS, MAX_DEPTH = 10_000, 50  # this project's configurations have about 100 settings, 5 levels deep

@@ -13,8 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from roi_quantization.detection.config_sources import choices, name_config_folder
-from roi_quantization.detection.errors import ExpectedError, InputError
+from roi_quantization.detection.common.config_sources import choices, name_config_folder
+from roi_quantization.detection.common.errors import ExpectedError, InputError
 from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.model.build import build_detector, instantiate, read_operator
 from roi_quantization.detection.model.lightning_module import DetectionModule

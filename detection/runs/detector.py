@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torchvision.transforms.v2.functional import to_pil_image
 
-from roi_quantization.detection.config_sources import name_config_folder, name_folders_of_overrides
-from roi_quantization.detection.configuration import path_setting
+from roi_quantization.detection.common.config_sources import name_config_folder, name_folders_of_overrides
+from roi_quantization.detection.common.configuration import path_setting
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.image_folder import ImageFolder
 from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.pictures import is_batch, is_file, to_image
 from roi_quantization.detection.data.proposals.file import ProposalFile
 from roi_quantization.detection.data.proposals.grid import Grid
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
-from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.export import export_onnx, export_program
 from roi_quantization.detection.runs.checkpoint import load_checkpoint, load_weights

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 
 # of torchrun, SLURM, and Lightning: each is 0 or unset on rank zero
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")

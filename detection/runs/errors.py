@@ -15,8 +15,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from roi_quantization.detection.errors import ExpectedError
-from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.common.errors import ExpectedError
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.runs.distributed import is_distributed
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from roi_quantization.detection.errors import ExpectedError, MissingFileError
-from roi_quantization.detection.files import DISK_FULL, NotWrittenError, atomic_write
+from roi_quantization.detection.common.errors import ExpectedError, MissingFileError
+from roi_quantization.detection.common.files import DISK_FULL, NotWrittenError, atomic_write
 from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
 
 log = logging.getLogger(__name__)

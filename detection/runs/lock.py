@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from roi_quantization.detection.errors import InputError
-from roi_quantization.detection.files import NotWrittenError
+from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.files import NotWrittenError
 from roi_quantization.detection.runs.distributed import is_rank_zero
 
 try:

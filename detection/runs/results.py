@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.evaluation.coco import Metrics, format_table, write_metrics, write_results
 from roi_quantization.detection.evaluation.figures import plot_curves, plot_detection_sheet
-from roi_quantization.detection.files import atomic_write
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.runs.errors import log_traceback
 from roi_quantization.detection.runs.training_checkpoints import FINISHED

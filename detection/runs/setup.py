@@ -12,9 +12,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from roi_quantization.detection.configuration import CONFIGS, flatten
-from roi_quantization.detection.errors import InputError
-from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.common.configuration import CONFIGS, flatten
+from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.model.lightning_module import LOGGED
 from roi_quantization.detection.runs.distributed import is_rank_zero
 

@@ -24,9 +24,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
-from roi_quantization.detection.configuration import differences, shorten
+from roi_quantization.detection.common.configuration import differences, shorten
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.module import describe
-from roi_quantization.detection.errors import InputError
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.origin import add_origin

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
-from roi_quantization.detection.errors import InputError, MissingPackageError
+from roi_quantization.detection.common.errors import InputError, MissingPackageError
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.runs.distributed import cluster_plugins
 from roi_quantization.detection.runs.progress import TrainingProgressBar

@@ -14,8 +14,8 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from roi_quantization.detection.errors import InputError
-from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.files import atomic_write
 
 FINISHED = "metrics.json"  # the last file that a run writes: a run with it is finished
 RESULTS = (FINISHED, "results.json", "cross.json")

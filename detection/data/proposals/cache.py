@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from roi_quantization.detection.common.files import CACHE_REMEDY, NotWrittenError
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals.file import read_proposals, write_proposals
-from roi_quantization.detection.files import CACHE_REMEDY, NotWrittenError
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from roi_quantization.detection.common.errors import InputError, MissingFileError
+from roi_quantization.detection.common.files import atomic_file
 from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals.formats import read_detectron, read_mat
-from roi_quantization.detection.errors import InputError, MissingFileError
-from roi_quantization.detection.files import atomic_file
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.proposals.safe_pickle import read_pickle
-from roi_quantization.detection.errors import InputError
 
 Arrays = dict[str, np.ndarray]
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.images import ImageRecord
-from roi_quantization.detection.errors import InputError
 
 
 class Grid:

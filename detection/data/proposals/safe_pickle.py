@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 
 MAX_SHARED_ENTRIES = 1_000_000  # entries beyond one per byte of the file, which only objects that are referenced repeatedly can cause
 

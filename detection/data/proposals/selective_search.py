@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from roi_quantization.detection.common.errors import MissingPackageError
 from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.proposals.cache import ProposalCache
-from roi_quantization.detection.errors import MissingPackageError
 
 VERSION = 1  # increment it when the same settings give other windows
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from roi_quantization.detection.common.files import NotWrittenError
 from roi_quantization.detection.data import embedded
 from roi_quantization.detection.data.annotations import read_instances
 from roi_quantization.detection.data.embedded import SHAPES, EmbeddedSet
-from roi_quantization.detection.files import NotWrittenError
 from tests.faults import full_disk
 
 SMALL = EmbeddedSet(train=6, val=3, test=2)

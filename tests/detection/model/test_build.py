@@ -7,8 +7,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobRuntime
 from omegaconf import open_dict
 
-from roi_quantization.detection.configuration import CONFIGS
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.configuration import CONFIGS
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.model.build import build_detector, read_operator
 from roi_quantization.detection.runs.cross_evaluation import check_operators
 from tests.configuration import composed
@@ -26,7 +26,7 @@ def test_an_operator_may_build_on_another_file(tmp_path, monkeypatch):
     """As Hydra composes it, also inside of a script that Hydra has started."""
     configs = shutil.copytree(CONFIGS, tmp_path / "configs")
     (configs / "roi" / "align_3.yaml").write_text("defaults: [align, _self_]\nsampling_ratio: 3\n")
-    monkeypatch.setattr("roi_quantization.detection.config_sources.CONFIGS", configs)
+    monkeypatch.setattr("roi_quantization.detection.common.config_sources.CONFIGS", configs)
     assert dict(read_operator("align_3")) == dict(read_operator("align")) | {"sampling_ratio": 3}
     with initialize_config_dir(str(configs), version_base="1.3", job_name="train"):
         assert read_operator("align_3").sampling_ratio == 3
@@ -37,7 +37,7 @@ def test_an_operator_may_build_on_another_file(tmp_path, monkeypatch):
 def test_an_operator_that_cannot_be_made_is_found_before_training(tmp_path, monkeypatch):
     configs = shutil.copytree(CONFIGS, tmp_path / "configs")
     (configs / "roi" / "typo.yaml").write_text("_target_: roi_quantization.ops.latice_pool\n_partial_: true\n")
-    monkeypatch.setattr("roi_quantization.detection.config_sources.CONFIGS", configs)
+    monkeypatch.setattr("roi_quantization.detection.common.config_sources.CONFIGS", configs)
     with pytest.raises(ImportError, match="latice_pool"):
         check_operators(["typo"])
 

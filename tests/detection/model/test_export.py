@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.ops import batched_nms
 
-from roi_quantization.detection.errors import MissingPackageError
+from roi_quantization.detection.common.errors import MissingPackageError
 from roi_quantization.detection.model.build import build_detector, instantiate, read_operator
 from roi_quantization.detection.model.export import ExportedDetector, export_onnx, export_program, onnx_operator
 from tests.configuration import composed

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytest import approx
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.coco import evaluate
 from roi_quantization.detection.report.predicted_cost import Ceiling, ceiling, gather_foreground, predict, predicted_results
 from roi_quantization.detection.report.predicted_cost_output import summarize_cost

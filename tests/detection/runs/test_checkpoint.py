@@ -3,7 +3,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.runs.checkpoint import (
     PARTS,
     check_categories,

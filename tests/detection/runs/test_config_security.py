@@ -119,7 +119,7 @@ def test_a_file_in_configs_is_how_a_target_is_trusted(config, tmp_path, monkeypa
         check_targets_allowed({"roi": own}, "best.ckpt")
     (tmp_path / "roi").mkdir()
     (tmp_path / "roi/mine.yaml").write_text(yaml.dump(own))
-    monkeypatch.setattr("roi_quantization.detection.config_sources.CONFIGS", tmp_path)
+    monkeypatch.setattr("roi_quantization.detection.common.config_sources.CONFIGS", tmp_path)
     check_targets_allowed({"roi": own}, "best.ckpt")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.runs.errors import handle_errors
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.coco import evaluate
 from roi_quantization.detection.runs import results
 from roi_quantization.detection.runs.results import draw_curves, report

@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
-from roi_quantization.detection.errors import InputError
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.runs.setup import check_added_keys, set_up_run
 from tests.configuration import ROOT, composed
 

@@ -7,7 +7,7 @@ from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from roi_quantization.detection.errors import InputError, MissingPackageError
+from roi_quantization.detection.common.errors import InputError, MissingPackageError
 from roi_quantization.detection.runs.interruption import GracefulStop
 from roi_quantization.detection.runs.progress import TrainingProgressBar
 from roi_quantization.detection.runs.trainer import build_loggers, build_trainer, check_limits, check_trains_as_configured, closed_loggers

@@ -8,11 +8,11 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 
+from roi_quantization.detection.common.files import NotWrittenError
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals import cache as module
 from roi_quantization.detection.data.proposals.cache import ProposalCache
 from roi_quantization.detection.data.proposals.file import ProposalFile
-from roi_quantization.detection.files import NotWrittenError
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from roi_quantization.detection.common.files import NotWrittenError
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals.file import ProposalFile, read_proposals, write_proposals
-from roi_quantization.detection.files import NotWrittenError
 from tests.faults import full_disk
 
 ONE, TWO, NONE = (ImageRecord(i, Path(f"{name}.png"), 60, 40) for i, name in ((1, "one"), (2, "two"), (9, "none")))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from roi_quantization.detection.files import NotWrittenError, atomic_file, atomic_write
+from roi_quantization.detection.common.files import NotWrittenError, atomic_file, atomic_write
 from tests.conftest import ROOT
 from tests.faults import full_disk
 
@@ -37,7 +37,7 @@ def test_an_error_while_it_is_written_leaves_what_was_there(tmp_path):
 
 READ_ONLY = """
 import sys
-from roi_quantization.detection.files import atomic_write
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.runs.lock import is_running, exclusive_run_folder
 
 run = sys.argv[1]

@@ -19,8 +19,8 @@ from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from roi_quantization.detection.configuration import CONFIGS
-from roi_quantization.detection.errors import InputError, MissingFileError
+from roi_quantization.detection.common.configuration import CONFIGS
+from roi_quantization.detection.common.errors import InputError, MissingFileError
 
 _FOREIGN = ("hydra", "schema")  # providers of Hydra's own configurations
 _named: list[str] = []  # entries of Hydra's search path, such as file:///folder

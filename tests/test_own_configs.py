@@ -124,7 +124,7 @@ def test_explain_takes_an_operator_of_a_package(project, configs, tmp_path):
 @pytest.mark.slow
 def test_a_sweep_and_its_cross_evaluation(project, configs):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
-    command = [*TINY, "-m", "experiment=quantization_core", "roi=align,mine", "seed=0", "cross=[mine]", "trainer.max_epochs=1"]
+    command = ["-m", *TINY, "experiment=quantization_core", "roi=align,mine", "seed=0", "cross=[mine]", "trainer.max_epochs=1"]
     succeeded(run(project, str(ROOT / "train.py"), "--config-dir", str(configs), *command))
     sweep = project / "runs/quantization_embedded_stride16"
     module = [*["-m", "roi_quantization.detection.runs.cross_evaluation"], str(sweep)]

@@ -261,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"voc: {error}")
     written = ", ".join(f"{split} ({images} images)" for split, images in sizes.items())
+    if given.convention is None:
+        print("The boxes were read as VOC's: pixels count from 1, and xmax and ymax are inside. Tools that do not do so need --convention.")
     print(f"{given.out}: {written}. Train on it with\n  python train.py {shlex.join(training_overrides(given.out, list(sizes)))}")
 
 

@@ -66,8 +66,12 @@ def test_the_command_writes_a_set_that_is_read(root, tmp_path, capsys, options):
     out = tmp_path / "out"
     for _ in range(2):  # again does no harm
         main([str(root), str(out), *options])
-    assert f"train (2 images), val (1 images). Train on it with\n  python train.py data=voc data.root={out}\n" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"train (2 images), val (1 images). Train on it with\n  python train.py data=voc data.root={out}\n" in text
+    assert "The boxes were read as VOC's: pixels count from 1" in text
     assert (out / "images").is_symlink() == (not options)
+    main([str(root), str(out), *options, "--convention=voc"])
+    assert "read as VOC's" not in capsys.readouterr().out
     dataset = CocoDetection(out / "images", out / "annotations/instances_train.json", Grid([0.5]))
     _, target = dataset[0]
     assert target["boxes"].tolist() == [[0, 0, 60, 40]] and target["labels"].tolist() == [2]

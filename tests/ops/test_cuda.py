@@ -79,6 +79,7 @@ def test_any_number_of_channels(operator, channels):
     assert_equals_oracle(operator, feature_map(1, channels, 5, 4, dtype=torch.float32), boxes, 2, has_box_gradient(operator))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ONE_OF_EACH)
 def test_more_rois_than_one_look_takes_in(operator):
     """Lists of the RoIs that touch a tile, over several tiles and several chunks of RoIs."""
@@ -166,7 +167,7 @@ def test_opcheck(operator):
     torch.library.opcheck(op, calls[0])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "float16"))])
 def test_every_kernel_compiles_for_gpus_that_are_not_here_and_spills_no_register(dtype):
     command = [sys.executable, "-m", "tests.ops.compile_kernels", dtype]
     environment = os.environ | {"TRITON_INTERPRET": "0"}

@@ -75,6 +75,7 @@ def test_runs_that_would_share_a_folder_are_refused(tmp_path):
     assert not list(tmp_path.glob("runs/*/align_seed5"))
 
 
+@pytest.mark.slow
 def test_a_sweep_that_fills_two_folders_writes_two_reports(tmp_path):
     ended = sweep(tmp_path, "backbone.stride=16,32", "trainer.max_epochs=1", "cross=[]")
     assert ended.returncode == 0, ended.stderr
@@ -84,7 +85,7 @@ def test_a_sweep_that_fills_two_folders_writes_two_reports(tmp_path):
         assert "not finished" not in report
 
 
-@pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
+@pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.slow), "submitit_local"])
 def test_other_launchers_run_the_same_sweep(tmp_path, launcher):
     if launcher != "basic":
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher: the extra `slurm`")

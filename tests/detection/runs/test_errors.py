@@ -2,12 +2,15 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.runs.errors import handle_errors
+from tests.configuration import ROOT
 
 
 def test_an_expected_error_ends_the_program_with_its_message():
@@ -41,3 +44,14 @@ def test_the_log_file_has_the_traceback(tmp_path, error, capsys):
     written = (tmp_path / "train.log").read_text()
     assert "Traceback" in written and f"{type(error).__name__}: {error}" in written and "test_errors.py" in written
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["recall.py", "split=nope,never"], ["explain.py", "stride=0,-1"], ["predict_cost.py", "split=nope,never"]]
+)
+def test_a_sweep_of_any_script_tries_all_runs_and_ends_with_an_error(command, tmp_path):
+    script, *overrides = command
+    words = [sys.executable, str(ROOT / script), "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}", *overrides]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1 and "2 runs failed" in ended.stderr
+    assert len(list((tmp_path / "sweep").rglob("failed.txt"))) == 2

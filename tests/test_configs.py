@@ -17,6 +17,12 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SMALL = ["head.box_head.hidden=8", "backbone.width=0.0625", "backbone.weights=null"]  # the layout, not the size
 
 
+@pytest.fixture(autouse=True)
+def hydra_config_as_before(monkeypatch):
+    """`composed` sets what is one for the whole process."""
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", HydraConfig.instance().cfg)
+
+
 def choices(group):
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 

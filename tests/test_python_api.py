@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from PIL import Image
 
 import roi_quantization
@@ -151,13 +152,16 @@ def test_a_checkpoint_with_another_operator(trained, detector, paths):
     assert (pool(paths[0])["scores"] > 0.2).all()
 
 
-def test_compose_gives_the_configuration_of_the_command(trained, monkeypatch, tmp_path):
+@pytest.mark.parametrize("inside", [False, True], ids=["on its own", "inside an application of Hydra"])
+def test_compose_gives_the_configuration_of_the_command(trained, monkeypatch, tmp_path, inside):
     monkeypatch.chdir(tmp_path)
+    before = OmegaConf.create({"hydra": {"runtime": {"config_sources": []}}}) if inside else None
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", before)
     cfg = roi_quantization.compose("train", ["roi=pool", "experiment=voc_animals_small", "backbone.weights=null", "data.root=x"])
     assert cfg.run_dir.startswith(str(tmp_path / "runs")) and cfg.run_dir.endswith("_voc_animals_pool")
     assert cfg.optim.groups.lr == 2e-4 and "hydra" not in cfg
     assert cfg.head.extractor.operator.quantize_roi == "round", "references to other settings stay"
-    assert not HydraConfig.initialized() and not list(tmp_path.iterdir())
+    assert HydraConfig.instance().cfg is before and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="expected a list of them, such as"):
         roi_quantization.compose("train", "roi=pool")
     with pytest.raises(ValueError, match="eval needs one checkpoint, got 0"):

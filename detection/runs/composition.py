@@ -64,7 +64,7 @@ def compose_with_parts(name: str, overrides: Sequence[str], ckpt: str | Path | N
 def _as_in_application(cfg: DictConfig) -> DictConfig:
     """Resolve what only Hydra can resolve (`${hydra:...}`, the run folder), and remove the node `hydra`."""
     OmegaConf.set_readonly(cfg.hydra, False)
-    with _hydra_config(cfg):
+    with hydra_config(cfg):
         if "run_dir" in cfg and "${hydra:" in str(OmegaConf.to_container(cfg, resolve=False)["run_dir"]):
             with open_dict(cfg):
                 cfg.run_dir = str(Path(cfg.hydra.run.dir).absolute())
@@ -87,8 +87,8 @@ def _resolve_hydra(node: Container) -> None:
 
 
 @contextmanager
-def _hydra_config(cfg: DictConfig) -> Iterator[None]:
-    """`HydraConfig` of this configuration; afterwards that of the application, where there is one."""
+def hydra_config(cfg: DictConfig) -> Iterator[None]:
+    """Let `${hydra:...}` be resolved by `cfg.hydra` inside; afterwards by what it was before, if anything."""
     instance = HydraConfig.instance()
     before = instance.cfg
     instance.set_config(copy.deepcopy(cfg))

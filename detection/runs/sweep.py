@@ -18,7 +18,6 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -30,6 +29,7 @@ from roi_quantization.detection.data.module import describe
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.origin import add_origin
+from roi_quantization.detection.runs.composition import hydra_config
 from roi_quantization.detection.runs.distributed import is_distributed, is_rank_zero
 from roi_quantization.detection.runs.errors import FAILED, is_expected, write_failure
 from roi_quantization.detection.runs.lock import RunFolderLocked, exclusive_run_folder, is_running
@@ -132,12 +132,11 @@ def planned_runs(config: DictConfig) -> dict[Path, dict]:
     runs = {}
     for job in jobs:
         cfg = loader.load_sweep_config(config, job)
-        HydraConfig.instance().set_config(cfg)  # for ${hydra:...}
-        run_dir = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
-        with open_dict(cfg):
+        with hydra_config(cfg), open_dict(cfg):
+            run_dir = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
             cfg.run_dir = str(run_dir)
             del cfg["hydra"]
-        run = OmegaConf.to_container(cfg, resolve=True)
+            run = OmegaConf.to_container(cfg, resolve=True)
         if run_dir in runs:
             differ = shorten(differences(runs[run_dir], run)) or "they are the same"
             raise InputError(
@@ -145,7 +144,6 @@ def planned_runs(config: DictConfig) -> dict[Path, dict]:
                 " such as 'arm=${hydra:runtime.choices.roi}_${roi.sampling_ratio}'"
             )
         runs[run_dir] = run
-    HydraConfig.instance().set_config(config)
     return runs
 
 
@@ -173,7 +171,8 @@ class SweepCallback(Callback):
                 elif run.get("resume") == "auto":
                     check_replaceable(run_dir, run)
             if len(finished) < len(runs):  # what the runs share is computed once, on all cores, and its errors are printed once
-                data = instantiate(config.data)
+                with hydra_config(config):
+                    data = instantiate(config.data)
                 data.prepare_data()
                 data.setup()
                 splits = {name: split for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}

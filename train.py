@@ -60,6 +60,8 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=cfg.init_from is None)
     if cfg.init_from is not None and resumed is None:
         initialize_from(detector, path_setting(cfg.init_from, "init_from"), data.categories)
+    if cfg.get("features") is not None:
+        instantiate(cfg.features).attach(detector, data)
     module = DetectionModule(
         detector,
         **instantiate(cfg.optim),

@@ -31,6 +31,8 @@ class CocoDetection(Dataset):
         proposals  float32 [L, 4]   candidate windows
         image_id   int
         original_size  (height, width) of the file
+    and, where `features` is set, the cached map of a frozen backbone, for which the image has no pixels but its size:
+        features   float16 [C, H, W]
     All boxes are `(x1, y1, x2, y2)` in pixels of the returned image, that is after `transform`.
 
     Args:
@@ -87,6 +89,7 @@ class CocoDetection(Dataset):
         proposals.prepare(self.records)
         self.transform = transform
         self.seed = seed
+        self.features: Callable[[ImageRecord, bool], Tensor] | None = None  # `(image, flipped)` -> its map
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, so that persistent workers see it change
 
     def _index_boxes(self, instances: dict) -> None:
@@ -164,12 +167,22 @@ class CocoDetection(Dataset):
         boxes, labels, crowd = self.ground_truth(index)
         in_image = {"boxes": boxes, "crowd": crowd, "proposals": self.proposals(record)}
         target = {name: tv_tensors.BoundingBoxes(value, format="XYXY", canvas_size=size) for name, value in in_image.items()}
-        image = tv_tensors.Image(read_image(record, has_boxes=True))
-        if self.transform is not None:
-            with seeded_rng(self.seed, int(self._epoch), record.id):
-                image, target = self.transform(image, target)
+        if self.features is None:
+            image, target = self._transform(record, tv_tensors.Image(read_image(record, has_boxes=True)), target)
+            image = image.as_subclass(Tensor)
+        else:
+            corner = tv_tensors.BoundingBoxes([[0.0, 0.0, 1.0, 1.0]], format="XYXY", canvas_size=size)  # tells whether it was flipped
+            corner, target = self._transform(record, corner, target)
+            image = torch.zeros(1, dtype=torch.uint8).expand(3, *corner.canvas_size)  # takes no memory
+            target["features"] = self.features(record, bool(corner[0, 0] > 0))
         plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
-        return image.as_subclass(Tensor), plain | {"labels": labels, "image_id": record.id, "original_size": size}
+        return image, plain | {"labels": labels, "image_id": record.id, "original_size": size}
+
+    def _transform(self, record: ImageRecord, image: tv_tensors.TVTensor, target: dict) -> tuple[tv_tensors.TVTensor, dict]:
+        if self.transform is None:
+            return image, target
+        with seeded_rng(self.seed, int(self._epoch), record.id):
+            return self.transform(image, target)
 
 
 def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:

@@ -31,7 +31,8 @@ class FastRCNN(nn.Module):
         Args:
             images: uint8 RGB `[3, H, W]`, of any sizes.
             targets: one dict an image with `proposals` [L, 4] in the image's pixels, `image_id`, `original_size` (height, width), and for
-                losses `boxes` [G, 4], `labels` [G] and, where there are any, `crowd` [M, 4].
+                losses `boxes` [G, 4], `labels` [G] and, where there are any, `crowd` [M, 4]. With
+                `features` [C, h, w], the map of the image, its pixels are not read.
 
         Returns:
             `(detections, losses)`. In training there are no detections. In evaluation there is a dict for each image: `boxes` [D, 4] in
@@ -40,7 +41,10 @@ class FastRCNN(nn.Module):
         """
         shapes = [(image.shape[1], image.shape[2]) for image in images]
         proposals = [target["proposals"] for target in targets]
-        features = self.backbone(self.batch(images))
+        if "features" in targets[0]:
+            features = self.batch_maps([target["features"] for target in targets])
+        else:
+            features = self.backbone(self.batch(images))
         with_losses = self.training or all("boxes" in target for target in targets)
         detections, losses = self.roi_heads(features, proposals, shapes, targets if with_losses else None)
         for detection, target, shape in zip(detections, targets, shapes, strict=not self.training):
@@ -61,6 +65,14 @@ class FastRCNN(nn.Module):
         batch = torch.zeros(len(images), 3, height, width, device=self.mean.device).contiguous(memory_format=self.memory_format)
         for filled, image in zip(batch, images, strict=True):
             filled[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
+        return batch
+
+    def batch_maps(self, maps: list[Tensor]) -> Tensor:
+        """Pad feature maps `[C, h, w]` into one `[N, C, H, W]`: zeros right and below."""
+        height, width = (max(map_.shape[axis] for map_ in maps) for axis in (1, 2))
+        batch = self.mean.new_zeros(len(maps), maps[0].shape[0], height, width).contiguous(memory_format=self.memory_format)
+        for filled, map_ in zip(batch, maps, strict=True):
+            filled[:, : map_.shape[1], : map_.shape[2]] = map_
         return batch
 
 

@@ -1,0 +1,194 @@
+"""Feature maps of a frozen backbone from a file: the same numbers as from the pixels, and nothing else is ever read."""
+
+import errno
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.files import NotWrittenError
+from roi_quantization.detection.data import feature_cache
+from roi_quantization.detection.model.build import build_detector, instantiate
+from roi_quantization.detection.runs.frozen_features import FrozenFeatures
+from tests.configuration import composed
+from tests.trainings import TINY, run_eval, run_train
+
+FROZEN = [*TINY, "backbone.frozen_blocks=5", "threads=1"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("embedded")
+
+
+def build(root, *overrides):
+    """A detector, and the data that are set up for it."""
+    cfg = composed("train", *FROZEN, f"data.root={root}", "run_dir=none", *overrides)
+    torch.manual_seed(0)
+    data = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup()
+    return build_detector(cfg, len(data.categories) + 1), data
+
+
+def test_an_item_has_the_map_and_the_boxes_of_its_pixels(root, tmp_path):
+    detector, data = build(root)
+    _, plain = build(root)
+    FrozenFeatures(tmp_path).attach(detector, data)
+    detector.eval()
+    flips = set()
+    for epoch in range(3):
+        for split in ("train", "test"):
+            cached, pixels = getattr(data, split), getattr(plain, split)
+            cached.set_epoch(epoch), pixels.set_epoch(epoch)
+            for index in range(len(pixels)):
+                image, target = pixels[index]
+                blank, found = cached[index]
+                features = found.pop("features")
+                assert blank.shape == image.shape and blank.dtype == image.dtype
+                assert found.keys() == target.keys()
+                assert all(torch.equal(torch.as_tensor(found[key]), torch.as_tensor(target[key])) for key in target)
+                with torch.no_grad():
+                    expected = detector.backbone(detector.batch([image]))[0]
+                assert features.dtype == torch.float16
+                torch.testing.assert_close(features.float(), expected, rtol=1e-3, atol=1e-3)
+                flips.add((split, bool((target["boxes"] - cached.ground_truth(index)[0]).abs().max() > 0)))
+    assert flips == {("train", True), ("train", False), ("test", False)}
+
+
+def test_a_training_has_the_numbers_of_one_on_pixels(tmp_path):
+    options = ["backbone.frozen_blocks=5", "threads=1", "trainer.max_epochs=2", "optim.groups.lr=5e-3"]
+    (tmp_path / "pixels").mkdir()
+    on_pixels = run_train(tmp_path / "pixels", *options)
+    shutil.copytree(tmp_path / "pixels/data", tmp_path / "maps/data")
+    cached = ["features=cached", f"features.cache_dir={tmp_path / 'cache'}"]
+    on_maps = run_train(tmp_path / "maps", *options, *cached)
+    losses = [
+        [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
+        for folder in ("pixels", "maps")
+        for rows in [(tmp_path / folder / "run/metrics.csv").read_text().splitlines()]
+        for column in [rows[0].split(",").index("train/loss")]
+    ]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=5e-3)
+    assert on_maps == pytest.approx(on_pixels, abs=1.0, nan_ok=True)
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    again = run_eval(tmp_path / "maps/run/best.ckpt", tmp_path / "eval", *cached)
+    assert again["test/AP"] == pytest.approx(on_maps["test/AP"], abs=0.01)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == files, "nothing was computed again"
+
+
+@pytest.mark.parametrize("roi", ["align", "pool", "prroi", "warp"])
+def test_maps_of_other_sizes_in_a_batch_change_nothing(root, roi):
+    """A map is padded with zeros, which boxes inside of the image without its last half cell never read."""
+    detector, _ = build(root, f"roi={roi}")
+    pool = detector.roi_heads.box_roi_pool
+    shapes = [(96, 96), (64, 80)]
+    maps = [torch.rand(detector.backbone.out_channels, height // 16, width // 16).half() for height, width in shapes]
+    boxes = [
+        torch.tensor([[0.0, 0.0, width - 17, height - 17], [width / 2, height / 2, width - 18, height - 17], [3.0, 2.0, 40.0, 30.0]])
+        for height, width in shapes
+    ]
+    together = pool(detector.batch_maps(maps), boxes, shapes)
+    alone = [pool(detector.batch_maps([map_]), [of_image], [shape]) for map_, of_image, shape in zip(maps, boxes, shapes, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_a_killed_run_goes_on_where_its_last_index_was_written(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "PART", 4)
+    detector, data = build(root)
+    batch, computed = detector.batch, []
+
+    def count(images, limit):
+        computed.append(images)
+        if len(computed) > limit:
+            raise KeyboardInterrupt
+        return batch(images)
+
+    monkeypatch.setattr(detector, "batch", lambda images: count(images, 6))
+    with pytest.raises(KeyboardInterrupt):
+        FrozenFeatures(tmp_path).attach(detector, data)
+    computed.clear()
+    monkeypatch.setattr(detector, "batch", lambda images: count(images, 100))
+    FrozenFeatures(tmp_path).attach(detector, data)
+    assert len(computed) == 8 * 2 + 3 + 4 - 4, "four were in the index"
+    fresh_detector, fresh = build(root)
+    FrozenFeatures(tmp_path / "fresh").attach(fresh_detector, fresh)
+    for index in range(8):
+        assert torch.equal(data.train[index][1]["features"], fresh.train[index][1]["features"])
+
+
+def test_other_weights_sizes_and_images_have_other_maps(root, tmp_path):
+    files = []
+    for overrides, change in (([], False), ([], True), (["backbone.stride=32"], False), (["data.eval_transform.short_side=64"], False)):
+        detector, data = build(root, *overrides)
+        if change:
+            next(detector.backbone.parameters()).data[0] += 1
+        data.train = data.val = None
+        FrozenFeatures(tmp_path).attach(detector, data)
+        files.append(data.test.features.path)
+        map_ = data.test[0][1]["features"]
+        assert map_.shape[1:] == {0: (6, 6), 1: (6, 6), 2: (3, 3), 3: (4, 4)}[len(files) - 1]
+    assert len(set(files)) == 4
+    detector, data = build(root, "data.seed=1", "data.subset=2", "data.source.seed=7", f"data.root={tmp_path / 'other'}")
+    FrozenFeatures(tmp_path).attach(detector, data)
+    with torch.no_grad():
+        detector.eval()
+        image = build(root, "data.source.seed=7", "data.subset=2", f"data.root={tmp_path / 'other'}")[1].test[0][0]
+        expected = detector.backbone(detector.batch([image]))[0]
+    torch.testing.assert_close(data.test[0][1]["features"].float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_damaged_files_are_named_or_computed_anew(root, tmp_path):
+    detector, data = build(root)
+    FrozenFeatures(tmp_path).attach(detector, data)
+    expected = data.test[0][1]["features"]
+    path, index = data.test.features.path, data.test.features.index_path
+    content = path.read_bytes()
+    entry = json.loads(index.read_text())["maps"][data.test.features._name(data.test.records[0], False)]
+    path.write_bytes(content[: entry[0]] + b"\x01\x02" + content[entry[0] + 2 :])
+    with pytest.raises(InputError, match=rf"{path}.*checksum"):
+        data.test[0]
+    for damage in (lambda: path.write_bytes(content[: entry[0] + 2]), lambda: index.write_text("{"), lambda: index.unlink()):
+        damage()
+        _, again = build(root)
+        FrozenFeatures(tmp_path).attach(detector, again)
+        assert torch.equal(again.test[0][1]["features"], expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["backbone.frozen_blocks=4"], r"features\.\d+\.weight and \d+ more.*backbone\.frozen_blocks=5"),
+        (["data.train_transform.short_side=[64,96]"], r"the transform of train has RandomChoice"),
+        ([], r"the transform of test has ColorJitter"),
+    ],
+)
+def test_what_changes_the_maps_is_refused_before_anything_is_computed(root, tmp_path, overrides, message):
+    detector, data = build(root, *overrides)
+    if not overrides:
+        data.test.transform = v2.Compose([v2.ColorJitter(0.1)])
+    with pytest.raises(InputError, match=message):
+        FrozenFeatures(tmp_path / "cache").attach(detector, data)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_full_disk_leaves_no_half_map(root, tmp_path, monkeypatch):
+    detector, data = build(root)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"need \d\.\d MB, and .* has 0\.0 MB free.*features\.cache_dir"):
+        FrozenFeatures(tmp_path).attach(detector, data)
+    monkeypatch.undo()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(feature_cache.os, "fsync", full)
+    with pytest.raises(NotWrittenError, match="Make room there"):
+        FrozenFeatures(tmp_path).attach(detector, data)
+    monkeypatch.undo()
+    FrozenFeatures(tmp_path).attach(detector, data)
+    assert data.train[0][1]["features"].isfinite().all()

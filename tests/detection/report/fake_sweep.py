@@ -6,10 +6,11 @@
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from roi_quantization.detection.data.annotations import as_coco
 from roi_quantization.detection.evaluation.coco import Metrics, evaluate, write_metrics, write_results
@@ -60,8 +61,9 @@ def write_fake_sweep(
                 continue
             run = folder / name
             run.mkdir(exist_ok=True)
-            config = composed("train", f"roi={arm}", f"seed={seed}", f"run_dir={run}", f"data.root={root}", *overrides)
-            config.arm = arm
+            config = OmegaConf.merge(
+                _configuration(arm, *overrides), {"seed": seed, "run_dir": str(run), "arm": arm, "data": {"root": str(root)}}
+            )
             OmegaConf.save(config, run / "config.yaml", resolve=True)
             if name in failed:
                 (run / "failed.txt").write_text("Traceback (most recent call last):\n  ...\nRuntimeError: no memory left\n")
@@ -74,6 +76,11 @@ def write_fake_sweep(
             (run / "cross.json").write_text(json.dumps(cross))
             write_metrics(run / "metrics.json", _metrics(truth["test"], found, evaluated))
     return folder
+
+
+@cache
+def _configuration(arm: str, *overrides: str) -> DictConfig:
+    return composed("train", f"roi={arm}", "run_dir=none", *overrides)
 
 
 def _instances(rng: np.random.Generator, images: int) -> dict:

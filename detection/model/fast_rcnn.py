@@ -7,6 +7,8 @@ from torchvision.ops import clip_boxes_to_image
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.roi_heads import FastRCNNHeads
 
+CHANGES_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)  # whose output depends on the mode
+
 
 class FastRCNN(nn.Module):
     """Fast R-CNN (Girshick, 2015): a backbone over the whole image, RoI features of each proposal, two-FC head.
@@ -32,7 +34,7 @@ class FastRCNN(nn.Module):
             images: uint8 RGB `[3, H, W]`, of any sizes.
             targets: one dict an image with `proposals` [L, 4] in the image's pixels, `image_id`, `original_size` (height, width), and for
                 losses `boxes` [G, 4], `labels` [G] and, where there are any, `crowd` [M, 4]. With
-                `features` [C, h, w], the map of the image, its pixels are not read.
+                `features` [C, h, w], what the frozen layers of the backbone make of an image, its pixels are not read.
 
         Returns:
             `(detections, losses)`. In training there are no detections. In evaluation there is a dict for each image: `boxes` [D, 4] in
@@ -42,7 +44,8 @@ class FastRCNN(nn.Module):
         shapes = [(image.shape[1], image.shape[2]) for image in images]
         proposals = [target["proposals"] for target in targets]
         if "features" in targets[0]:
-            features = self.batch_maps([target["features"] for target in targets])
+            _, trained = frozen_and_trained(self.backbone)
+            features = trained(self.batch_maps([target["features"] for target in targets]))
         else:
             features = self.backbone(self.batch(images))
         with_losses = self.training or all("boxes" in target for target in targets)
@@ -74,6 +77,24 @@ class FastRCNN(nn.Module):
         for filled, map_ in zip(batch, maps, strict=True):
             filled[:, : map_.shape[1], : map_.shape[2]] = map_
         return batch
+
+
+def frozen_and_trained(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Take a backbone apart into the layers whose output training does not change, and the others.
+
+    Args:
+        backbone: with a method `split`, as `VGG16` has it; without, it is a whole that is frozen or not.
+
+    Raises:
+        InputError: its first layers are trained, so that nothing stays as it is.
+    """
+    frozen, trained = backbone.split() if hasattr(backbone, "split") else (backbone, nn.Identity())
+    names = [name for name, weight in frozen.named_parameters() if weight.requires_grad]
+    names += [name for name, layer in frozen.named_modules() if layer.training and isinstance(layer, CHANGES_IN_TRAINING)]
+    if names or not len(list(frozen.parameters())):
+        what = f"{names[0]} is trained" if names else "all of its layers are trained"
+        raise InputError(f"features=cached: the backbone is not frozen ({what}). Set backbone.frozen_blocks=5 or 4, or remove features")
+    return frozen, trained
 
 
 def to_original(boxes: Tensor, shape: tuple[int, int], original: tuple[int, int]) -> Tensor:

@@ -62,6 +62,12 @@ class VGG16(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.features(images)
 
+    def split(self) -> tuple[nn.Sequential, nn.Sequential]:
+        """Return the layers before the first one that is trained, and the others. They share their weights with this backbone."""
+        trained = (i for i, layer in enumerate(self.features) if any(weight.requires_grad for weight in layer.parameters()))
+        first = next(trained, len(self.features))
+        return self.features[:first], self.features[first:]
+
     def train(self, mode: bool = True) -> "VGG16":
         super().train(mode)
         for block in self._frozen():

@@ -1,4 +1,4 @@
-"""Training on feature maps that a frozen backbone computes once for each image, instead of in each step."""
+"""Training on feature maps that the frozen layers of a backbone compute once for each image, instead of in each step."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.feature_cache import FeatureCache
 from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.module import DetectionData
-from roi_quantization.detection.model.fast_rcnn import FastRCNN
+from roi_quantization.detection.model.fast_rcnn import FastRCNN, frozen_and_trained
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -23,8 +23,9 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 class FrozenFeatures:
     """Lets the splits of a data module give feature maps, which are computed where the files in `cache_dir` do not have them.
 
-    The map of an image is that of the image alone, padded with zeros to a multiple of the stride. In a batch of images of different sizes
-    the backbone would see more padding at the right and lower border, and give slightly different values there.
+    A map is the output of the layers before the first one that is trained. It is that of the image alone, padded with zeros to a multiple
+    of the stride. In a batch of images of different sizes the backbone would see more padding at the right and lower border, and give
+    slightly different values there.
 
     Args:
         cache_dir: folder of the files (see `FeatureCache`): about 2 MB for an image of 600 x 800 pixels at stride 16 with 512 channels.
@@ -38,59 +39,37 @@ class FrozenFeatures:
         """Compute the maps of all splits that are set up, and let them return these.
 
         Raises:
-            InputError: the backbone is trained, or a transform does more than to resize and to flip. Nothing was computed.
+            InputError: the first layers of the backbone are trained, or a transform does more than resize and flip. Nothing was computed.
         """
-        check_frozen(detector.backbone)
+        frozen, _ = frozen_and_trained(detector.backbone)
         splits = {name: split for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}
         steps = {name: resize_and_flips(split.transform, name) for name, split in splits.items()}
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        training, before = detector.training, detector.mean.device
-        detector.to(device).eval()
+        before = detector.mean.device
+        detector.to("cuda" if torch.cuda.is_available() else "cpu")
         for name, split in splits.items():
-            self._attach(detector, split, *steps[name])
-        detector.to(before).train(training)
+            self._attach(detector, frozen, split, *steps[name])
+        detector.to(before)
 
-    def _attach(self, detector: FastRCNN, split: CocoDetection, resize: nn.Module, flips: tuple[bool, ...]) -> None:
-        stride = detector.backbone.stride
-
-        def size(image: ImageRecord) -> tuple[int, int]:
-            canvas = tv_tensors.BoundingBoxes(torch.zeros(1, 4), format="XYXY", canvas_size=(image.height, image.width))
-            return tuple(-(-side // stride) for side in resize(canvas).canvas_size)
-
-        key = "\n".join([backbone_key(detector.backbone), repr(resize), self.precision])
-        split.features = FeatureCache(self.cache_dir, key, detector.backbone.out_channels)
-        split.features.prepare(split.records, flips, size, self._compute(detector, resize))
-
-    def _compute(self, detector: FastRCNN, resize: nn.Module) -> Callable[[ImageRecord, bool], Tensor]:
-        device = detector.mean.device
+    @torch.inference_mode()
+    def _attach(self, detector: FastRCNN, frozen: nn.Module, split: CocoDetection, resize: nn.Module, flips: tuple[bool, ...]) -> None:
+        device, stride = detector.mean.device, detector.backbone.stride
         dtype = AUTOCAST.get(self.precision)
 
-        @torch.inference_mode()
         def compute(image: ImageRecord, flipped: bool) -> Tensor:
             pixels = resize(read_image(image, has_boxes=True)).to(device)
             with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
-                return detector.backbone(detector.batch([pixels.flip(-1) if flipped else pixels]))[0]
+                return frozen(detector.batch([pixels.flip(-1) if flipped else pixels]))[0]
 
-        return compute
+        sample = frozen(torch.zeros(1, 3, 2 * stride, 2 * stride, device=device))
+        cells = sample.shape[-1] // 2  # along the side of a square of one stride
 
+        def size(image: ImageRecord) -> tuple[int, int]:
+            canvas = tv_tensors.BoundingBoxes(torch.zeros(1, 4), format="XYXY", canvas_size=(image.height, image.width))
+            return tuple(-(-side // stride) * cells for side in resize(canvas).canvas_size)
 
-def check_frozen(backbone: nn.Module) -> None:
-    """Check that training does not change what a backbone computes.
-
-    Raises:
-        InputError: a parameter is trained, or a batch norm or dropout is in training mode.
-    """
-    trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
-    if trained:
-        raise InputError(
-            f"features=cached: the backbone is trained ({trained[0]} and {len(trained) - 1} more), so its maps change. Freeze it with "
-            "backbone.frozen_blocks=5, or remove features"
-        )
-    changing = [
-        name for name, part in backbone.named_modules() if part.training and isinstance(part, (nn.modules.batchnorm._BatchNorm, nn.Dropout))
-    ]
-    if changing:
-        raise InputError(f"features=cached: {changing[0]} of the backbone is in training mode, so its maps change. Freeze it as well")
+        key = "\n".join([layers_key(frozen), str((stride, detector.backbone.mean, detector.backbone.std)), repr(resize), self.precision])
+        split.features = FeatureCache(self.cache_dir, key, sample.shape[1])
+        split.features.prepare(split.records, flips, size, compute)
 
 
 def resize_and_flips(transform: Callable | None, split: str) -> tuple[nn.Module, tuple[bool, ...]]:
@@ -115,10 +94,10 @@ def resize_and_flips(transform: Callable | None, split: str) -> tuple[nn.Module,
     return v2.Compose(resizes) if resizes else nn.Identity(), (False, True) if flips and flips[0].p > 0 else (False,)
 
 
-def backbone_key(backbone: nn.Module) -> str:
-    """Return what a backbone's maps depend on: its structure, its stride, its normalisation, and a hash of its weights."""
+def layers_key(layers: nn.Module) -> str:
+    """Return the structure of these layers and a hash of their weights."""
     content = hashlib.sha256()
-    for name, value in sorted(backbone.state_dict().items()):
+    for name, value in sorted(layers.state_dict().items()):
         content.update(name.encode())
         content.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return "\n".join([str(backbone), str(backbone.stride), str((backbone.mean, backbone.std)), content.hexdigest()])
+    return f"{layers}\n{content.hexdigest()}"

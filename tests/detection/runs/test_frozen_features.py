@@ -60,8 +60,9 @@ def test_an_item_has_the_map_and_the_boxes_of_its_pixels(root, tmp_path):
     assert flips == {("train", True), ("train", False), ("test", False)}
 
 
-def test_a_training_has_the_numbers_of_one_on_pixels(tmp_path):
-    options = ["backbone.frozen_blocks=5", "threads=1", "trainer.max_epochs=2", "optim.groups.lr=5e-3"]
+@pytest.mark.parametrize("frozen", [5, 3])
+def test_a_training_has_the_numbers_of_one_on_pixels(tmp_path, frozen):
+    options = [f"backbone.frozen_blocks={frozen}", "threads=1", "trainer.max_epochs=2", "optim.groups.lr=5e-3"]
     (tmp_path / "pixels").mkdir()
     on_pixels = run_train(tmp_path / "pixels", *options)
     shutil.copytree(tmp_path / "pixels/data", tmp_path / "maps/data")
@@ -121,6 +122,31 @@ def test_a_killed_run_goes_on_where_its_last_index_was_written(root, tmp_path, m
         assert torch.equal(data.train[index][1]["features"], fresh.train[index][1]["features"])
 
 
+def test_a_backbone_of_somebody_else_is_frozen_as_a_whole_or_refused(root, tmp_path):
+    detector, data = build(root)
+    whole = detector.backbone
+
+    class Own(torch.nn.Module):
+        stride, out_channels, mean, std = whole.stride, whole.out_channels, whole.mean, whole.std
+
+        def __init__(self):
+            super().__init__()
+            self.layers = whole.features
+
+        def forward(self, images):
+            return self.layers(images)
+
+    detector.backbone = Own()
+    FrozenFeatures(tmp_path).attach(detector, data)
+    image = build(root)[1].test[0][0]
+    with torch.no_grad():
+        expected = detector.backbone(detector.batch([image]))[0]
+    torch.testing.assert_close(data.test[0][1]["features"].float(), expected, rtol=1e-3, atol=1e-3)
+    detector.backbone.layers[-2].weight.requires_grad_(True)
+    with pytest.raises(InputError, match=r"layers\.\d+\.weight is trained"):
+        FrozenFeatures(tmp_path).attach(detector, build(root)[1])
+
+
 def test_other_weights_sizes_and_images_have_other_maps(root, tmp_path):
     files = []
     for overrides, change in (([], False), ([], True), (["backbone.stride=32"], False), (["data.eval_transform.short_side=64"], False)):
@@ -162,7 +188,7 @@ def test_damaged_files_are_named_or_computed_anew(root, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["backbone.frozen_blocks=4"], r"features\.\d+\.weight and \d+ more.*backbone\.frozen_blocks=5"),
+        (["backbone.frozen_blocks=0"], r"all of its layers are trained.*backbone\.frozen_blocks=5"),
         (["data.train_transform.short_side=[64,96]"], r"the transform of train has RandomChoice"),
         ([], r"the transform of test has ColorJitter"),
     ],

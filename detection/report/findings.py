@@ -1,5 +1,6 @@
 """The numbers of a sweep's report, computed once: metrics, differences, costs, localisation, sizes, misalignment."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -8,11 +9,14 @@ from pathlib import Path
 import hydra.utils
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from roi_quantization.detection.alignment.ideal_localizer import IdealLocalizer
 from roi_quantization.detection.alignment.misalignment import Operator, is_supported, lattice_rule, summarize
+from roi_quantization.detection.common.config_security import check_targets_allowed
 from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.renamed_targets import rename_targets
 from roi_quantization.detection.evaluation.bootstrap import MatchedDetections, bootstrap_over_images
 from roi_quantization.detection.evaluation.coco import evaluate
 from roi_quantization.detection.evaluation.localisation import Localisation, localisation
@@ -21,6 +25,8 @@ from roi_quantization.detection.evaluation.sizes import average_precision_by_cel
 from roi_quantization.detection.evaluation.statistics import Combination, Estimate, TwoByTwo, difference, estimate_over_seeds
 from roi_quantization.detection.report.predicted_cost import predicted_results
 from roi_quantization.detection.report.sweep import Run, Sweep
+
+log = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75")
 METRIC = "AP"  # the one of the headline and the figures, chosen before any result
@@ -178,7 +184,7 @@ class Findings:
 
     @cached_property
     def misalignment(self) -> dict[str, dict[str, float]]:
-        """Arm -> mean misalignment over the RoIs of the reference's detections. Operators of other projects are left out."""
+        """Arm -> mean misalignment over the RoIs of the reference's detections. Arms without an entry in `operators` are left out."""
         proposals, scales = {}, self.sweep.scales
         for found in self.localisations(self.reference):
             if found.proposal is None:
@@ -191,21 +197,20 @@ class Findings:
             boxes.append((torch.from_numpy(np.array(some)).float(), (round(image["height"] * scale), round(image["width"] * scale))))
         if not boxes:
             return {}
-        operators = {arm: operator for arm, operator in self.operators.items() if is_supported(operator)}
         size = self.sweep.finished[0].config.head.extractor.output_size
-        return {row["operator"]: row for row in summarize(operators, boxes, [self.stride], size) if row["size"] == "all"}
+        return {row["operator"]: row for row in summarize(self.operators, boxes, [self.stride], size) if row["size"] == "all"}
 
     @cached_property
     def predicted(self) -> dict[str, dict[str, float]]:
         """Arm -> metric -> difference to the reference predicted from the reference's own runs, see `predicted_cost`.
 
-        Empty where the reference does not sample its RoIs exactly, or its results have no proposals. Operators of other
-        projects are left out.
+        Empty where the reference does not sample its RoIs exactly, or its results have no proposals. Arms without an entry
+        in `operators` are left out.
         """
         runs = self.runs(self.reference)
         size = self.sweep.finished[0].config.head.extractor.output_size
-        operator = self.operators[self.reference]
-        if not (is_supported(operator) and IdealLocalizer(operator, np.array([2.0, 8.0]), size).is_exact):
+        operator = self.operators.get(self.reference)
+        if not (operator and IdealLocalizer(operator, np.array([2.0, 8.0]), size).is_exact):
             return {}
         results = {run.folder: run.results() for run in runs}
         if not all(of_run and all("proposal" in one for one in of_run) for of_run in results.values()):
@@ -214,7 +219,7 @@ class Findings:
         own = {run.folder: evaluate(truth, results[run.folder], self.image_ids, limit).stats for run in runs}
         found: dict[str, dict[str, float]] = {}
         for arm in tqdm(self.differences[METRIC], desc="predicting", unit="operator", leave=False):
-            if not is_supported(self.operators[arm]):
+            if arm not in self.operators:
                 continue
             changes = []
             for run in runs:
@@ -226,12 +231,25 @@ class Findings:
 
     @cached_property
     def operators(self) -> dict[str, Operator]:
-        return {arm: hydra.utils.instantiate(self.runs(arm)[0].config.roi) for arm in self.arms}
+        """Arm -> operator. Operators of other projects are left out. Those that no configuration names are not even called."""
+        found = {}
+        for arm in self.arms:
+            run = self.runs(arm)[0]
+            roi = OmegaConf.to_container(run.config.roi)
+            try:
+                check_targets_allowed({"roi": roi}, run.folder / "config.yaml")
+            except InputError as error:
+                log.warning("%s. The report shows the scores of %s without its geometry.", error, arm)
+                continue
+            operator = hydra.utils.instantiate(rename_targets(roi))
+            if is_supported(operator):
+                found[arm] = operator
+        return found
 
     def describe_operator(self, arm: str) -> tuple[str, str, str]:
         """Describe an arm's treatment of the RoI, of its bins, and its reduction. Of another project's operator return the name."""
-        operator = self.operators[arm]
-        return describe_operator(operator) if is_supported(operator) else (self.runs(arm)[0].config.roi._target_, "-", "-")
+        operator = self.operators.get(arm)
+        return describe_operator(operator) if operator else (self.runs(arm)[0].config.roi._target_, "-", "-")
 
 
 def describe_operator(operator: Operator) -> tuple[str, str, str]:

@@ -19,11 +19,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
+from roi_quantization.detection.common.config_security import check_targets_allowed
 from roi_quantization.detection.common.config_sources import name_folders_of_command
 from roi_quantization.detection.common.configuration import path_setting
 from roi_quantization.detection.common.errors import ExpectedError, InputError, MissingFileError
-from roi_quantization.detection.runs.config_security import check_targets_allowed
-from roi_quantization.detection.runs.renamed_targets import rename_targets
+from roi_quantization.detection.common.renamed_targets import rename_targets
 
 log = logging.getLogger(__name__)
 

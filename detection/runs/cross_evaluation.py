@@ -13,16 +13,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from roi_quantization.detection.common.config_security import check_targets_allowed
 from roi_quantization.detection.common.config_sources import choices, name_config_folder
 from roi_quantization.detection.common.errors import ExpectedError, InputError
+from roi_quantization.detection.common.renamed_targets import rename_targets
 from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.model.build import build_detector, instantiate, read_operator
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.sweep import Run, read_sweep
 from roi_quantization.detection.runs.checkpoint import check_categories, load_checkpoint, load_weights
-from roi_quantization.detection.runs.config_security import check_targets_allowed
-from roi_quantization.detection.runs.renamed_targets import rename_targets
 from roi_quantization.detection.runs.results import write_cross
 from roi_quantization.detection.runs.setup import silence_lightning
 from roi_quantization.detection.runs.trainer import build_trainer

@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from roi_quantization.detection.common.configuration import differences, shorten
 from roi_quantization.detection.common.errors import ExpectedError, InputError, MissingFileError
+from roi_quantization.detection.common.renamed_targets import rename_targets
 from roi_quantization.detection.runs.checkpoint import load_checkpoint
 from roi_quantization.detection.runs.lock import is_running
-from roi_quantization.detection.runs.renamed_targets import rename_targets
 from roi_quantization.detection.runs.training_checkpoints import FINISHED, periodic_checkpoints
 
 log = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from roi_quantization.detection.common.configuration import differences, shorten
 from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.renamed_targets import rename_targets
 from roi_quantization.detection.data.module import describe
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.report import write_report
@@ -33,7 +34,6 @@ from roi_quantization.detection.runs.composition import hydra_config
 from roi_quantization.detection.runs.distributed import is_distributed, is_rank_zero
 from roi_quantization.detection.runs.errors import FAILED, is_expected, write_failure
 from roi_quantization.detection.runs.lock import RunFolderLocked, exclusive_run_folder, is_running
-from roi_quantization.detection.runs.renamed_targets import rename_targets
 from roi_quantization.detection.runs.resume import check_replaceable
 from roi_quantization.detection.runs.training_checkpoints import FINISHED
 

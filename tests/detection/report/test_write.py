@@ -44,6 +44,18 @@ def test_an_operator_of_somebody_else_is_in_the_report(tmp_path, undrawn):
     assert list(table(folder, "misalignment")) == ["align", "pool"]
 
 
+def test_a_run_from_elsewhere_calls_nothing(tmp_path, caplog, undrawn):
+    """The operator of a run is a call written in a file. Only what configurations name is called."""
+    folder, trace = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "warp": 6.0}, seeds=(0,), images=10), tmp_path / "trace"
+    config = OmegaConf.load(folder / "warp_seed0" / "config.yaml")
+    config.roi = {"_target_": "os.mkdir", "_args_": [str(trace)]}
+    OmegaConf.save(config, folder / "warp_seed0" / "config.yaml")
+    write_report(folder)
+    assert not trace.exists()
+    assert table(folder, "main")["warp"]["RoI"] == "os.mkdir"
+    assert "its configuration would call os.mkdir (roi._target_)" in caplog.text
+
+
 def test_runs_that_were_trained_otherwise_are_not_said_to_be_alike(tmp_path, undrawn):
     folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "pool": 7.5}, seeds=(0,), images=10)
     write_report(folder)

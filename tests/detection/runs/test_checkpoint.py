@@ -4,6 +4,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.renamed_targets import RENAMED
 from roi_quantization.detection.runs.checkpoint import (
     PARTS,
     check_categories,
@@ -14,7 +15,6 @@ from roi_quantization.detection.runs.checkpoint import (
     register_checkpoint,
     register_parts,
 )
-from roi_quantization.detection.runs.renamed_targets import RENAMED
 from tests.configuration import composed
 
 CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 5, "name": "star"}]

@@ -10,9 +10,9 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from roi_quantization.detection.common.config_security import allowed_targets, check_targets_allowed
 from roi_quantization.detection.model.vgg16 import VGG16
 from roi_quantization.detection.runs.checkpoint import PARTS, load_checkpoint, register_checkpoint
-from roi_quantization.detection.runs.config_security import allowed_targets, check_targets_allowed
 from roi_quantization.detection.runs.training_checkpoints import AtomicCheckpointIO
 from tests.configuration import composed
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from roi_quantization.detection.common.config_sources import config_folders
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.runs.renamed_targets import RENAMED
+from roi_quantization.detection.common.renamed_targets import RENAMED
 
 MAX_SETTINGS, MAX_DEPTH = 10_000, 50  # this project's configurations have about 100 settings, 5 levels deep
 

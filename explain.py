@@ -7,6 +7,7 @@ of a data set. See `--help`.
 import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
 
 # isort: split
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from roi_quantization.detection.data.images import decode
 from roi_quantization.detection.model.build import instantiate, read_operator
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 from roi_quantization.detection.model.vgg16 import VGG16
+from roi_quantization.detection.runs.command_line import replace_null_choices
 from roi_quantization.detection.runs.errors import handle_errors
+from roi_quantization.detection.runs.setup import check_groups
 
 
 def explain(cfg: DictConfig) -> list[Explanation]:
@@ -64,6 +67,7 @@ def explain(cfg: DictConfig) -> list[Explanation]:
 
 def explain_data(cfg: DictConfig) -> list[dict]:
     """Print the mean misalignment of a data set's proposals by stride and size. The split is test, or val where there is no test."""
+    check_groups(cfg, ("proposals",))
     operators = load_operators(cfg.operators)
     data = instantiate(cfg.data)
     data.prepare_data()
@@ -120,9 +124,15 @@ def photograph(image: Tensor, explanations: list[Explanation], cfg: DictConfig) 
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="explain")
-def main(cfg: DictConfig) -> None:
+def _main(cfg: DictConfig) -> None:
     with handle_errors("explain.py"):
         explain(cfg) if cfg.get("data") is None else explain_data(cfg)
+
+
+def main() -> None:
+    """Compose the configuration from the command line, and run."""
+    sys.argv[1:] = replace_null_choices(sys.argv[1:])
+    _main()
 
 
 if __name__ == "__main__":

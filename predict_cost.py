@@ -7,6 +7,7 @@ import roi_quantization  # noqa: F401 -- first, because it says so where the pac
 
 # isort: split
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from roi_quantization.detection.evaluation.statistics import Estimate
 from roi_quantization.detection.model.build import instantiate, read_operator
 from roi_quantization.detection.report.predicted_cost import Ceiling, Foreground, ceiling, gather_foreground, predict
 from roi_quantization.detection.report.predicted_cost_output import format_ceilings, format_prediction, plot_costs, summarize_cost
+from roi_quantization.detection.runs.command_line import replace_null_choices
 from roi_quantization.detection.runs.errors import handle_errors
+from roi_quantization.detection.runs.setup import check_groups
 
 Ceilings = dict[int, dict[str, Ceiling]]  # stride -> operator -> ceiling
 Predictions = dict[int, dict[str, dict[str, Estimate]]]  # stride -> operator -> metric -> difference to the reference
@@ -37,6 +40,7 @@ def predict_cost(cfg: DictConfig) -> tuple[Ceilings, Predictions]:
     Returns:
         The ceilings by stride and operator, and the predictions likewise, which are empty without results.
     """
+    check_groups(cfg, ("data", "proposals"))
     strides = check_strides(cfg.backbone.stride)
     operators = load_operators([cfg.reference, *(name for name in cfg.operators if name != cfg.reference)])
     if cfg.reference not in operators:
@@ -121,8 +125,14 @@ def load_results(cfg: DictConfig, strides: list[int], dataset: CocoDetection) ->
 
     Raises:
         MissingFileError: there is no such file.
-        InputError: it holds no results, or its run had another operator, stride or image size than asked for here.
+        InputError: it holds no results, or its run had another operator, stride or image size than asked for here. Or a
+            checkpoint is given in its place.
     """
+    if cfg.ckpt is not None:
+        raise InputError(
+            f"ckpt={cfg.ckpt}: a prediction needs the detections of a checkpoint. Evaluate it with `python eval.py ckpt={cfg.ckpt} "
+            f"split={cfg.split} hydra.run.dir=runs/evaluated` and set results=runs/evaluated"
+        )
     if cfg.results is None:
         return [], dataset.image_ids
     path = Path(cfg.results)
@@ -177,9 +187,15 @@ def _covered(foreground: Foreground) -> float:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="predict_cost")
-def main(cfg: DictConfig) -> None:
+def _main(cfg: DictConfig) -> None:
     with handle_errors("predict_cost.py"):
         predict_cost(cfg)
+
+
+def main() -> None:
+    """Compose the configuration from the command line, and run."""
+    sys.argv[1:] = replace_null_choices(sys.argv[1:])
+    _main()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ python recall.py data=voc_animals data.root=... proposals=selective_search
 import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
 
 # isort: split
+import sys
+
 import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -14,7 +16,9 @@ from roi_quantization.detection.common.configuration import CONFIGS
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.proposals.recall import format_recall, recall_table
 from roi_quantization.detection.model.build import instantiate
+from roi_quantization.detection.runs.command_line import replace_null_choices
 from roi_quantization.detection.runs.errors import handle_errors
+from roi_quantization.detection.runs.setup import check_groups
 
 
 def print_recall(cfg: DictConfig) -> list[dict]:
@@ -23,6 +27,7 @@ def print_recall(cfg: DictConfig) -> list[dict]:
     Returns:
         The rows of the table, see `recall_table`.
     """
+    check_groups(cfg, ("data", "proposals"))
     if cfg.split not in ("train", "val", "test"):
         raise InputError(f"split={cfg.split}: expected train, val or test")
     data = instantiate(cfg.data)
@@ -48,9 +53,15 @@ def print_recall(cfg: DictConfig) -> list[dict]:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="recall")
-def main(cfg: DictConfig) -> None:
+def _main(cfg: DictConfig) -> None:
     with handle_errors("recall.py"):
         print_recall(cfg)
+
+
+def main() -> None:
+    """Compose the configuration from the command line, and run."""
+    sys.argv[1:] = replace_null_choices(sys.argv[1:])
+    _main()
 
 
 if __name__ == "__main__":

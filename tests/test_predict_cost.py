@@ -95,6 +95,7 @@ def test_an_operator_of_ones_own_is_left_out(composed, monkeypatch, capsys):
         ("backbone.stride=[]", r"backbone.stride=\[\]: expected a whole number"),
         ("split=train", "split=train: expected test or val"),
         ("operators=[rol]", "there is no operator rol"),
+        ("ckpt=runs/a/best.ckpt", "Evaluate it with `python eval.py ckpt=runs/a/best.ckpt split=test hydra.run.dir=runs/evaluated`"),
     ],
 )
 def test_mistakes_are_named(composed, override, message):

@@ -1,6 +1,10 @@
+import sys
+
 import pytest
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.runs.command_line import replace_null_choices
+from roi_quantization.scripts import explain, predict_cost, probe, recall, train
 from tests.configuration import composed
 
 
@@ -13,3 +17,27 @@ def test_null_for_a_group_is_hydras_removal_and_settings_stay():
 @pytest.mark.parametrize("group", ["logger", "average", "coco_eval"])
 def test_the_group_is_left_out(group):
     assert composed("train", *replace_null_choices([f"{group}=null"])).get(group) is None
+
+
+@pytest.mark.parametrize("script", [train, explain, recall, predict_cost, probe])
+def test_scripts_take_null_for_a_group(script, monkeypatch):
+    monkeypatch.setattr(script, "_main", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["script.py", "proposals=null", "seed=1"])
+    script.main()
+    assert sys.argv == ["script.py", "~proposals", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "group"),
+    [
+        ("explain", explain.explain_data, "proposals"),
+        ("recall", recall.print_recall, "data"),
+        ("recall", recall.print_recall, "proposals"),
+        ("predict_cost", predict_cost.predict_cost, "proposals"),
+        ("probe", probe.probe_operators, "backbone"),
+    ],
+)
+def test_a_script_names_the_group_that_it_needs(name, run, group):
+    data = ["data=embedded"] if name == "explain" else []
+    with pytest.raises(InputError, match=rf"^{group}: nothing is chosen\. Choose a file of configs/{group} with {group}=<name>"):
+        run(composed(name, *data, f"~{group}"))

@@ -18,6 +18,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -162,6 +163,7 @@ class SweepCallback(Callback):
         return {"progress": None}  # other processes get a copy of this callback, without the bar
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        HydraConfig.instance().set_config(config)  # Hydra does so for each run only, and the folder of the sweep has ${hydra:...} as well
         try:
             runs = planned_runs(config)
             finished = [run_dir for run_dir in runs if (run_dir / FINISHED).is_file()]
@@ -171,8 +173,7 @@ class SweepCallback(Callback):
                 elif run.get("resume") == "auto":
                     check_replaceable(run_dir, run)
             if len(finished) < len(runs):  # what the runs share is computed once, on all cores, and its errors are printed once
-                with hydra_config(config):
-                    data = instantiate(config.data)
+                data = instantiate(config.data)
                 data.prepare_data()
                 data.setup()
                 splits = {name: split for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}

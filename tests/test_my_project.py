@@ -5,16 +5,15 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from roi_quantization.detection.runs.checkpoint import load_checkpoint
+from tests import commands
 from tests.configuration import ROOT
 
 EXAMPLE = ROOT / "examples" / "my_project"
-TINY = ["trainer=cpu", "trainer.enable_progress_bar=false"]
+TINY = ["trainer=cpu", "trainer.enable_progress_bar=false", "threads=1"]
 TINY_TRAINING = [
     "trainer.max_epochs=1",
     "trainer.check_val_every_n_epoch=1",
@@ -33,7 +32,7 @@ def project(tmp_path_factory):
 def run(command, project, *more):
     python, *words = shlex.split(command)
     assert python == "python"
-    return subprocess.run([sys.executable, *words, *more], cwd=project, capture_output=True, text=True)
+    return commands.run(*words, *more, cwd=project)
 
 
 def test_the_two_commands(project):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import roi_quantization
 from roi_quantization.detection.common import config_sources
 from roi_quantization.detection.common.config_sources import choices, config_folders, name_config_folder, name_folders_of_command
 from roi_quantization.detection.model.build import read_operator
+from tests import commands
 from tests.configuration import ROOT
 from tests.trainings import TINY
 
@@ -58,7 +57,7 @@ def forget(monkeypatch):
 
 def run(folder, *command, path=None):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path or folder), str(ROOT)])}
-    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    return commands.run(*command, cwd=folder, environment=environment)
 
 
 def succeeded(ended):

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from omegaconf import OmegaConf
 from roi_quantization.detection.runs.distributed import is_rank_zero, new_folder
 from roi_quantization.detection.runs.lock import exclusive_run_folder, is_running
 from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
+from tests import commands
 from tests.configuration import ROOT
 from tests.trainings import TINY, run_eval, run_outcome, run_train
 
@@ -31,14 +30,9 @@ pytestmark = pytest.mark.usefixtures("threads_as_before")
 def start(folder, script, *overrides, before=(), **environment):
     """Start one process."""
     outside = {name: value for name, value in os.environ.items() if name not in PLACE}
-    with open(folder / "output.txt", "a") as output:
-        return subprocess.Popen(
-            [sys.executable, *before, str(ROOT / script), *overrides],
-            cwd=folder,
-            env=outside | {"PYTHONPATH": str(ROOT)} | environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    output = folder / "output.txt"
+    command = [*before, ROOT / script, *overrides]
+    return commands.start(*command, cwd=folder, stdout=output, stderr=output, environment=outside | {"PYTHONPATH": str(ROOT)} | environment)
 
 
 def start_by_slurm(folder, script, *overrides, processes=2, before=()):
@@ -51,7 +45,9 @@ def start_by_slurm(folder, script, *overrides, processes=2, before=()):
 
 def exit_codes(*processes):
     """Wait for the processes and return their exit codes."""
-    return [process.wait(timeout=1800) for process in processes]
+    for process in processes:
+        process.join(timeout=1800)
+    return [process.exitcode for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +220,8 @@ def test_is_running_does_not_release_the_lock_of_this_process(tmp_path):
     ask = "import sys; from roi_quantization.detection.runs.lock import is_running; sys.exit(is_running(sys.argv[1]))"
     with exclusive_run_folder(tmp_path):
         assert not is_running(tmp_path), "this is no other process"
-        assert subprocess.run([sys.executable, "-c", ask, str(tmp_path)], cwd=ROOT).returncode == 1
-    assert subprocess.run([sys.executable, "-c", ask, str(tmp_path)], cwd=ROOT).returncode == 0
+        assert commands.run("-c", ask, tmp_path, cwd=ROOT).returncode == 1
+    assert commands.run("-c", ask, tmp_path, cwd=ROOT).returncode == 0
 
 
 def test_a_sweep_starts_no_processes_within_a_run(tmp_path):

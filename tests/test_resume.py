@@ -16,6 +16,7 @@ from roi_quantization.detection.runs.lock import exclusive_run_folder
 from roi_quantization.detection.runs.resume import check_replaceable, checkpoint_to_resume, run_folder
 from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
 from roi_quantization.scripts.train import train
+from tests import commands
 from tests.configuration import ROOT
 from tests.faults import power_cut
 from tests.trainings import SHORT, configuration, run_outcome
@@ -64,14 +65,13 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_end(uninterrupted, data,
     moment = random.choice(["forward pass", "validation", "optimizer's step", "writing of a checkpoint"])
     count = random.randrange(2, 3 if moment == "validation" else 5)
     print(f"killed in: {moment}, after {count} of them")
-    command = [str(ROOT / "train.py"), *SHORT, f"data.root={data}"]
-    process = [sys.executable, "-c", KILLED, moment, str(count), *command]
-    killed = subprocess.run(process, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    command = [ROOT / "train.py", *SHORT, f"data.root={data}"]
+    killed = commands.run("-c", KILLED, moment, count, *command, cwd=tmp_path, environment=os.environ | {"PYTHONPATH": str(ROOT)})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (run,) = (tmp_path / "runs").iterdir()
     assert periodic_checkpoints(run) and not (run / "metrics.json").exists()
 
-    resumed = subprocess.run([sys.executable, *command, "resume=auto"], cwd=tmp_path, capture_output=True, text=True)
+    resumed = commands.run(*command, "resume=auto", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert f"Goes on from {run}" in resumed.stdout
     assert list((tmp_path / "runs").iterdir()) == [run], "it goes on in its own folder"
@@ -194,15 +194,10 @@ class TestWhichRunGoesOn:
         (tmp_path / "damaged" / "step_0000001.ckpt").touch()
         assert run_folder(new, _root_=cfg) == str(newest)
 
-        hold = "import sys; from roi_quantization.detection.runs.lock import exclusive_run_folder\n"
-        hold += "with exclusive_run_folder(sys.argv[1]): print('holds', flush=True); input()"
-        command = [sys.executable, "-c", hold, str(newest)]
-        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout.readline() == "holds\n"
+        with commands.another_process_in(newest):
             assert run_folder(new, _root_=cfg) == str(tmp_path / "older"), "one that is running is left alone"
             with pytest.raises(ValueError, match="another process is running"), exclusive_run_folder(newest):
                 pass
-            process.communicate("\n")
         assert run_folder(new, _root_=cfg) == str(newest)
 
     def test_settings_that_do_not_change_the_result_may_differ(self, tmp_path):

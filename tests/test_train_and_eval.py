@@ -4,7 +4,6 @@ import csv
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +14,7 @@ from PIL import Image
 
 from roi_quantization.detection.runs.checkpoint import load_checkpoint, register_checkpoint, register_parts
 from roi_quantization.scripts.predict import predict
+from tests import commands
 from tests.configuration import ROOT, composed
 from tests.trainings import TINY, run_eval, run_train
 
@@ -143,8 +143,8 @@ def test_a_sweep_over_checkpoints_evaluates_those_that_can_be_and_ends_with_an_e
     folder, _ = trained
     (tmp_path / "a=b, (c) é.ckpt").symlink_to(folder / "run" / "best.ckpt")
     (tmp_path / "last.ckpt").symlink_to(folder / "run" / "last.ckpt")
-    command = [sys.executable, str(ROOT / "eval.py"), "-m", "ckpt='a=b, (c) é.ckpt',gone.ckpt,last.ckpt", "hydra.sweep.dir=sweep"]
-    ended = subprocess.run([*command, "trainer=cpu"], cwd=tmp_path, capture_output=True, text=True)
+    command = [ROOT / "eval.py", "-m", "ckpt='a=b, (c) é.ckpt',gone.ckpt,last.ckpt", "hydra.sweep.dir=sweep"]
+    ended = commands.run(*command, "trainer=cpu", cwd=tmp_path)
     assert ended.returncode == 1, ended.stderr
     assert "eval.py: there is no checkpoint gone.ckpt" in ended.stdout and "1 run failed. sweep/1_" in ended.stderr
     assert "MissingFileError" in next(tmp_path.glob("sweep/1_*/failed.txt")).read_text()
@@ -319,8 +319,8 @@ def test_without_a_validation_set_the_last_weights_are_the_result(trained, tmp_p
 
 
 def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "-m", "optim.groups.lr=1e30,1e-3", "hydra.sweep.dir=sweep", *TINY]
-    ended = subprocess.run([*command, "trainer.max_epochs=2", "logger=null"], cwd=tmp_path, capture_output=True, text=True)
+    command = [ROOT / "train.py", "-m", "optim.groups.lr=1e30,1e-3", "hydra.sweep.dir=sweep", *TINY]
+    ended = commands.run(*command, "trainer.max_epochs=2", "logger=null", cwd=tmp_path)
     assert ended.returncode == 1, ended.stderr
     assert "train.py: the loss is " in ended.stdout and "1 run failed" in ended.stderr and "Traceback" not in ended.stdout
     (failed,) = tmp_path.glob("sweep/0_*/train.log")

@@ -2,14 +2,13 @@
 
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.runs.errors import handle_errors
+from tests import commands
 from tests.configuration import ROOT
 
 
@@ -51,7 +50,6 @@ def test_the_log_file_has_the_traceback(tmp_path, error, capsys):
 )
 def test_a_sweep_of_any_script_tries_all_runs_and_ends_with_an_error(command, tmp_path):
     script, *overrides = command
-    words = [sys.executable, str(ROOT / script), "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}", *overrides]
-    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    ended = commands.run(ROOT / script, "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}", *overrides, cwd=tmp_path)
     assert ended.returncode == 1 and "2 runs failed" in ended.stderr
     assert len(list((tmp_path / "sweep").rglob("failed.txt"))) == 2

@@ -4,14 +4,19 @@ import json
 import multiprocessing
 import os
 import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from roi_quantization.detection.runs.sweep import SWEEP as SWEEP_PROCESS
-from roi_quantization.detection.runs.sweep import _exit_with_sweep, check_configuration, run_in_sweep, share_done
+from roi_quantization.detection.runs.sweep import _exit_with_sweep, check_configuration, planned_runs, run_in_sweep, share_done
+from tests import commands
 from tests.configuration import ROOT
 from tests.fake_slurm import install
 from tests.trainings import TINY
@@ -21,8 +26,7 @@ SWEEP = ["-m", "experiment=quantization_core", "roi=align,pool", "seed=5", "cros
 
 def sweep(folder, *overrides):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
-    command = [sys.executable, str(ROOT / "train.py"), *SWEEP, *overrides]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return commands.run(ROOT / "train.py", *SWEEP, *overrides, cwd=folder)
 
 
 def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_with_another(tmp_path):
@@ -43,22 +47,13 @@ def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_wi
 
     (pool / "results.json").rmdir()
     before = {path: path.stat().st_mtime_ns for path in align.iterdir()}
-    second = sweep(tmp_path)
+    second = sweep(tmp_path, "hydra/launcher=basic")
     assert second.returncode == 0, second.stderr
     assert (pool / "metrics.json").is_file() and not (pool / "failed.txt").exists()
     assert {path: path.stat().st_mtime_ns for path in align.iterdir()} == before, "a finished run is left alone"
 
-    matrix = [
-        sys.executable,
-        "-m",
-        "roi_quantization.detection.runs.cross_evaluation",
-        str(folder),
-        "--operators",
-        "align",
-        "warp",
-        "prroi",
-    ]
-    subprocess.run(matrix, cwd=tmp_path, check=True, capture_output=True)
+    matrix = ["-m", "roi_quantization.detection.runs.cross_evaluation", folder, "--operators", "align", "warp", "prroi"]
+    commands.run(*matrix, cwd=tmp_path).check_returncode()
     completed = json.loads((align / "cross.json").read_text())
     assert list(completed) == ["align", "warp", "prroi"]
     assert {name: completed[name] for name in cross} == cross, "what was there is left alone"
@@ -66,6 +61,19 @@ def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_wi
     third = sweep(tmp_path, "optim.groups.lr=0.5")
     assert third.returncode == 1
     assert "optim.groups.lr was 0.003 and is 0.5" in third.stderr and "hydra.sweep.dir=runs/<name>" in third.stderr
+
+
+def test_planning_a_sweep_leaves_what_hydra_knows_of_this_process(tmp_path):
+    overrides = ["experiment=quantization_core", "roi=align,pool", "seed=5", f"data.root={tmp_path}"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = GlobalHydra.instance().config_loader().load_configuration("train", overrides, RunMode.MULTIRUN)
+        before = HydraConfig.instance().cfg
+        runs = planned_runs(config)
+    assert HydraConfig.instance().cfg is before
+    folder = Path("runs/quantization_embedded_stride16")
+    assert {run_dir: (run["arm"], run["run_dir"]) for run_dir, run in runs.items()} == {
+        folder / f"{arm}_seed5": (arm, str(folder / f"{arm}_seed5")) for arm in ("align", "pool")
+    }
 
 
 def test_runs_that_would_share_a_folder_are_refused(tmp_path):
@@ -119,13 +127,8 @@ def test_on_slurm_a_run_that_has_to_leave_saves_is_queued_again_and_goes_on(tmp_
 
 
 def test_a_run_that_another_process_is_at_is_left_alone(tmp_path, caplog):
-    hold = "import sys; from roi_quantization.detection.runs.lock import exclusive_run_folder\n"
-    hold += "with exclusive_run_folder(sys.argv[1]): print('holds', flush=True); input()"
-    command = [sys.executable, "-c", hold, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "holds\n"
+    with commands.another_process_in(tmp_path):
         result = run_in_sweep(lambda cfg: {"val/AP": 1.0}, config_of(tmp_path))
-        process.communicate("\n")
     assert result["val/AP"] != result["val/AP"], "not a number"
     assert f"another process is running in {tmp_path}" in caplog.text
     assert not (tmp_path / "failed.txt").exists() and not (tmp_path / "train.log").exists()

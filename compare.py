@@ -20,7 +20,13 @@ from pycocotools.coco import COCO
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.data.annotations import as_coco, read_instances
-from roi_quantization.detection.evaluation.bootstrap import METRICS, MatchedDetections, bootstrap_over_images
+from roi_quantization.detection.evaluation.bootstrap import (
+    METRICS,
+    MOST_IMAGES_FOR_BCA,
+    MatchedDetections,
+    bootstrap_method,
+    bootstrap_over_images,
+)
 from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, ErrorSplit, split_errors
 from roi_quantization.detection.evaluation.results_file import read_results
 from roi_quantization.detection.evaluation.statistics import Estimate, difference
@@ -29,7 +35,6 @@ from roi_quantization.detection.runs.errors import handle_errors
 log = logging.getLogger(__name__)
 
 NAME_WIDTH = 20  # of the names in the tables, which fit 100 columns
-MOST_IMAGES_FOR_BCA = 1000  # BCa evaluates AP once more per image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +107,6 @@ def compare(
         for name, path in zip(names, paths, strict=True)
     ]
     return coco, compared
-
-
-def bootstrap_method(image_ids: Sequence[int]) -> str:
-    """Return the method of `scipy.stats.bootstrap` for this number of images."""
-    return "BCa" if len(image_ids) <= MOST_IMAGES_FOR_BCA else "basic"
 
 
 def format_comparison(coco: COCO, compared: Sequence[Compared], max_detections: int, confidence: float, resamples: int) -> str:

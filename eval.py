@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of train.py: `python eval.py ckpt=runs/<run>/best.ckpt`, also with another operator: `roi=pool`. See `--help`."""
+"""Evaluate a checkpoint of train.py, or a detector of torchvision: `python eval.py ckpt=<run>/best.ckpt`. See `--help`."""
 
 import roi_quantization  # noqa: F401 -- first: it says so where the package is not installed
 
@@ -21,21 +21,29 @@ from roi_quantization.detection.runs.checkpoint import (
     register_checkpoint,
 )
 from roi_quantization.detection.runs.command_line import replace_null_choices
+from roi_quantization.detection.runs.cross_evaluation import check_operators, cross_evaluate, name_of
 from roi_quantization.detection.runs.distributed import share_run_dir_with_ranks, silence_other_ranks
 from roi_quantization.detection.runs.errors import handle_errors
 from roi_quantization.detection.runs.interruption import explain_errors
-from roi_quantization.detection.runs.results import report
+from roi_quantization.detection.runs.results import report, report_cross, report_differences
 from roi_quantization.detection.runs.setup import set_up_run
 from roi_quantization.detection.runs.trainer import build_trainer, check_limits
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Evaluate `cfg.ckpt` on `cfg.split` and fill `cfg.run_dir`. Return the metrics: `test/AP`, `test/AP50`, ... in percent."""
+    """Evaluate `cfg.ckpt`, or a detector that has weights of its own, on `cfg.split`, and fill `cfg.run_dir`.
+
+    Returns:
+        The metrics: `test/AP`, `test/AP50`, ... in percent.
+    """
     if cfg.split not in ("test", "val", "train"):
         raise InputError(f"split={cfg.split}: expected test, val or train")
     split = "val" if cfg.split == "val" else "test"  # that of the data module
     run_dir = set_up_run(cfg, groups=("coco_eval",))
     check_limits(cfg.trainer, split)
+    check_operators(cfg.cross)
+    if cfg.ckpt is None and cfg.detector.get("weights") is None:
+        raise InputError("no checkpoint is given. Set ckpt=<run>/best.ckpt, or detector=torchvision and detector.weights=COCO_V1")
     data = instantiate(cfg.data)
     data.prepare_data()
     if cfg.split == "train":
@@ -46,10 +54,14 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         other = "val" if cfg.split == "test" else "test"
         raise InputError(f"split={cfg.split}: this data set has no such split. Set split={other}, or data.{cfg.split}")
 
-    checkpoint = load_checkpoint(path_setting(cfg.ckpt, "ckpt"))
-    check_categories(checkpoint, data.categories)
-    detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=False)
-    load_weights(detector, checkpoint)
+    if cfg.ckpt is None:
+        detector, source = build_detector(cfg, num_classes=None), cfg.detector.weights
+        detector.match_categories(data.categories)
+    else:
+        checkpoint, source = load_checkpoint(path_setting(cfg.ckpt, "ckpt")), cfg.ckpt
+        check_categories(checkpoint, data.categories)
+        detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=False)
+        load_weights(detector, checkpoint)
     if cfg.get("features") is not None:
         instantiate(cfg.features).attach(detector, data)
 
@@ -59,8 +71,11 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     run = {"test": trainer.test, "val": trainer.validate}[split]
     with explain_errors(run_dir):
         run(module, datamodule=data, verbose=False)
+    cross = cross_evaluate(cfg, module, data, split)
     if trainer.is_global_zero:
-        report(module, dataset, run_dir, title=f"{cfg.ckpt} on {cfg.split}")
+        report_cross(cross, run_dir)
+        report_differences(cross, dataset, module, name_of(cfg.roi) or "roi", run_dir)
+        report(module, dataset, run_dir, title=f"{source} on {cfg.split}")
     return {f"{cfg.split}/{name}": value for name, value in module.metrics.stats.items()}
 
 

@@ -22,7 +22,7 @@ from roi_quantization.detection.alignment.explanation import Explanation, format
 from roi_quantization.detection.alignment.explanation import explain as explain_operator
 from roi_quantization.detection.alignment.explanation_figure import Photograph, draw_explanations
 from roi_quantization.detection.alignment.misalignment import Operator, format_summary, is_supported, lattice_rule, summarize
-from roi_quantization.detection.common.configuration import CONFIGS
+from roi_quantization.detection.common.configuration import CONFIGS, check_groups
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.images import decode
 from roi_quantization.detection.model.build import instantiate, read_operator
@@ -30,7 +30,6 @@ from roi_quantization.detection.model.fast_rcnn import FastRCNN
 from roi_quantization.detection.model.vgg16 import VGG16
 from roi_quantization.detection.runs.command_line import replace_null_choices
 from roi_quantization.detection.runs.errors import handle_errors
-from roi_quantization.detection.runs.setup import check_groups
 
 
 def explain(cfg: DictConfig) -> list[Explanation]:

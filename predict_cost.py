@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from roi_quantization.detection.alignment.misalignment import Operator, is_supported
-from roi_quantization.detection.common.configuration import CONFIGS
+from roi_quantization.detection.common.configuration import CONFIGS, check_groups
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.evaluation.coco import Metrics
@@ -28,7 +28,6 @@ from roi_quantization.detection.report.predicted_cost import Ceiling, Foreground
 from roi_quantization.detection.report.predicted_cost_output import format_ceilings, format_prediction, plot_costs, summarize_cost
 from roi_quantization.detection.runs.command_line import replace_null_choices
 from roi_quantization.detection.runs.errors import handle_errors
-from roi_quantization.detection.runs.setup import check_groups
 
 Ceilings = dict[int, dict[str, Ceiling]]  # stride -> operator -> ceiling
 Predictions = dict[int, dict[str, dict[str, Estimate]]]  # stride -> operator -> metric -> difference to the reference

@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from roi_quantization.detection.common.configuration import CONFIGS
+from roi_quantization.detection.common.configuration import CONFIGS, check_groups
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.model.build import instantiate, read_operator
@@ -23,7 +23,6 @@ from roi_quantization.detection.model.fast_rcnn import FastRCNN
 from roi_quantization.detection.report.probe import Pairs, Probe, choose_rois, format_probe, probe
 from roi_quantization.detection.runs.command_line import replace_null_choices
 from roi_quantization.detection.runs.errors import handle_errors
-from roi_quantization.detection.runs.setup import check_groups
 from roi_quantization.roi_heads.extractor import RoIOperator
 from roi_quantization.scripts.predict_cost import load_split
 

@@ -12,13 +12,12 @@ import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from roi_quantization.detection.common.configuration import CONFIGS
+from roi_quantization.detection.common.configuration import CONFIGS, check_groups
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.proposals.recall import format_recall, recall_table
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.runs.command_line import replace_null_choices
 from roi_quantization.detection.runs.errors import handle_errors
-from roi_quantization.detection.runs.setup import check_groups
 
 
 def print_recall(cfg: DictConfig) -> list[dict]:

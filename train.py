@@ -1,4 +1,4 @@
-"""Train and evaluate a Fast R-CNN with the RoI operator of your choice: `python train.py roi=align`. `--help` lists the choices."""
+"""Train and evaluate a detector with the RoI operator of your choice: `python train.py roi=align`. `--help` lists the choices."""
 
 import roi_quantization  # noqa: F401 -- first: it says so where the package is not installed
 
@@ -56,8 +56,8 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     split = reported_split(data)
     check_limits(cfg.trainer, split)
     objects = 0 if data.val is None else data.val.num_objects
-    mode = check_metric(cfg.optimized_metric, validates=data.val is not None, objects=objects)
     detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=cfg.init_from is None)
+    mode = check_metric(cfg.optimized_metric, data.val is not None, objects, has_losses=detector.has_evaluation_losses)
     if cfg.init_from is not None and resumed is None:
         initialize_from(detector, path_setting(cfg.init_from, "init_from"), data.categories)
     if cfg.get("features") is not None:

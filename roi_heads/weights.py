@@ -24,13 +24,22 @@ def load_vgg16(weights: str | Path, batch_norm: bool = False) -> dict[str, Tenso
     if str(weights) in names:
         state = names[str(weights)].get_state_dict(progress=True, check_hash=True)
     elif Path(weights).is_file():
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:  # what torch.load raises depends on where a file ends
-            reason = f"truncated, damaged, or more than tensors inside ({type(error).__name__})"
-            raise ValueError(f"{weights} is not a readable file of weights: {reason}") from error
+        state = read_state(weights)
     else:
         raise ValueError(f"weights={weights}: no such file, and no name of torchvision's VGG16 weights ({', '.join(names)})")
     if not isinstance(state, dict) or not any(str(key).startswith("features.") for key in state):
         raise ValueError(f"{weights} holds no weights of a VGG16: expected a state dict with keys like 'features.0.weight'")
     return {key: value.float() for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read a file that `torch.save` wrote, on the CPU and without running code in it.
+
+    Raises:
+        ValueError: it is damaged, or has more than tensors and plain containers inside.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch.load raises depends on where a file ends
+        reason = f"truncated, damaged, or more than tensors inside ({type(error).__name__})"
+        raise ValueError(f"{path} is not a readable file of weights: {reason}") from error

@@ -1,9 +1,11 @@
 """The folder of configurations, and the comparison of two configurations."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from roi_quantization.detection.common.errors import InputError
 
@@ -27,6 +29,23 @@ def path_setting(value: Any, key: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise InputError(f"{key}={value}: expected a path. Quote a name that is not plain text: '{key}=\"...\"'")
+
+
+def check_groups(cfg: DictConfig, groups: Sequence[str]) -> None:
+    """Check that something is chosen of each of these groups: none was removed (`~data`, `data=null`).
+
+    Raises:
+        InputError: one is missing.
+    """
+    for group in groups:
+        if not is_chosen(cfg, group):
+            raise InputError(f"{group}: nothing is chosen. Choose a file of configs/{group} with {group}=<name>")
+
+
+def is_chosen(cfg: DictConfig, group: str) -> bool:
+    """Whether a file of the group is chosen: there is a `_target_`, and not only settings of one."""
+    node = cfg.get(group)
+    return bool(node) and any(key.rpartition(".")[2] == "_target_" for key, _ in flatten(OmegaConf.to_container(node)))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The `_target_`s of version 0.1's checkpoints, from before everything was imported by the name `roi_quantization`."""
+"""The configurations of earlier versions: `_target_`s from before everything was imported by the name `roi_quantization`."""
 
 from typing import Any
 
@@ -22,6 +22,14 @@ _DETECTION = {
 RENAMED = {f"ops.{name}": f"roi_quantization.ops.{name}" for name in _OPS}
 RENAMED |= {f"roi_heads.{name}": f"roi_quantization.roi_heads.{name}" for name in _HEADS}
 RENAMED |= {f"detection.{old}": f"roi_quantization.detection.{new}" for old, new in _DETECTION.items()}
+
+
+FAST_RCNN = {"_target_": "roi_quantization.detection.model.build.build_fast_rcnn", "_partial_": True}
+
+
+def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a run as this version writes it: with present names, and the one detector of earlier versions."""
+    return {"detector": dict(FAST_RCNN)} | rename_targets(config)
 
 
 def rename_targets(config: Any) -> Any:

@@ -19,7 +19,7 @@ from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.annotations import LAYOUT
 from roi_quantization.detection.data.coco import CocoDetection, collate
 from roi_quantization.detection.data.loading_time import TimedDataLoader
-from roi_quantization.detection.data.proposals.provider import ProposalProvider
+from roi_quantization.detection.data.proposals.provider import NoProposals, ProposalProvider
 from roi_quantization.detection.data.proposals.recall import recall
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class DetectionData(pl.LightningDataModule):
         train, val, test: each `{"images": folder, "annotations": json}`, or None for no such split. `"part": [low, high]` selects a part
             of the images (see `CocoDetection`), so that a validation set can be held out of the training images. `"subset"` and `"ids"`
             override those below for one split.
-        proposals: one provider for all splits, or one for each: `{"train": ..., "val": ..., "test": ...}`.
+        proposals: one provider for all splits, or one for each: `{"train": ..., "val": ..., "test": ...}`. None: there are none.
         train_transform, eval_transform: see `roi_quantization.detection.data.transforms`.
         batch_size, eval_batch_size: images in a batch of each rank.
         num_workers: data-loader workers; 0 loads in the main process.
@@ -103,7 +103,7 @@ class DetectionData(pl.LightningDataModule):
         train: Mapping[str, Any] | None,
         val: Mapping[str, Any] | None,
         test: Mapping[str, Any] | None,
-        proposals: ProposalProvider | Mapping[str, ProposalProvider],
+        proposals: ProposalProvider | Mapping[str, ProposalProvider] | None,
         train_transform: Callable | None = None,
         eval_transform: Callable | None = None,
         batch_size: int = 2,
@@ -123,6 +123,7 @@ class DetectionData(pl.LightningDataModule):
             raise InputError(f"data.root is not set: give the folder of the data set with data.root=<folder>.\n{LAYOUT}")
         self.root = Path(path_setting(root, "data.root"))
         self.paths = {"train": train, "val": val, "test": test}
+        proposals = NoProposals() if proposals is None else proposals
         self.proposals = proposals if isinstance(proposals, Mapping) else dict.fromkeys(self.paths, proposals)
         self.options = {
             "train": {"transform": train_transform, "subset": train_subset, "keep_empty": keep_empty, "seed": seed},
@@ -255,14 +256,15 @@ def _ignore_sigint(_: int) -> None:
 
 
 def describe(dataset: CocoDetection) -> str:
-    """Describe a split in one line: numbers of images, objects, categories and proposals, and the proposals' recall."""
+    """Describe a split in one line: numbers of images, objects, categories and, where there are any, proposals with their recall."""
+    objects = sum(len(dataset.ground_truth(index)[0]) for index in range(len(dataset)))
+    content = f"{len(dataset)} images, {objects} objects of {len(dataset.categories)} categories"
+    if isinstance(dataset.proposals, NoProposals):
+        return content
     sample = range(min(len(dataset), RECALL_IMAGES))
     windows = [dataset.proposals(dataset.records[index]) for index in sample]
     shares = recall(windows, [dataset.ground_truth(index)[0] for index in sample])
-    objects = sum(len(dataset.ground_truth(index)[0]) for index in range(len(dataset)))
     covered = ", ".join(f"{share:.3f} at IoU {threshold}" for threshold, share in shares.items())
-    return (
-        f"{len(dataset)} images, {objects} objects of {len(dataset.categories)} categories; "
-        f"{sum(map(len, windows)) / len(windows):.0f} proposals an image, recall {covered}"
-        + (f" (on the first {len(sample)} images)" if len(sample) < len(dataset) else "")
+    return f"{content}; {sum(map(len, windows)) / len(windows):.0f} proposals an image, recall {covered}" + (
+        f" (on the first {len(sample)} images)" if len(sample) < len(dataset) else ""
     )

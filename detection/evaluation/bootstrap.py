@@ -19,6 +19,7 @@ from roi_quantization.detection.evaluation.matching import IOU50, IOU75, match
 from roi_quantization.detection.evaluation.statistics import Combination, Estimate
 
 METRICS = ("AP", "AP50", "AP75")
+MOST_IMAGES_FOR_BCA = 1000  # BCa evaluates AP once more per image
 _ALL_SIZES = {"all": (0.0, 1e10)}
 _CHUNK = 2**22  # elements of the largest array, which bounds the memory
 
@@ -137,6 +138,11 @@ def bootstrap_over_images(
     numbers = zip(values, ends.low, ends.high, result.standard_error, strict=True)
     estimates = [Estimate(*map(float, number), n=images) for number in numbers]
     return {name: dict(zip(METRICS, estimates[i :: len(combinations)], strict=True)) for i, name in enumerate(combinations)}
+
+
+def bootstrap_method(image_ids: Sequence[int]) -> str:
+    """Return the method of `scipy.stats.bootstrap` for this number of images."""
+    return "BCa" if len(image_ids) <= MOST_IMAGES_FOR_BCA else "basic"
 
 
 def _gather(matches: Sequence[Mapping | None]) -> _Class:

@@ -9,10 +9,13 @@ import hydra.utils
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
+from torch import nn
 
 from roi_quantization.detection.common.config_sources import choices, compose_from_all
+from roi_quantization.detection.common.configuration import check_groups
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
+from roi_quantization.roi_heads.extractor import RoIOperator
 
 
 def instantiate(node: DictConfig, **more: Any) -> Any:
@@ -40,41 +43,62 @@ def read_operator(name: str) -> DictConfig:
     return compose_from_all(f"roi/{name}").roi
 
 
-def build_detector(cfg: DictConfig, num_classes: int, pretrained: bool = True) -> FastRCNN:
-    """Build the detector of `cfg.backbone`, `cfg.roi` and `cfg.head`.
+def build_detector(cfg: DictConfig, num_classes: int | None, pretrained: bool = True) -> nn.Module:
+    """Build the detector of `cfg.detector`, a callable `(cfg, num_classes, pretrained)`, of the parts in `cfg` that it wants.
+
+    What it returns is `(images, targets) -> (detections, losses)`, see `FastRCNN.forward`, with a `backbone` and torchvision's `RoIHeads`
+    or a relative as `roi_heads`.
 
     Args:
-        cfg: with `backbone`, `roi`, `head` and `channels_last`; `model.compile` where there is one, see `compile_backbone`.
-        num_classes: background included.
+        cfg: with `detector`, `roi` and `channels_last`; `model.compile` where there is one, see `compile_backbone`.
+        num_classes: background included. None: those of the pretrained weights.
         pretrained: whether parts with a setting `weights` load those. Not necessary where a checkpoint is loaded afterwards.
 
     Raises:
         InputError: a setting of a part of this project is wrong.
     """
+    detector = instantiate(cfg.detector)(cfg, num_classes, pretrained)
+    compile_backbone(detector, cfg.model.compile if "model" in cfg else False)
+    return detector
+
+
+def build_fast_rcnn(cfg: DictConfig, num_classes: int, pretrained: bool) -> FastRCNN:
+    """Build the detector of `cfg.backbone`, `cfg.roi` and `cfg.head`. See `build_detector`."""
+    check_groups(cfg, ("proposals",))
+    return FastRCNN(*build_parts(cfg, num_classes, pretrained), channels_last=cfg.channels_last)
+
+
+def build_parts(cfg: DictConfig, num_classes: int, pretrained: bool) -> tuple[nn.Module, nn.Module]:
+    """Build the backbone, and the heads with the operator for it."""
+    check_groups(cfg, ("backbone", "head"))
     if not pretrained:
         cfg = copy.deepcopy(cfg)
         for part in (cfg.backbone, cfg.head.get("box_head", {})):
             if "weights" in part:
                 part.weights = None
-    with _input_errors(cfg.backbone):
+    with input_errors(cfg.backbone):
         backbone = instantiate(cfg.backbone)
-    with _input_errors(cfg.roi):
-        operator = instantiate(cfg.roi)
-        if _is_own(cfg.roi):
-            operator(torch.zeros(1, 1, 1, 1), [torch.tensor([[0.0, 0.0, 1.0, 1.0]])], 1, 1.0)  # its settings are checked in the call
-    with _input_errors(cfg.head):
+    build_operator(cfg.roi)
+    with input_errors(cfg.head):
         roi_heads = instantiate(
             cfg.head,
             extractor={"spatial_scale": 1 / backbone.stride},
             box_head={"in_channels": backbone.out_channels},
             box_predictor={"num_classes": num_classes},
         )
-    detector = FastRCNN(backbone, roi_heads, channels_last=cfg.channels_last)
-    compile_backbone(detector, cfg.model.compile if "model" in cfg else False)
-    return detector
+    return backbone, roi_heads
 
 
-def compile_backbone(detector: FastRCNN, backend: bool | str) -> None:
+def build_operator(node: DictConfig) -> RoIOperator:
+    """Build a RoI operator. The settings of this project's are checked by a call."""
+    with input_errors(node):
+        operator = instantiate(node)
+        if _is_own(node):
+            operator(torch.zeros(1, 1, 1, 1), [torch.tensor([[0.0, 0.0, 1.0, 1.0]])], 1, 1.0)
+    return operator
+
+
+def compile_backbone(detector: nn.Module, backend: bool | str) -> None:
     """Let `torch.compile` compile the backbone when it is first called.
 
     Args:
@@ -93,7 +117,7 @@ def compile_backbone(detector: FastRCNN, backend: bool | str) -> None:
 
 
 @contextmanager
-def _input_errors(node: DictConfig) -> Iterator[None]:
+def input_errors(node: DictConfig) -> Iterator[None]:
     """Raise the ValueError of a part of this project as an InputError: its arguments are settings. Those of other code stay as they are."""
     try:
         yield

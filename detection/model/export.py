@@ -28,10 +28,17 @@ class ExportedDetector(nn.Module):
 
     Args:
         detector: the trained detector. It is put into evaluation mode.
+
+    Raises:
+        InputError: it finds its own proposals.
     """
 
     def __init__(self, detector: FastRCNN):
         super().__init__()
+        if type(detector) is not FastRCNN:
+            raise InputError(
+                f"a {type(detector).__name__} cannot be exported: it finds its own proposals. A FastRCNN can (detector=fast_rcnn)"
+            )
         self.detector = detector
         self.eval()
 
@@ -64,7 +71,8 @@ def export_program(detector: FastRCNN) -> ExportedProgram:
         imports `roi_quantization.ops`.
     """
     with torch.no_grad():
-        return torch.export.export(ExportedDetector(detector), _example(detector), dynamic_shapes=DYNAMIC)
+        exported = ExportedDetector(detector)
+        return torch.export.export(exported, _example(detector), dynamic_shapes=DYNAMIC)
 
 
 def export_onnx(detector: FastRCNN, path: str | Path) -> None:
@@ -82,12 +90,12 @@ def export_onnx(detector: FastRCNN, path: str | Path) -> None:
             import_module(package)
         except ImportError as error:
             raise MissingPackageError(f'the export to ONNX needs {package}: {error}. Run pip install -e ".[export]"') from error
-    extractor = detector.roi_heads.box_roi_pool
+    exported, extractor = ExportedDetector(detector), detector.roi_heads.box_roi_pool
     own, extractor.operator = extractor.operator, onnx_operator(extractor.operator)
     try:
         with torch.no_grad():
             program = torch.onnx.export(
-                ExportedDetector(detector),
+                exported,
                 _example(detector),
                 input_names=INPUTS,
                 output_names=OUTPUTS,

@@ -19,6 +19,8 @@ class FastRCNN(nn.Module):
         channels_last: memory format of the backbone and its maps. It changes the speed, not the numbers.
     """
 
+    has_evaluation_losses = True
+
     def __init__(self, backbone: nn.Module, roi_heads: FastRCNNHeads, channels_last: bool = False):
         super().__init__()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -57,12 +59,7 @@ class FastRCNN(nn.Module):
 
     def batch(self, images: list[Tensor]) -> Tensor:
         """Normalise images and pad them into one `[N, 3, H, W]`: zeros (the mean colour) right and below, up to multiples of the stride."""
-        for image in images:
-            if image.dtype != torch.uint8:
-                raise InputError(
-                    f"an image is {image.dtype}, expected uint8 RGB from 0 to 255: convert it, if it is from 0 to 1 with "
-                    "(255 * image).round().to(torch.uint8)"
-                )
+        check_images(images)
         stride = self.backbone.stride
         height, width = (-(-max(image.shape[axis] for image in images) // stride) * stride for axis in (1, 2))
         batch = torch.zeros(len(images), 3, height, width, device=self.mean.device).contiguous(memory_format=self.memory_format)
@@ -95,6 +92,20 @@ def frozen_and_trained(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
         what = f"{names[0]} is trained" if names else "all of its layers are trained"
         raise InputError(f"features=cached: the backbone is not frozen ({what}). Set backbone.frozen_blocks=5 or 4, or remove features")
     return frozen, trained
+
+
+def check_images(images: list[Tensor]) -> None:
+    """Check that images are uint8.
+
+    Raises:
+        InputError: one is not.
+    """
+    for image in images:
+        if image.dtype != torch.uint8:
+            raise InputError(
+                f"an image is {image.dtype}, expected uint8 RGB from 0 to 255: convert it, if it is from 0 to 1 with "
+                "(255 * image).round().to(torch.uint8)"
+            )
 
 
 def to_original(boxes: Tensor, shape: tuple[int, int], original: tuple[int, int]) -> Tensor:

@@ -24,7 +24,7 @@ class DetectionModule(pl.LightningModule):
     """Trains a detector. After each pass over a validation or test set it has the detections and COCO's metrics of them.
 
     Args:
-        detector: `(images, targets) -> (detections, losses)`, see `FastRCNN`.
+        detector: `(images, targets) -> (detections, losses)`, see `FastRCNN`. Losses in evaluation are logged where it has them.
         groups: `model -> parameter groups`.
         optimizer: `groups -> Optimizer`.
         schedule: `(optimizer, total_steps) -> LRScheduler`, stepped once a training step; None keeps the rate.
@@ -129,8 +129,9 @@ class DetectionModule(pl.LightningModule):
         detections, losses = self.evaluated(images, targets)
         for target, detection in zip(targets, detections, strict=True):
             self.detections[int(target["image_id"])] = {name: value.float().cpu() for name, value in detection.items()}
-        losses = {name: float(value) for name, value in losses.items()}
-        self.losses[int(targets[0]["image_id"])] = len(images), losses | {"loss": sum(losses.values())}
+        if losses:
+            losses = {name: float(value) for name, value in losses.items()}
+            self.losses[int(targets[0]["image_id"])] = len(images), losses | {"loss": sum(losses.values())}
 
     def _evaluate(self, split: str, dataset: Any) -> None:
         """Compute losses and metrics of a pass over a split.
@@ -146,7 +147,8 @@ class DetectionModule(pl.LightningModule):
                 self.losses |= losses
         batches = [self.losses[first] for first in sorted(self.losses)]
         images = sum(count for count, _ in batches)
-        losses = {f"{split}/{name}": sum(count * loss[name] for count, loss in batches) / images for name in batches[0][1]}
+        names = batches[0][1] if batches else ()
+        losses = {f"{split}/{name}": sum(count * loss[name] for count, loss in batches) / images for name in names}
         self.results = to_coco_results(self.detections, dataset.label_to_category_id)
         self.metrics = evaluate(
             dataset.coco,

@@ -193,12 +193,14 @@ def _offsets(findings: Findings, arm: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot_sizes(findings: Findings) -> ReportFigure:
-    """Plot AP by size in pixels and in cells, in one panel where both divide the objects alike."""
+    """Plot AP by size in pixels and in cells, in one panel where both divide the objects alike or there is no one stride."""
     panels = [(findings.by_pixels, "pixels"), (findings.by_cells, "cells")]
-    equal = all(
+    equal = findings.stride is not None and all(
         np.allclose(list(findings.by_pixels[a].values()), list(findings.by_cells[a].values()), equal_nan=True) for a in findings.arms
     )
-    if equal:
+    if findings.stride is None:
+        panels = panels[:1]
+    elif equal:
         panels = panels[1:]
 
     def draw(theme: Theme) -> Figure:
@@ -216,7 +218,9 @@ def plot_sizes(findings: Findings) -> ReportFigure:
             axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
         return figure
 
-    caption = f"A cell has {findings.stride} pixels of the network's input. The side is the square root of the area. Mean over seeds."
+    caption = "The side is the square root of the area. Mean over seeds."
+    if findings.stride is not None:
+        caption = f"A cell has {findings.stride} pixels of the network's input. {caption}"
     if equal:
         caption += " 2 and 6 cells are COCO's 32 and 96 pixels here."
     return ReportFigure("sizes", "AP by the size of the object", caption, draw)

@@ -135,13 +135,15 @@ class Findings:
         return RunFindings(
             localisation=localisation(truth, results, self.image_ids, self.sweep.max_detections),
             by_threshold=np.array([percent(precision) for precision in thresholds.eval["precision"][..., 0, -1]]),
-            by_cells=average_precision_by_cells(
+            by_cells={}
+            if run.stride is None
+            else average_precision_by_cells(
                 truth, results, self.image_ids, run.stride, self.sweep.scales, max_detections=self.sweep.max_detections
             ),
         )
 
     @cached_property
-    def stride(self) -> int:
+    def stride(self) -> int | None:
         return self.sweep.finished[0].stride
 
     @cached_property
@@ -208,12 +210,12 @@ class Findings:
         in `operators` are left out.
         """
         runs = self.runs(self.reference)
+        results = {run.folder: run.results() for run in runs}
+        if not all(of_run and all("proposal" in one for one in of_run) for of_run in results.values()):
+            return {}
         size = self.sweep.finished[0].config.head.extractor.output_size
         operator = self.operators.get(self.reference)
         if not (operator and IdealLocalizer(operator, np.array([2.0, 8.0]), size).is_exact):
-            return {}
-        results = {run.folder: run.results() for run in runs}
-        if not all(of_run and all("proposal" in one for one in of_run) for of_run in results.values()):
             return {}
         truth, limit = self.sweep.annotations, self.sweep.max_detections
         own = {run.folder: evaluate(truth, results[run.folder], self.image_ids, limit).stats for run in runs}

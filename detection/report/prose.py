@@ -11,14 +11,15 @@ def headline(findings: Findings) -> str:
     changes = findings.differences[METRIC]
     reference = paper_name(findings.reference)
     partial = f" Of {findings.sweep.partial}." if findings.sweep.partial else ""
+    stride = f" at stride {findings.stride}" if findings.stride else ""
     if not changes:
         value = findings.means[METRIC][findings.reference].text()
-        return f"{reference} reaches {value} {METRIC} at stride {findings.stride}. There is no other operator to compare it with.{partial}"
+        return f"{reference} reaches {value} {METRIC}{stride}. There is no other operator to compare it with.{partial}"
     arm = "pool" if "pool" in changes else min(changes, key=lambda a: changes[a].value)
     change = changes[arm]
     ours, theirs = (findings.means[METRIC][one].value for one in (arm, findings.reference))
     sentence = (
-        f"{paper_name(arm)} in the place of {reference} {_verdict(change)} points of {METRIC} at stride {findings.stride}: "
+        f"{paper_name(arm)} in the place of {reference} {_verdict(change)} points of {METRIC}{stride}: "
         f"{ours:.1f} against {theirs:.1f} {evidence(findings, change)}."
     )
     others = " and ".join(

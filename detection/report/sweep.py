@@ -62,8 +62,9 @@ class Run:
         return config
 
     @property
-    def stride(self) -> int:
-        return int(self.config.backbone.stride)
+    def stride(self) -> int | None:
+        """Pixels of the network's input per cell. None of a detector with a pyramid of maps, whose strides differ."""
+        return None if self.config.get("backbone") is None else int(self.config.backbone.stride)
 
     def results(self) -> list[dict]:
         """Read the COCO results of the evaluated split, with boxes in pixels of the original images."""

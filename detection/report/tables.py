@@ -209,13 +209,13 @@ def sizes_table(findings: Findings) -> Table:
     of_pixels, of_cells = next(iter(findings.by_pixels.values())), next(iter(findings.by_cells.values()))
     rows = [(arm, *findings.by_pixels[arm].values(), *findings.by_cells[arm].values()) for arm in findings.arms]
     names = [f"AP {size}" for size in (*of_pixels, *of_cells)]
+    cells = f", and in cells of {findings.stride} pixels of the network's input" if findings.stride else ""
     return Table(
         "sizes",
         "AP by the size of the object",
         (Column("operator"), *(Column(name, format_number()) for name in names)),
         tuple(rows),
-        f"Size is the square root of the object's area: in pixels of the image, and in cells of {findings.stride} pixels of the network's "
-        "input. Mean over seeds.",
+        f"Size is the square root of the object's area: in pixels of the image{cells}. Mean over seeds.",
     )
 
 

@@ -113,7 +113,8 @@ def _made_from(findings: Findings) -> list[tuple[str, str]]:
     truth = findings.sweep.annotations
     evaluated = f"{len(truth.imgs)} images, {len(truth.anns)} objects of {len(truth.cats)} categories"
     facts = [("data", str(config.data.root)), *((f"data: {split}", words) for split, words in data.items())]
-    facts += [("evaluated on", evaluated), ("stride", f"{findings.stride} pixels per cell"), ("seeds", ", ".join(map(str, findings.seeds)))]
+    stride = f"{findings.stride} pixels per cell" if findings.stride else "that of each map of the detector's pyramid"
+    facts += [("evaluated on", evaluated), ("stride", stride), ("seeds", ", ".join(map(str, findings.seeds)))]
     facts += [("training", _training([run.config for run in findings.sweep.finished]))]
     commits = dict.fromkeys(start["commit"] for start in starts) or [f"{commit()} (of this report, the sweep's was not recorded)"]
     used = starts[-1]["versions"] if starts else versions()

@@ -23,11 +23,12 @@ from roi_quantization.detection.common.config_security import check_targets_allo
 from roi_quantization.detection.common.config_sources import name_folders_of_command
 from roi_quantization.detection.common.configuration import path_setting
 from roi_quantization.detection.common.errors import ExpectedError, InputError, MissingFileError
-from roi_quantization.detection.common.renamed_targets import rename_targets
+from roi_quantization.detection.common.renamed_targets import FAST_RCNN, rename_targets
 
 log = logging.getLogger(__name__)
 
-PARTS = ("roi", "backbone", "head", "data", "proposals")
+OPTIONAL_PARTS = ("backbone", "head", "proposals")  # null where the detector has its own
+PARTS = ("detector", "roi", "data", *OPTIONAL_PARTS)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -85,10 +86,15 @@ def register_checkpoint(arguments: list[str], script: str) -> None:
         paths = checkpoint_paths(options.overrides)
         if paths:
             register_parts(load_checkpoint(paths[0])["config"], paths[0])
-        elif not (options.help or options.hydra_help):
+        elif not (options.help or options.hydra_help or chooses_detector(options.overrides)):
             raise InputError(f"no checkpoint is given. Set ckpt=<run>/best.ckpt; `python {script} --help` lists the other settings")
     except ExpectedError as error:
         sys.exit(f"{script}: {error}")
+
+
+def chooses_detector(overrides: Iterable[str]) -> bool:
+    """Whether Hydra's overrides choose a detector, which may have weights of its own and needs no checkpoint."""
+    return any(text.lstrip("+").startswith("detector=") for text in overrides)
 
 
 def checkpoint_paths(overrides: Iterable[str]) -> list[str]:
@@ -113,20 +119,30 @@ def register_parts(config: dict, source: str | Path) -> None:
     Raises:
         InputError: a part is missing, or it would call what is not allowed (`check_targets_allowed`).
     """
+    config = {"detector": FAST_RCNN} | config
     for part in PARTS:
-        if not isinstance(config.get(part), dict):
+        if not isinstance(config.get(part), dict) and not (part in OPTIONAL_PARTS and config.get(part, "") is None):
             raise InputError(f"{source} was not written by train.py: its configuration has no {part}")
-    parts = {part: config[part] for part in PARTS}
+    parts = {part: config[part] for part in PARTS if config[part] is not None}
     check_targets_allowed(parts, source)
+    forget_parts()
     for part, node in rename_targets(parts).items():
         ConfigStore.instance().store(group=part, name="checkpoint", node=node)
+
+
+def forget_parts() -> None:
+    """Remove the parts of the last checkpoint from Hydra's groups."""
+    for part in PARTS:
+        ConfigStore.instance().repo.get(part, {}).pop("checkpoint.yaml", None)
 
 
 def compose_with_checkpoint(cfg: DictConfig) -> DictConfig:
     """Return the configuration of a job of eval.py or predict.py, with the parts and the transform of its own checkpoint.
 
-    In a sweep over `ckpt` Hydra has composed all jobs with the parts of the first.
+    In a sweep over `ckpt` Hydra has composed all jobs with the parts of the first. Without a checkpoint it is left as it is.
     """
+    if cfg.ckpt is None:
+        return cfg
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
     if hydra.mode == RunMode.MULTIRUN:

@@ -6,7 +6,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -16,16 +15,16 @@ from tqdm import tqdm
 from roi_quantization.detection.common.config_security import check_targets_allowed
 from roi_quantization.detection.common.config_sources import choices, name_config_folder
 from roi_quantization.detection.common.errors import ExpectedError, InputError
-from roi_quantization.detection.common.renamed_targets import rename_targets
-from roi_quantization.detection.evaluation.coco import Metrics
+from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.model.build import build_detector, instantiate, read_operator
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.sweep import Run, read_sweep
 from roi_quantization.detection.runs.checkpoint import check_categories, load_checkpoint, load_weights
-from roi_quantization.detection.runs.results import write_cross
+from roi_quantization.detection.runs.results import Evaluation, write_cross
 from roi_quantization.detection.runs.setup import silence_lightning
 from roi_quantization.detection.runs.trainer import build_trainer
+from roi_quantization.roi_heads.extractor import replaced_operator
 
 
 def check_operators(names: Sequence[str]) -> None:
@@ -41,32 +40,27 @@ def check_operators(names: Sequence[str]) -> None:
             raise InputError(f"cross: {error}") from error
 
 
-def cross_evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataModule, split: str) -> dict[str, Metrics]:
-    """Evaluate the module's weights on `split` with each operator of `cfg.cross`; its own has `module.metrics` already.
+def cross_evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataModule, split: str) -> dict[str, Evaluation]:
+    """Evaluate the module's weights on `split` with each operator of `cfg.cross`; with its own they have been already.
 
     Does not change the module or its last evaluation.
     """
-    metrics = {}
-    extractor = module.evaluated.roi_heads.box_roi_pool
-    own = extractor.operator
+    evaluations = {}
     for name in cfg.cross:
         leaf = read_operator(name)
         if leaf == cfg.roi:
-            metrics[name] = module.metrics
+            evaluations[name] = Evaluation(module.metrics, module.results)
             continue
-        extractor.operator = instantiate(leaf)
-        try:
+        with replaced_operator(module.evaluated, instantiate(leaf)):
             crossed = DetectionModule(module.evaluated, categories=module.categories, coco_eval=module.coco_eval)
-            metrics[name] = _evaluate(cfg, crossed, data, split)
-        finally:
-            extractor.operator = own
-    return metrics
+            evaluations[name] = _evaluate(cfg, crossed, data, split)
+    return evaluations
 
 
-def _evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataModule, split: str) -> Any:
+def _evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataModule, split: str) -> Evaluation:
     trainer = build_trainer(OmegaConf.merge(cfg.trainer, {"enable_progress_bar": False}), enable_checkpointing=False)
     {"test": trainer.test, "val": trainer.validate}[split](module, datamodule=data, verbose=False)
-    return module.metrics
+    return Evaluation(module.metrics, module.results)
 
 
 def complete(run: Run, operators: list[str]) -> None:
@@ -74,7 +68,7 @@ def complete(run: Run, operators: list[str]) -> None:
     known = run.cross()
     config = OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml"))
     check_targets_allowed(config, run.folder / "config.yaml")
-    cfg = OmegaConf.create(rename_targets(config))
+    cfg = OmegaConf.create(upgrade_config(config))
     cfg.cross = [name for name in operators if name not in known]
     if not cfg.cross:
         return
@@ -87,12 +81,18 @@ def complete(run: Run, operators: list[str]) -> None:
     load_weights(detector, checkpoint)
     module = DetectionModule(detector, categories=data.categories)
     module.metrics = run.metrics
-    write_cross(run.folder, known | cross_evaluate(cfg, module, data, "test" if data.test is not None else "val"))
+    cross = cross_evaluate(cfg, module, data, "test" if data.test is not None else "val")
+    write_cross(run.folder, known | {name: evaluation.metrics for name, evaluation in cross.items()})
+
+
+def name_of(operator: DictConfig) -> str | None:
+    """Return the name in configs/roi of an operator; None where it has other settings."""
+    return next((name for name in choices("roi") if read_operator(name) == operator), None)
 
 
 def operator_name(run: Run) -> str:
     """Return the name in configs/roi of a run's operator. The name of its arm may contain more, such as the learning rate."""
-    own = next((name for name in choices("roi") if read_operator(name) == run.config.roi), None)
+    own = name_of(run.config.roi)
     if own is None:
         raise InputError(f"the operator of {run.folder} is not in configs/roi. Name the operators to evaluate with: --operators")
     return own

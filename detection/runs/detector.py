@@ -21,7 +21,7 @@ from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.pictures import is_batch, is_file, to_image
 from roi_quantization.detection.data.proposals.file import ProposalFile
 from roi_quantization.detection.data.proposals.grid import Grid
-from roi_quantization.detection.data.proposals.provider import ProposalProvider
+from roi_quantization.detection.data.proposals.provider import NoProposals, ProposalProvider
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.export import export_onnx, export_program
 from roi_quantization.detection.runs.checkpoint import load_checkpoint, load_weights
@@ -85,6 +85,7 @@ class Detector:
         self.model = model.to(self.device).eval()
         self.transform = instantiate(cfg.data.eval_transform)
         proposals = instantiate(cfg.proposals)
+        proposals = NoProposals() if proposals is None else proposals
         self.proposals: ProposalProvider = proposals["test"] if isinstance(proposals, Mapping) else proposals
 
     def __call__(self, pictures: Any, proposals: Any = None) -> Found | list[Found]:
@@ -98,8 +99,9 @@ class Detector:
 
         Returns:
             For each picture a dict of `boxes` `[D, 4]` in pixels of the picture given, `scores` `[D]`, highest first, `labels` `[D]`, the
-            `names` of the classes, a list, and `proposals` `[D, 4]`, from which the boxes were regressed. Tensors on the CPU. Boxes of a
-            file are in pixels of the upright picture. A list of dicts where several pictures were given.
+            `names` of the classes, a list, and `proposals` `[D, 4]`, from which the boxes were regressed, where the detector
+            names them. Tensors on the CPU. Boxes of a file are in pixels of the upright picture. A list where several pictures were
+            given.
 
         Raises:
             TypeError, InputError, MissingFileError: a picture or proposals that cannot be used.
@@ -107,6 +109,8 @@ class Detector:
         several = is_batch(pictures)
         pictures = list(pictures) if several else [pictures]
         if proposals is not None:
+            if isinstance(self.proposals, NoProposals):
+                raise InputError("proposals: this detector finds its own, and would not use them. Leave them out")
             proposals = list(proposals) if several else [proposals]
             if len(proposals) != len(pictures):
                 raise InputError(f"proposals: expected windows for each of {len(pictures)} pictures, got {len(proposals)}")
@@ -124,7 +128,7 @@ class Detector:
                 provider: ProposalProvider = GivenProposals(windows)
             else:
                 provider = self.provider()
-                if not isinstance(provider, Grid):  # others read the file of a picture
+                if not isinstance(provider, Grid | NoProposals):  # others read the file of a picture
                     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                     records = [
                         record if is_file(picture) else in_file(record, image, folder)

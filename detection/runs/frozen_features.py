@@ -39,8 +39,13 @@ class FrozenFeatures:
         """Compute the maps of all splits that are set up, and let them return these.
 
         Raises:
-            InputError: the first layers of the backbone are trained, or a transform does more than resize and flip. Nothing was computed.
+            InputError: the first layers of the backbone are trained, a transform does more than resize and flip, or the detector resizes
+                images itself. Nothing was computed.
         """
+        if not isinstance(detector, FastRCNN):
+            raise InputError(
+                f"features=cached: a {type(detector).__name__} resizes images itself. Choose detector=fast_rcnn, or remove features"
+            )
         frozen, _ = frozen_and_trained(detector.backbone)
         splits = {name: split for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}
         steps = {name: resize_and_flips(split.transform, name) for name, split in splits.items()}

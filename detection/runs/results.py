@@ -3,20 +3,30 @@
 import csv
 import json
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import atomic_write
+from roi_quantization.detection.evaluation.bootstrap import METRICS, MatchedDetections, bootstrap_method, bootstrap_over_images
 from roi_quantization.detection.evaluation.coco import Metrics, format_table, write_metrics, write_results
 from roi_quantization.detection.evaluation.figures import plot_curves, plot_detection_sheet
+from roi_quantization.detection.evaluation.statistics import difference
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.runs.errors import log_traceback
 from roi_quantization.detection.runs.training_checkpoints import FINISHED
 
 log = logging.getLogger(__name__)
+
+
+class Evaluation(NamedTuple):
+    """Metrics of an evaluation, and the detections in COCO's results format."""
+
+    metrics: Metrics
+    results: list[dict]
 
 
 def draw_curves(run_dir: Path, log_every_n_steps: int) -> None:
@@ -51,14 +61,45 @@ def write_cross(run_dir: Path, cross: dict[str, Metrics]) -> None:
     atomic_write(run_dir / "cross.json", json.dumps({name: metrics.as_json() for name, metrics in cross.items()}, indent=2).encode())
 
 
-def report_cross(cross: dict[str, Metrics], run_dir: Path) -> None:
+def report_cross(cross: Mapping[str, Evaluation], run_dir: Path) -> None:
     """Write cross.json and print it, where weights were evaluated with other operators than their own."""
     if not cross:
         return
-    write_cross(run_dir, cross)
+    write_cross(run_dir, {name: evaluation.metrics for name, evaluation in cross.items()})
     print("\nThe same weights with other operators:")
-    for name, metrics in cross.items():
-        print(f"  {name:20}" + "  ".join(f"{key} {metrics.stats[key]:5.1f}" for key in ("AP", "AP50", "AP75")))
+    for name, (metrics, _) in cross.items():
+        print(f"  {name:20}" + "  ".join(f"{key} {metrics.stats[key]:5.1f}" for key in METRICS))
+
+
+def report_differences(cross: Mapping[str, Evaluation], dataset: Any, module: DetectionModule, own: str, run_dir: Path) -> None:
+    """Print and write how AP changes with each operator of a cross-evaluation, with intervals over images.
+
+    Writes results_<operator>.json, and differences.json: operator -> AP, AP50 and AP75 minus those of `own`, the module's operator.
+    """
+    others = {name: evaluation for name, evaluation in cross.items() if evaluation.results is not module.results}
+    if not others:
+        return
+    for name, evaluation in others.items():
+        write_results(run_dir / f"results_{name}.json", evaluation.results)
+    image_ids = module.metrics.image_ids
+    if len(image_ids) < 2:
+        log.warning("No intervals: there is one image, and intervals over images need at least two")
+        return
+    matched = {
+        name: MatchedDetections(dataset.coco, results, image_ids, module.metrics.max_detections)
+        for name, results in {own: module.results, **{name: evaluation.results for name, evaluation in others.items()}}.items()
+    }
+    sums = {name: difference(name, own) for name in others}
+    estimates = bootstrap_over_images(matched, sums, method=bootstrap_method(image_ids))
+    ends = ("value", "low", "high")
+    plain = {
+        name: {metric: {end: None if math.isnan(x := getattr(one, end)) else x for end in ends} for metric, one in of_name.items()}
+        for name, of_name in estimates.items()
+    }
+    atomic_write(run_dir / "differences.json", json.dumps({"minus": own, "differences": plain}, indent=2).encode())
+    print(f"\nMinus {own}, with 95 % intervals of a paired bootstrap over {len(image_ids)} images:")
+    for name, of_name in estimates.items():
+        print(f"  {name:20}" + "  ".join(f"{metric} {of_name[metric].text(signed=True)}" for metric in METRICS))
 
 
 def report(module: DetectionModule, dataset: Any, run_dir: Path, title: str) -> None:

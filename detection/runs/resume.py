@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from roi_quantization.detection.common.configuration import differences, shorten
 from roi_quantization.detection.common.errors import ExpectedError, InputError, MissingFileError
-from roi_quantization.detection.common.renamed_targets import rename_targets
+from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.runs.checkpoint import load_checkpoint
 from roi_quantization.detection.runs.lock import is_running
 from roi_quantization.detection.runs.training_checkpoints import FINISHED, periodic_checkpoints
@@ -111,7 +111,7 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
         checkpoint = load_checkpoint(given)
         if "optimizer_states" not in checkpoint:
             raise InputError(f"resume={given}: it contains weights only. To go on take a last.ckpt or step_*.ckpt")
-        if differ := differences(rename_targets(checkpoint["config"]), OmegaConf.to_container(cfg)):
+        if differ := differences(upgrade_config(checkpoint["config"]), OmegaConf.to_container(cfg)):
             log.warning("%s has another configuration: %s. The learning rates of its optimizer are kept", given, shorten(differ))
         return given
     check_unfinished(given, _resolve(cfg, cfg.run_dir))
@@ -132,7 +132,7 @@ def _newest_intact(run: Path, cfg: DictConfig) -> Path | None:
         except InputError as error:
             log.warning("%s. Trying the checkpoint before it", error)
             continue
-        if differ := differences(rename_targets(checkpoint["config"]), OmegaConf.to_container(cfg)):
+        if differ := differences(upgrade_config(checkpoint["config"]), OmegaConf.to_container(cfg)):
             log.warning("%s has another configuration and is not used: %s", path, shorten(differ))
             continue
         log.info("Goes on from %s: step %d, in epoch %d", path, checkpoint["global_step"], checkpoint["epoch"])
@@ -150,7 +150,7 @@ def _read_config(run: Path) -> dict[str, Any] | None:
         config = yaml.safe_load((run / "config.yaml").read_bytes())
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-    return rename_targets(config) if isinstance(config, dict) else None
+    return upgrade_config(config) if isinstance(config, dict) else None
 
 
 def _resolve(cfg: DictConfig, run_dir: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from roi_quantization.detection.common.configuration import CONFIGS, flatten
+from roi_quantization.detection.common.configuration import CONFIGS, check_groups, flatten
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.model.lightning_module import LOGGED
@@ -26,9 +26,10 @@ def set_up_run(cfg: DictConfig, groups: Sequence[str] = ()) -> Path:
 
     Args:
         cfg: of the script.
-        groups: those that the script needs beside `roi`, `backbone`, `head`, `data`, `proposals` and `trainer`.
+        groups: those that the script needs beside `detector`, `roi`, `data` and `trainer`. The detector checks for its own.
     """
-    check_groups(cfg, ("roi", "backbone", "head", "data", "proposals", "trainer", *groups))
+    own = ("backbone",) if cfg.get("head") else ()  # whose settings the head refers to
+    check_groups(cfg, ("detector", "roi", *own, "data", "trainer", *groups))
     check_seeds(cfg)
     if HydraConfig.initialized():
         check_working_folder()
@@ -58,17 +59,6 @@ def silence_lightning() -> None:
     known += ("You're resuming from a checkpoint that ended before the epoch ended",)  # DetectionData skips what was seen
     for message in known:
         warnings.filterwarnings("ignore", f".*{message}")
-
-
-def check_groups(cfg: DictConfig, groups: Sequence[str]) -> None:
-    """Check that no group that is necessary was removed (`~data`, `data=null`).
-
-    Raises:
-        InputError: one is missing.
-    """
-    for group in groups:
-        if not cfg.get(group):
-            raise InputError(f"{group}: nothing is chosen. Choose a file of configs/{group} with {group}=<name>")
 
 
 def check_seeds(cfg: DictConfig) -> None:
@@ -145,13 +135,14 @@ def check_precision(trainer: DictConfig) -> None:
         )
 
 
-def check_metric(name: str, validates: bool, objects: int = 1) -> str:
+def check_metric(name: str, validates: bool, objects: int = 1, has_losses: bool = True) -> str:
     """Return whether more or less of `optimized_metric` is better: "max" or "min", as `ModelCheckpoint` has it.
 
     Args:
         name: of the metric.
         validates: whether there is a val split.
         objects: number of objects on the val split.
+        has_losses: whether the detector computes losses in evaluation.
 
     Raises:
         InputError: validations do not have this metric, or it is undefined in all of them.
@@ -159,6 +150,8 @@ def check_metric(name: str, validates: bool, objects: int = 1) -> str:
     known = [f"val/{logged}" for logged in LOGGED]
     if validates and name not in known:
         raise InputError(f"optimized_metric={name}: the best checkpoint is chosen on the val split, by one of {', '.join(known)}")
+    if validates and "loss" in name and not has_losses:
+        raise InputError(f"optimized_metric={name}: this detector computes no losses in evaluation. Set optimized_metric=val/AP")
     if validates and "AP" in name and objects == 0:
         raise InputError(f"optimized_metric={name}: the val split has no objects, so AP chooses no checkpoint. Set val/loss")
     return "min" if "loss" in name else "max"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from roi_quantization.detection.common.configuration import differences, shorten
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.common.renamed_targets import rename_targets
+from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.module import describe
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.report import write_report
@@ -110,7 +110,7 @@ def check_configuration(run_dir: Path, config: dict) -> None:
     Raises:
         InputError: it has another; the message lists the differences.
     """
-    differ = differences(rename_targets(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))), config)
+    differ = differences(upgrade_config(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))), config)
     if differ:
         raise InputError(
             f"{run_dir} contains a finished run of another configuration: {shorten(differ)}. Choose another folder for this sweep with "

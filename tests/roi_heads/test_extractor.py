@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import roi_align
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from roi_quantization.roi_heads import RoIExtractor
+from roi_quantization.roi_heads import MultiScaleRoIExtractor, RoIExtractor
+from roi_quantization.roi_heads.extractor import replaced_operator
 
 align = partial(roi_align, sampling_ratio=2, aligned=True)
 
@@ -65,3 +66,53 @@ def test_it_stands_in_torchvisions_faster_rcnn():
     sum(losses.values()).backward()
     assert backbone[0].weight.grad.abs().sum() > 0
     assert set(detector.eval()([torch.rand(3, 64, 64)])[0]) == {"boxes", "labels", "scores"}
+
+
+def pyramid():
+    """Four maps of two images with boxes for all levels, on the border between two, and none in the second image."""
+    torch.manual_seed(0)
+    maps = {str(level): torch.rand(2, 3, 256 // stride, 192 // stride, requires_grad=True) for level, stride in enumerate((4, 8, 16, 32))}
+    sides = torch.tensor([5.0, 55.9, 56.0, 56.1, 111.9, 112.0, 150.0])
+    return (
+        maps,
+        [torch.stack([sides / 9, sides / 5, sides / 9 + sides, sides / 5 + sides], dim=1), torch.zeros(0, 4)],
+        [(250, 190), (256, 180)],
+    )
+
+
+@pytest.mark.parametrize("names", [["0", "1", "2", "3"], ["1", "2"], ["2"]], ids=str)
+def test_boxes_are_read_from_the_levels_that_torchvision_reads(names):
+    pooler = MultiScaleRoIAlign(names, output_size=(3, 2), sampling_ratio=2, canonical_scale=112)
+    maps, boxes, shapes = pyramid()
+    expected = pooler(maps, boxes, shapes)
+    pooled = MultiScaleRoIExtractor(partial(roi_align, sampling_ratio=2, aligned=False), pooler)(maps, boxes, shapes)
+    assert torch.equal(pooled, expected)
+    used = [maps[name] for name in names]
+    for mine, its in zip(*(torch.autograd.grad(one.square().sum(), used) for one in (pooled, expected)), strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+def test_a_level_has_its_scale_and_an_operator_its_size():
+    calls = []
+
+    def operator(features, boxes, output_size, spatial_scale):
+        calls.append((len(torch.cat(boxes)), spatial_scale, output_size))
+        return align(features, boxes, 5, spatial_scale)
+
+    extractor = MultiScaleRoIExtractor(operator, MultiScaleRoIAlign(["0", "1", "2", "3"], 5, 2, canonical_scale=112))
+    extractor(*pyramid())
+    assert calls == [(2, 1 / 4, 5), (3, 1 / 8, 5), (2, 1 / 16, 5), (0, 1 / 32, 5)]
+    for other in (MultiScaleRoIExtractor(operator, MultiScaleRoIAlign(["0"], 7, 2)), RoIExtractor(operator, 7, 1 / 4)):
+        maps, boxes, shapes = pyramid()
+        with pytest.raises(
+            ValueError, match=r"the RoI operator gives 5 x 5 bins, the head wants 7 x 7\. Let it use its argument output_size"
+        ):
+            other({"0": maps["0"]}, boxes, shapes)
+
+
+def test_another_operator_for_a_while():
+    model = nn.ModuleList([RoIExtractor(align, 7, 1 / 16), MultiScaleRoIExtractor(align, MultiScaleRoIAlign(["0"], 7, 2)), nn.Identity()])
+    with pytest.raises(KeyError), replaced_operator(model, sum):
+        assert [extractor.operator for extractor in model[:2]] == [sum, sum]
+        raise KeyError
+    assert [extractor.operator for extractor in model[:2]] == [align, align]

@@ -1,8 +1,9 @@
-"""The interface of a proposal provider, which `grid.py`, `selective_search.py` and `file.py` implement."""
+"""The interface of a proposal provider, which `grid.py`, `selective_search.py` and `file.py` implement, and none at all."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from roi_quantization.detection.data.images import ImageRecord
@@ -19,3 +20,13 @@ class ProposalProvider(Protocol):
 
     def __call__(self, image: ImageRecord) -> Tensor:
         """Return the windows of an image: float32 `[L, 4]`, `(x1, y1, x2, y2)` in pixels of the image file."""
+
+
+class NoProposals:
+    """Provides no windows: for detectors that find their own."""
+
+    def prepare(self, images: Sequence[ImageRecord]) -> None:
+        """Do nothing."""
+
+    def __call__(self, image: ImageRecord) -> Tensor:
+        return torch.zeros(0, 4)

@@ -257,3 +257,16 @@ def test_a_sweep_without_a_finished_run_is_an_error_that_says_where_to_look(tmp_
 def test_the_same_sweep_gives_the_same_figures(sweep):
     (seeds,) = [figure for figure in make_figures(Findings(read_sweep(sweep))) if figure.name == "seeds"]
     assert render(seeds.draw, LIGHT, "svg") == (sweep / "report" / "figures" / "seeds.svg").read_bytes()
+
+
+def test_a_detector_with_a_pyramid_has_no_stride_and_no_proposals_in_its_results(tmp_path):
+    folder = write_fake_sweep(
+        tmp_path / "pyramid", arms={"align": 3.0, "pool": 7.5}, seeds=(0,), images=10, overrides=["detector=torchvision"]
+    )
+    for path in folder.glob("*/results.json"):
+        results = json.loads(path.read_text())
+        path.write_text(json.dumps([{key: value for key, value in result.items() if key != "proposal"} for result in results]))
+    text = write_report(folder).read_text()
+    assert "RoIPool in the place of RoIAlign costs" in text and "at stride" not in text
+    assert "that of each map of the detector&#39;s pyramid" in text
+    assert "in cells" not in text and "None" not in text

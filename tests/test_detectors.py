@@ -1,0 +1,140 @@
+"""Other detectors than the default in train.py, eval.py and predict.py."""
+
+import json
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import roi_quantization
+from roi_quantization.detection.runs.checkpoint import forget_parts, load_checkpoint, register_parts
+from roi_quantization.scripts import eval as eval_script
+from roi_quantization.scripts.eval import evaluate
+from roi_quantization.scripts.train import train
+from tests.configuration import composed
+from tests.detection.model.test_torchvision_detector import random_model
+from tests.detection.model.tiny_rcnn import tiny  # noqa: F401 -- a fixture
+from tests.trainings import TINY, run_eval
+
+DATA = [text for text in TINY if not text.startswith(("backbone", "head"))]
+SHAPES = {2: "disc", 3: "ring", 7: "square", 11: "triangle", 18: "star"}  # the embedded set's, whose ids have gaps as COCO's
+NAMES = [SHAPES.get(label, f"none{label}") for label in range(19)]
+TORCHVISION = ["detector=torchvision", "detector.builder=tiny_rcnn"]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path, model = tmp_path / "tiny.pth", random_model(num_classes=len(NAMES))
+    model.roi_heads.box_predictor.cls_score.bias.data[[label not in SHAPES for label in range(len(NAMES))]] = -1000.0  # it finds shapes
+    torch.save(model.state_dict(), path)
+    return [f"detector.weights={path}", f"detector.categories=[{','.join(NAMES)}]"]
+
+
+def evaluate_without_checkpoint(folder, data, *overrides):
+    forget_parts()
+    words = ["trainer=cpu", "trainer.enable_progress_bar=false", "data=embedded", *(text for text in DATA if text.startswith("data."))]
+    return evaluate(composed("eval", *words, f"data.root={data}", f"run_dir={folder}", *TORCHVISION, *overrides))
+
+
+def test_what_an_operator_costs_a_detector_that_was_trained_elsewhere(tiny, weights, data, tmp_path, capsys):  # noqa: F811
+    run = tmp_path / "run"
+    metrics = evaluate_without_checkpoint(run, data, *weights, "roi=align_no_half_pixel", "cross=[align_no_half_pixel,pool]")
+    assert set(metrics) >= {"test/AP", "test/AP75"}
+    cross, differences = (json.loads((run / name).read_text()) for name in ("cross.json", "differences.json"))
+    assert list(cross) == ["align_no_half_pixel", "pool"]
+    assert cross["align_no_half_pixel"] == json.loads((run / "metrics.json").read_text())
+    assert differences["minus"] == "align_no_half_pixel" and list(differences["differences"]) == ["pool"]
+    change = cross["pool"]["stats"]["AP"] - cross["align_no_half_pixel"]["stats"]["AP"]
+    assert differences["differences"]["pool"]["AP"]["value"] == pytest.approx(change)
+    results = {name: json.loads((run / name).read_text()) for name in ("results.json", "results_pool.json")}
+    assert results["results.json"] != results["results_pool.json"]
+    assert {result["category_id"] for result in results["results.json"]} <= {2, 3, 7, 11, 18}
+    printed = capsys.readouterr().out
+    assert "Minus align_no_half_pixel, with 95 % intervals of a paired bootstrap over 4 images" in printed
+    assert "tiny.pth on test: 4 images" in printed
+
+    again = tmp_path / "pool"
+    evaluate_without_checkpoint(again, data, *weights, "roi=pool")
+    assert json.loads((again / "results.json").read_text()) == results["results_pool.json"]
+    assert not (again / "differences.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["roi=pool"], r"no checkpoint is given\. Set ckpt=<run>/best.ckpt, or detector=torchvision and detector\.weights=COCO_V1"),
+        (["detector.weights=COCO_V1"], r"roi: nothing is chosen"),
+    ],
+)
+def test_what_is_missing_is_named(tiny, tmp_path, data, words, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        evaluate_without_checkpoint(tmp_path, data, *words)
+
+
+def test_the_data_are_to_be_chosen(tiny, tmp_path):  # noqa: F811
+    """The detector sets the transform of data, and does not choose any."""
+    forget_parts()
+    with pytest.raises(ValueError, match=r"data: nothing is chosen"):
+        evaluate(composed("eval", f"run_dir={tmp_path}", *TORCHVISION, "roi=pool", "detector.weights=COCO_V1"))
+
+
+def test_a_category_that_the_weights_do_not_have_is_an_error(tiny, weights, data, tmp_path):  # noqa: F811
+    renamed = weights[1].replace("ring", "rings")
+    with pytest.raises(ValueError, match=r"category 3 of the data is 'ring', and that of the detector's weights is 'rings'"):
+        evaluate_without_checkpoint(tmp_path, data, weights[0], renamed, "roi=pool")
+    evaluate_without_checkpoint(tmp_path, data, weights[0], renamed, "roi=pool", "data.classes=[disc,star]")
+
+
+def test_the_command_line_needs_no_checkpoint(tiny, weights, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    words = ["trainer=cpu", "trainer.enable_progress_bar=false", "data=embedded", *(text for text in DATA if text.startswith("data."))]
+    words += [f"data.root={data}", f"hydra.run.dir={tmp_path}/run", *TORCHVISION, *weights, "roi=pool"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *words])
+    register_parts(OmegaConf.to_container(composed("train", "roi=align")), "another")  # of this process, for other tests
+    forget_parts()
+    eval_script.main()
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["images"] == 4
+
+
+def test_training_evaluating_and_predicting(tiny, data, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    words = [*DATA, *TORCHVISION, f"run_dir={run}", f"data.root={data}", "trainer.max_epochs=2", "cross=[pool]"]
+    words += ["+detector.options.box_score_thresh=0.01"]
+    metrics = train(composed("train", *words))
+    assert metrics["test/AP"] >= 0 and json.loads((run / "cross.json").read_text())["pool"]
+    again = run_eval(run / "best.ckpt", tmp_path / "eval")
+    assert again["test/AP"] == metrics["test/AP"]
+    assert json.loads((tmp_path / "eval/results.json").read_text()) == json.loads((run / "results.json").read_text())
+    assert load_checkpoint(run / "best.ckpt")["config"]["proposals"] is None
+
+    detector = roi_quantization.load(run / "best.ckpt")
+    picture = next((data / "test").iterdir())
+    assert set(detector(picture)) == {"boxes", "scores", "labels", "names"}
+    with pytest.raises(ValueError, match="this detector finds its own, and would not use them"):
+        detector(picture, proposals=torch.zeros(0, 4))
+    with pytest.raises(ValueError, match="a TorchvisionDetector cannot be exported: it finds its own proposals"):
+        detector.export_program()
+    with pytest.raises(ValueError, match=r"optimized_metric=val/loss: this detector computes no losses in evaluation\. Set .*val/AP"):
+        train(composed("train", *words, "optimized_metric=val/loss"))
+    with pytest.raises(ValueError, match=r"features=cached: a TorchvisionDetector resizes images itself"):
+        train(composed("train", *words, "features=cached", f"features.cache_dir={tmp_path}"))
+
+
+@pytest.mark.parametrize("group", ["backbone", "head", "proposals"])
+def test_a_part_that_the_default_detector_needs_is_missed(data, tmp_path, group):
+    with pytest.raises(ValueError, match=rf"{group}: nothing is chosen\. Choose a file of configs/{group}"):
+        train(composed("train", *(text for text in DATA), f"run_dir={tmp_path}", f"data.root={data}", f"~{group}"))
+
+
+def test_a_run_of_before_there_were_detectors_is_a_fast_rcnn(data, tmp_path):
+    """Its configuration has no `detector`."""
+    run = tmp_path / "run"
+    train(composed("train", *TINY, f"run_dir={run}", f"data.root={data}", "trainer.max_steps=1"))
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    del checkpoint["config"]["detector"]
+    torch.save(checkpoint, run / "last.ckpt")
+    run_eval(run / "last.ckpt", tmp_path / "eval")
+    train(
+        composed("train", *TINY, f"run_dir={tmp_path / 'more'}", f"data.root={data}", "trainer.max_steps=2", f"resume={run / 'last.ckpt'}")
+    )
+    assert torch.load(tmp_path / "more/last.ckpt", weights_only=True)["global_step"] == 2

@@ -1,5 +1,6 @@
 """Fast R-CNN's heads on torchvision's `RoIHeads`: what the paper has and torchvision lacks, and nothing else."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -173,11 +174,8 @@ class FastRCNNHeads(RoIHeads):
         return labels
 
     def draw(self, labels: Tensor, epoch: int, image_id: int) -> Tensor:
-        """Mask of the RoIs sampled: torchvision's sampler, on a CPU generator of its own, so that the batch has no say."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(hash((self.seed, epoch, int(image_id))))  # torch.manual_seed would reseed CUDA's as well
-            foreground, background = self.fg_bg_sampler([labels.cpu()])
-        return (foreground[0] | background[0]).bool().to(labels.device)
+        """Mask of the RoIs sampled."""
+        return draw(self.fg_bg_sampler, labels, self.seed, epoch, int(image_id))
 
     def losses(self, scores: Tensor, deltas: Tensor, labels: Tensor, regression_targets: Tensor) -> dict[str, Tensor]:
         """Fast R-CNN's losses, both averaged over all sampled RoIs; 0 where none was sampled."""
@@ -186,6 +184,14 @@ class FastRCNNHeads(RoIHeads):
         predicted = deltas.view(len(labels), scores.shape[1], 4)[foreground, labels[foreground]]
         box_loss = F.smooth_l1_loss(predicted, regression_targets[foreground], beta=self.smooth_l1_beta, reduction="sum")
         return {"loss_classifier": F.cross_entropy(scores, labels, reduction="sum") / count, "loss_box": box_loss / count}
+
+
+def draw(sampler: Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]], labels: Tensor, *key: int) -> Tensor:
+    """Mask of what torchvision's sampler takes: on a CPU generator that the key seeds, so that the batch has no say."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(hash(key))  # torch.manual_seed would reseed CUDA's as well
+        foreground, background = sampler([labels.cpu()])
+    return (foreground[0] | background[0]).bool().to(labels.device)
 
 
 def overlap(boxes: Tensor, regions: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Other detectors than the default in train.py, eval.py and predict.py."""
 
+import csv
 import json
 import sys
 
@@ -118,6 +119,29 @@ def test_training_evaluating_and_predicting(tiny, data, tmp_path):  # noqa: F811
         train(composed("train", *words, "optimized_metric=val/loss"))
     with pytest.raises(ValueError, match=r"features=cached: a TorchvisionDetector resizes images itself"):
         train(composed("train", *words, "features=cached", f"features.cache_dir={tmp_path}"))
+
+
+def test_a_network_that_proposes(data, tmp_path):
+    """Trained, evaluated and used on a picture; and how many objects its proposals cover is logged."""
+    run = tmp_path / "run"
+    words = ["detector=faster_rcnn", *TINY, f"run_dir={run}", f"data.root={data}", "trainer.max_epochs=2", "cross=[pool]"]
+    metrics = train(composed("train", *words))
+    with open(run / "metrics.csv", newline="") as file:
+        validations = [row for row in csv.DictReader(file) if row["val/loss"]]
+    assert len(validations) == 2
+    for row in validations:
+        assert 0 <= float(row["val/R75"]) <= float(row["val/R50"]) <= 100
+        parts = ("loss_classifier", "loss_box", "loss_objectness", "loss_rpn_box_reg")
+        assert float(row["val/loss"]) == pytest.approx(sum(float(row[f"val/{part}"]) for part in parts), rel=1e-4)
+    again = run_eval(run / "best.ckpt", tmp_path / "eval")
+    assert again["test/AP"] == metrics["test/AP"]
+    assert json.loads((tmp_path / "eval/results.json").read_text()) == json.loads((run / "results.json").read_text())
+    assert all(len(result["proposal"]) == 4 for result in json.loads((run / "results.json").read_text()))
+
+    detector = roi_quantization.load(run / "best.ckpt")
+    assert set(detector(next((data / "test").iterdir()))) == {"boxes", "scores", "labels", "names", "proposals"}
+    with pytest.raises(ValueError, match="a FasterRCNN cannot be exported: it finds its own proposals"):
+        detector.export_program()
 
 
 @pytest.mark.parametrize("group", ["backbone", "head", "proposals"])

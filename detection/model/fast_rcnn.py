@@ -44,18 +44,26 @@ class FastRCNN(nn.Module):
             regressed, in the same pixels; and losses where all targets have `boxes`.
         """
         shapes = [(image.shape[1], image.shape[2]) for image in images]
-        proposals = [target["proposals"] for target in targets]
         if "features" in targets[0]:
             _, trained = frozen_and_trained(self.backbone)
             features = trained(self.batch_maps([target["features"] for target in targets]))
         else:
             features = self.backbone(self.batch(images))
         with_losses = self.training or all("boxes" in target for target in targets)
+        proposals, proposal_losses = self.propose(features, shapes, targets)
         detections, losses = self.roi_heads(features, proposals, shapes, targets if with_losses else None)
-        for detection, target, shape in zip(detections, targets, shapes, strict=not self.training):
-            for name in ("boxes", "proposals"):
-                detection[name] = to_original(detection[name], shape, target["original_size"])
-        return detections, losses
+        for of_image in zip(detections, targets, shapes, proposals, strict=not self.training):
+            self.finish(*of_image)
+        return detections, losses | proposal_losses
+
+    def propose(self, features: Tensor, shapes: list[tuple[int, int]], targets: list[dict]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return the proposals `[L, 4]` of each image, in its pixels, and losses of what proposes."""
+        return [target["proposals"] for target in targets], {}
+
+    def finish(self, detection: dict[str, Tensor], target: dict, shape: tuple[int, int], proposals: Tensor) -> None:
+        """Convert the detection of an image of `shape` to pixels of the original image."""
+        for name in ("boxes", "proposals"):
+            detection[name] = to_original(detection[name], shape, target["original_size"])
 
     def batch(self, images: list[Tensor]) -> Tensor:
         """Normalise images and pad them into one `[N, 3, H, W]`: zeros (the mean colour) right and below, up to multiples of the stride."""

@@ -158,6 +158,10 @@ class DetectionModule(pl.LightningModule):
             coco_eval=self.coco_eval,
             of=len(dataset.coco.imgs),
         )
+        recalled = [found["best_overlap"] for found in self.detections.values() if "best_overlap" in found]
+        if recalled:
+            best = torch.cat(recalled)
+            losses |= {f"{split}/R{100 * iou:.0f}": 100 * (best >= iou).double().mean().item() for iou in (0.5, 0.75)}
         shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in LOGGED}
         together = {"sync_dist": True, "reduce_fx": "max"}  # equal on all ranks, so their maximum is each; Lightning warns without it
         self.log_dict(losses, **together)

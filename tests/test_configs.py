@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from torchvision.models.resnet import ResNet
 
 from roi_quantization.detection.data.transforms import seeded_rng
 from roi_quantization.detection.model.build import build_detector, instantiate
@@ -46,13 +47,28 @@ def test_roi(roi):
 
 
 @pytest.mark.parametrize("head", choices("head"))
-@pytest.mark.parametrize("backbone", choices("backbone"))
+@pytest.mark.parametrize("backbone", [name for name in choices("backbone") if name.startswith("vgg16")])
 @pytest.mark.parametrize("stride", [16, 32])
 def test_backbone_and_head(backbone, head, stride):
     cfg = composed(f"backbone={backbone}", f"head={head}", f"backbone.stride={stride}", *SMALL)
     detector = build_detector(cfg, num_classes=6)
     assert detector.roi_heads.box_roi_pool.spatial_scale == 1 / stride
     assert detector.roi_heads.box_predictor.cls_score.out_features == 6
+
+
+@pytest.mark.parametrize(("backbone", "stride", "channels"), [("resnet50_c4", 16, 1024), ("resnet50_c5", 32, 2048)])
+def test_resnet(backbone, stride, channels, monkeypatch):
+    """Mask R-CNN's tables 2c and 2d. The head's weights are not VGG16's."""
+    monkeypatch.setattr("torchvision.models.resnet.ResNet._make_layer", one_block_a_stage)
+    cfg = composed(f"backbone={backbone}", "head.box_head.hidden=8")
+    assert (cfg.head.box_head.weights, cfg.head.box_head.norm) == (None, "none")
+    detector = build_detector(cfg, num_classes=3)
+    assert (detector.backbone.stride, detector.backbone.out_channels) == (stride, channels)
+    assert detector.roi_heads.box_roi_pool.spatial_scale == 1 / stride
+
+
+def one_block_a_stage(network, block, planes, _, stride=1, dilate=False, make=ResNet._make_layer):
+    return make(network, block, planes, 1, stride, dilate)
 
 
 @pytest.mark.parametrize("data", choices("data"))

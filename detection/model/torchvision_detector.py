@@ -9,19 +9,19 @@ from typing import Any, get_args
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import detection, get_model_builder, list_models
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FrozenBatchNorm2d
 
 from roi_quantization.detection.common.configuration import path_setting
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.model.build import build_operator
 from roi_quantization.detection.model.fast_rcnn import check_images, to_original
+from roi_quantization.detection.model.torchvision_backbone import freeze_norm
 from roi_quantization.roi_heads.extractor import MultiScaleRoIExtractor, RoIOperator
 from roi_quantization.roi_heads.weights import read_state
 
@@ -242,16 +242,7 @@ def _build_plain(builder: str, num_classes: int, is_trained: bool, has_eps_0: bo
     options = {name: value for name, value in options.items() if name != "trainable_backbone_layers"}  # of no use without training
     model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=num_classes, **options)
     if is_trained:
-        _freeze_norm(model.backbone.body)
+        freeze_norm(model.backbone.body)
     if has_eps_0:
         overwrite_eps(model, 0.0)
     return model
-
-
-def _freeze_norm(module: nn.Module) -> None:
-    """Replace batch norms by frozen ones."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, FrozenBatchNorm2d(child.num_features, child.eps))
-        else:
-            _freeze_norm(child)

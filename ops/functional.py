@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from roi_quantization.ops import eager, library
-from roi_quantization.ops.geometry import IntegralRule, LatticeRule
+from roi_quantization.ops.geometry import IntegralRule, LatticeRule, smallest_winners_dtype
 from roi_quantization.ops.inputs import check_boxes, mask_invalid_boxes, prepare
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ def lattice_pool(
 
     Returns:
         `[K, C, P, P]`. Differentiable in the features, and in the boxes where bins are not quantized, straight through a quantized RoI.
+        A sample that interpolates an infinite cell is infinite or NaN, as in torchvision: its weight may be 0. A bin with a NaN sample is
+        NaN, for `max` too.
 
     Raises:
         TypeError, ValueError: an argument of another shape, type or range; a box that is NaN or infinite, or of an image that is not there
@@ -102,11 +104,10 @@ def _pool_lattice(rule: LatticeRule, features: Tensor, boxes: Boxes, output_size
     image, y, x = place_bins(rule, features, boxes, output_size, spatial_scale)
     if not _has_kernels(features):
         return eager.lattice_pool(features, image, y, x, reduce).to(features.dtype)
-    winners_dtype = None  # a gradient has to know which samples won: in as few bytes as their numbers need
+    dtype = None  # of the winners, which a gradient needs
     if reduce == "max" and torch.is_grad_enabled() and (features.requires_grad or y.first.requires_grad):
-        most = rule.most_samples(features.shape[2]) * rule.most_samples(features.shape[3])
-        winners_dtype = torch.int8 if most <= 2**7 - 1 else torch.int16 if most <= 2**15 - 1 else torch.int32
-    out, _ = library.lattice_pool(features, image, *y, *x, reduce, winners_dtype)
+        dtype = smallest_winners_dtype(rule.most_samples(features.shape[2]) * rule.most_samples(features.shape[3]))
+    out, _ = library.lattice_pool(features, image, *y, *x, reduce, dtype)
     return out
 
 

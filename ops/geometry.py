@@ -185,6 +185,11 @@ class IntegralRule:
         return Bounds(low, low + bin_size)
 
 
+def smallest_winners_dtype(samples: int) -> torch.dtype:
+    """The narrowest integers that number so many samples of a bin, and -1."""
+    return torch.int8 if samples <= 2**7 - 1 else torch.int16 if samples <= 2**15 - 1 else torch.int32
+
+
 def round_half_away(x: Tensor) -> Tensor:
     """Round to the nearest integer, halves away from zero, as C's `round` does (`torch.round` takes halves to even)."""
     size = x.abs()  # torch.trunc would be shorter, and takes milliseconds where it waits for MKL's threads
@@ -216,7 +221,7 @@ def _indices(bins: int, like: Tensor) -> Tensor:
 
 
 def _propagate_nan(axis: Axis) -> Axis:
-    """A box that is not a number has one sample a bin, at NaN: every path makes NaN of it and reads nothing out of bounds."""
+    """Give a NaN box one sample in each bin, at NaN: its output is NaN on every path, and nothing is read out of bounds."""
     bad = axis.first.isnan() | axis.step.isnan()
     return Axis(
         torch.where(bad, torch.nan, axis.first),

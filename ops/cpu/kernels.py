@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.thread import ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from roi_quantization.ops.cpu import argmax as argmax_kernels
 from roi_quantization.ops.cpu import max as max_kernels
 from roi_quantization.ops.cpu import window as window_kernels
+from roi_quantization.ops.cpu.loops import copy_channels_first, copy_channels_last
 from roi_quantization.ops.cpu.pages import ask_for_large_pages
-from roi_quantization.ops.geometry import Axis, Bounds
+from roi_quantization.ops.geometry import Axis, Bounds, smallest_winners_dtype
 
 MOST_SAMPLES = 2**20  # looked up together
 
@@ -83,7 +84,7 @@ def lattice_backward(
 
 def max_of_cells(features: Tensor, image: Tensor, y: Axis, x: Axis) -> tuple[Tensor, Tensor]:
     """The largest cell of each bin, `[K, C, P, P]`, and its index `row * W + column` as int32, -1 for an empty bin: torchvision's form."""
-    out, winners = lattice_forward(features, image, y, x, "max", torch.int32)
+    out, winners = lattice_forward(features, image, y, x, "max", smallest_winners_dtype(features.shape[2] * features.shape[3]))
     cells = torch.empty(out.flatten(2).shape, dtype=torch.int32)
     arrays = [*_numpy((winners, y.first.int(), x.first.int(), x.visited)), features.shape[3], *_numpy((cells,))]
     _each_block(features.shape[1], lambda _, *block: argmax_kernels.cells_of_winners(*arrays, *block))
@@ -135,23 +136,23 @@ def _integral_windows(y: Bounds, x: Bounds, height: int, width: int) -> Windows:
 def _window_forward(features: Tensor, image: Tensor, windows: Windows) -> Tensor:
     """Weighted sums of cells. `features [N, C, H, W]` in float32 or float64, any strides -> `[K, C, P, P]`."""
     out = ask_for_large_pages(features.new_empty(len(image), features.shape[1], windows.y_start.shape[1], windows.x_start.shape[1]))
-    arrays = [*_numpy((features, image)), *windows, *_numpy((out.flatten(2),))]
-    _each_block(features.shape[1], lambda _, *block: window_kernels.window_forward(*arrays, *block))
+    arrays = [*_numpy((image,)), *windows, *_numpy((out.flatten(2),))]
+    _each_block_of_map(features, lambda _, cells, c0: window_kernels.window_forward(cells, *arrays, c0))
     return out
 
 
 def _window_backward(grad: Tensor, image: Tensor, windows: Windows, out: Tensor) -> None:
     """Write the gradient of the features."""
-    arrays = [*_numpy((grad.flatten(2), image)), *windows, *_numpy((out,))]
-    _each_block(out.shape[1], lambda _, *block: window_kernels.window_backward(*arrays, *block))
+    arrays = [*_numpy((grad.flatten(2), image)), *windows]
+    _each_block_of_gradient(out, lambda cells, c0: window_kernels.window_backward(*arrays, cells, c0))
 
 
 def _window_weight_gradient(features: Tensor, grad: Tensor, image: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     """Gradients of `y_weights` and `x_weights`: each block of channels into a slice of its own, the slices added up in order."""
     blocks = len(_blocks(features.shape[1]))
     of_y, of_x = (features.new_zeros(blocks, *w.shape) for w in (windows.y_weights, windows.x_weights))
-    arrays, slices = [*_numpy((features, grad.flatten(2), image)), *windows], _numpy((of_y, of_x))
-    _each_block(features.shape[1], lambda b, *block: window_kernels.window_weight_gradient(*arrays, *(s[b] for s in slices), *block))
+    arrays, slices = [*_numpy((grad.flatten(2), image)), *windows], _numpy((of_y, of_x))
+    _each_block_of_map(features, lambda b, cells, c0: window_kernels.window_weight_gradient(cells, *arrays, *(s[b] for s in slices), c0))
     return of_y.sum(0), of_x.sum(0)
 
 
@@ -159,12 +160,16 @@ def _max_forward(features: Tensor, image: Tensor, y: Axis, x: Axis, winners_dtyp
     """The largest samples, `[K, C, P, P]`; and which they are, `[K * C * P * P]` in the kernels' order (without a dtype: empty)."""
     out = ask_for_large_pages(features.new_empty(len(image), features.shape[1], y.first.shape[1], x.first.shape[1]))
     winners = torch.empty(out.numel() if winners_dtype else 0, dtype=winners_dtype or torch.int8)
-    source, to, which = _numpy((features, out.flatten(2), winners))
+    to, which = _numpy((out.flatten(2), winners))
     for k0, k1 in _chunks(y, x, features):
         rois = [a[k0:k1] for a in _numpy((image, *y, *x))]
         samples = max_kernels.lattice_samples(*rois, *features.shape[2:])
-        arrays = [source, rois[0], rois[3], rois[7], *samples, to[k0:k1], which, k0, len(image)]
-        _each_block(features.shape[1], lambda _, *block, arrays=arrays: max_kernels.max_forward(*arrays, *block))
+        arrays = [rois[0], rois[3], rois[7], *samples, to[k0:k1], which, k0, len(image)]
+
+        def task(_: int, cells: np.ndarray, c0: int, arrays: list[Any] = arrays) -> None:
+            max_kernels.max_forward(cells, *arrays, c0)
+
+        _each_block_of_map(features, task)
     return out, winners
 
 
@@ -185,16 +190,16 @@ def _chunks(y: Axis, x: Axis, features: Tensor) -> Iterator[tuple[int, int]]:
 
 def _max_backward(grad: Tensor, winners: Tensor, image: Tensor, y: Axis, x: Axis, out: Tensor) -> None:
     """Write the gradient of the features."""
-    arrays = _numpy((grad.flatten(2), winners, image, *y[:3], *x[:3], out))
-    _each_block(out.shape[1], lambda _, *block: max_kernels.max_backward(*arrays, *block))
+    arrays = _numpy((grad.flatten(2), winners, image, *y[:3], *x[:3]))
+    _each_block_of_gradient(out, lambda cells, c0: max_kernels.max_backward(*arrays, cells, c0))
 
 
 def _max_lattice_gradient(features: Tensor, grad: Tensor, winners: Tensor, image: Tensor, y: Axis, x: Axis) -> list[Tensor]:
     """Gradients of `first` and `step`, of y and then of x; slices as in `_window_weight_gradient`."""
     blocks = len(_blocks(features.shape[1]))
     out = [features.new_zeros(blocks, *t.shape) for t in (y.first, y.step, x.first, x.step)]
-    arrays, slices = _numpy((features, grad.flatten(2), winners, image, *y[:3], *x[:3])), _numpy(out)
-    _each_block(features.shape[1], lambda b, *block: max_kernels.max_lattice_gradient(*arrays, *(s[b] for s in slices), *block))
+    arrays, slices = _numpy((grad.flatten(2), winners, image, *y[:3], *x[:3])), _numpy(out)
+    _each_block_of_map(features, lambda b, cells, c0: max_kernels.max_lattice_gradient(cells, *arrays, *(s[b] for s in slices), c0))
     return [t.sum(0) for t in out]
 
 
@@ -218,7 +223,7 @@ def _write(out: Tensor, compute: Callable[[Tensor], None]) -> None:
 
 def _check_finite(*first: Tensor) -> None:
     if not all(bool(t.isfinite().all()) for t in first):
-        raise ValueError("boxes: every coordinate must be finite and every image index in range; a lattice of this call is not a number")
+        raise ValueError("boxes: every coordinate must be finite and every image index in range; a lattice of this call is NaN")
 
 
 def _numpy(tensors: Iterable[Tensor]) -> list[np.ndarray]:
@@ -248,6 +253,25 @@ def _each_block(channels: int, task: Callable[..., None]) -> None:
     for helper in helpers:
         if not helper.cancel():  # one that has not started yet has nothing left to do
             helper.result()
+
+
+def _each_block_of_map(features: Tensor, task: Callable[[int, np.ndarray, int], None]) -> None:
+    """Call `task(number, cells [N, H, W, channels], first channel)` for each block."""
+    (source,) = _numpy((features,))
+    _each_block(features.shape[1], lambda number, c0, c1: task(number, copy_channels_last(source, c0, c1), c0))
+
+
+def _each_block_of_gradient(out: Tensor, add: Callable[[np.ndarray, int], None]) -> None:
+    """Let `add(cells, first channel)` add the gradient of each block to zeros `[N, H, W, channels]`, and write them to `out`."""
+    (to,) = _numpy((out,))
+    images, channels, height, width = to.shape
+
+    def task(_: int, c0: int, c1: int) -> None:
+        cells = np.zeros((images, height, width, c1 - c0), to.dtype)
+        add(cells, c0)
+        copy_channels_first(cells, to, c0)
+
+    _each_block(channels, task)
 
 
 def _start(work: Callable[[], None]) -> Future[None] | None:

@@ -1,7 +1,7 @@
 """What the Numba kernels of the CPU path share: how they are compiled, loops over channels, and the layouts they read and write.
 
-A kernel works on channels `c0` to `c1`. It copies its slice of the map channels-last, where the channels of a cell are neighbours and every
-inner loop runs over them, and visits the RoIs in order. `ops/cpu/kernels.py` calls the kernels and hands out the blocks of channels.
+A kernel works on a block of channels of the map, copied channels-last: the channels of a cell are neighbours, every inner loop runs over
+them, and one machine code serves maps of any layout. It visits the RoIs in order. `ops/cpu/kernels.py` hands out the blocks of channels.
 """
 
 import inspect
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class KernelCache(FunctionCache):
-    """Numba's cache of machine code on disk. A file that cannot be read or written costs a compilation, and is no error.
+    """Numba's cache of machine code on disk. A file that cannot be read or written costs a compilation and raises no error.
 
     Numba takes a change in the kernel's own file for a new kernel; here so is a change in this file, whose functions are compiled into it.
     """
@@ -118,46 +118,54 @@ def dot(x, y):
     return total
 
 
+# Loops in the place of assignments of transposed arrays, whose checks of shapes take seconds to compile.
+
+
 @compile_kernel
-def channels_last(features, c0, c1):
-    """Channels `c0` to `c1` of `[N, C, H, W]`, any strides, as one flat `[N, H, W, c1 - c0]`."""
+def copy_channels_last(features, c0, c1):
+    """Channels `c0` to `c1` of `[N, C, H, W]`, any strides, as a new `[N, H, W, c1 - c0]`."""
     images, _, height, width = features.shape
-    channels = c1 - c0
-    cells = np.empty((images, height, width, channels), features.dtype)
-    if features.strides[1] < features.strides[3]:
-        cells[:] = features[:, c0:c1].transpose(0, 2, 3, 1)
-    else:
-        for n in range(images):
-            for y in range(height):
-                for c in range(channels):
-                    for x in range(width):
+    cells = np.empty((images, height, width, c1 - c0), features.dtype)
+    for n in range(images):
+        for y in range(height):
+            if features.strides[1] < features.strides[3]:
+                for x in range(width):
+                    for c in range(c1 - c0):
                         cells[n, y, x, c] = features[n, c0 + c, y, x]
-    return cells.reshape(-1)
-
-
-@compile_kernel
-def channels_first(cells, features, c0, c1):
-    images, _, height, width = features.shape
-    view = cells.reshape((images, height, width, c1 - c0))
-    if features.strides[1] < features.strides[3]:
-        features[:, c0:c1] = view.transpose(0, 3, 1, 2)
-    else:
-        for n in range(images):
-            for y in range(height):
+            else:
                 for c in range(c1 - c0):
                     for x in range(width):
-                        features[n, c0 + c, y, x] = view[n, y, x, c]
+                        cells[n, y, x, c] = features[n, c0 + c, y, x]
+    return cells
+
+
+@compile_kernel
+def copy_channels_first(cells, features, c0):
+    """Write `[N, H, W, channels]` to the channels from `c0` on of `[N, C, H, W]`, any strides."""
+    images, height, width, channels = cells.shape
+    for n in range(images):
+        for y in range(height):
+            if features.strides[1] < features.strides[3]:
+                for x in range(width):
+                    for c in range(channels):
+                        features[n, c0 + c, y, x] = cells[n, y, x, c]
+            else:
+                for c in range(channels):
+                    for x in range(width):
+                        features[n, c0 + c, y, x] = cells[n, y, x, c]
 
 
 @compile_kernel
 def write_tile(tile, out, c0):
+    """Write the bins of a RoI, `[bins, channels]`, to the channels from `c0` on of `[C, bins]`."""
     for c in range(tile.shape[1]):
         for p in range(tile.shape[0]):
             out[c0 + c, p] = tile[p, c]
 
 
 @compile_kernel
-def read_tile(out, tile, c0):
+def read_tile(grad, tile, c0):
+    """The reverse of `write_tile`."""
     for c in range(tile.shape[1]):
         for p in range(tile.shape[0]):
-            tile[p, c] = out[c0 + c, p]
+            tile[p, c] = grad[c0 + c, p]

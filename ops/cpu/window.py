@@ -9,8 +9,6 @@ import numpy as np
 from roi_quantization.ops.cpu.loops import (
     add,
     cell_below,
-    channels_first,
-    channels_last,
     clamp,
     compile_kernel,
     compile_sums,
@@ -23,7 +21,7 @@ from roi_quantization.ops.cpu.loops import (
 
 @compile_kernel
 def lattice_windows(first, step, count, total, size):
-    """The mean over `count` interpolated samples as weights of neighbouring cells: start and number of cells, and their weights."""
+    """The mean over `count` interpolated samples as weights of neighbouring cells: first cell, number of cells, weights."""
     rois, bins = first.shape
     start, cells = np.zeros((rois, bins), np.int32), np.zeros((rois, bins), np.int32)
     longest = 1
@@ -80,7 +78,7 @@ def integral_windows(low, high, size):
         for p in range(bins):
             for i in range(cells[k, p]):
                 cell = start[k, p] + i
-                weights[k, p, i] = _hat_integral(low[k, p] - cell, high[k, p] - cell) / (high[k, p] - low[k, p])
+                weights[k, p, i] = _tent_integral(low[k, p] - cell, high[k, p] - cell) / (high[k, p] - low[k, p])
     return start, cells, weights
 
 
@@ -98,80 +96,88 @@ def integral_gradient(low, high, start, cells, weights, grad_weights):
 
 
 @compile_kernel
-def _hat_integral(a, b):
+def _tent_integral(a, b):
     """Integral of `max(0, 1 - |t|)` from a to b. On one side of 0 no digits may cancel, or a thin bin would have none left."""
     a, b = min(max(a, -1), 1), min(max(b, -1), 1)
     return (b - a) * (1 - abs(a + b) / 2) if a * b >= 0 else b - a - (a * a + b * b) / 2
 
 
 @compile_kernel
-def window_forward(features, image, ys, yn, yw, xs, xn, xw, out, c0, c1):
-    width, channels = features.shape[3], c1 - c0
-    cells = channels_last(features, c0, c1)
-    row = np.empty(width * channels, features.dtype)  # one bin's mean over y, for every x that the RoI touches
-    tile = np.zeros((ys.shape[1] * xs.shape[1], channels), features.dtype)
+def window_forward(cells, image, y_start, y_cells, y_weights, x_start, x_cells, x_weights, out, c0):
+    """The weighted sum of each bin's cells, from `cells [N, H, W, channels]` to the channels from `c0` on of `out [K, C, bins]`."""
+    _, height, width, channels = cells.shape
+    bins_y, bins_x = y_start.shape[1], x_start.shape[1]
+    flat = cells.reshape(-1)
+    row = np.empty(width * channels, cells.dtype)  # one bin's mean over y, for every column that the RoI reads
+    tile = np.zeros((bins_y * bins_x, channels), cells.dtype)
     for k in range(len(image)):
-        left, length = _touched(xs, xn, k, channels)
-        for p in range(ys.shape[1]):
-            _pool_rows(cells, image[k] * features.shape[2] + ys[k, p], yn[k, p], yw[k, p], width, left, channels, row[:length])
-            for q in range(xs.shape[1]):
-                pooled = tile[p * xs.shape[1] + q]
+        left, length = _columns_read(x_start, x_cells, k, channels)
+        for p in range(bins_y):
+            _pool_rows(flat, image[k] * height + y_start[k, p], y_cells[k, p], y_weights[k, p], width, left, channels, row[:length])
+            for q in range(bins_x):
+                pooled = tile[p * bins_x + q]
                 pooled[:] = 0
-                for i in range(xn[k, q]):
-                    at = (xs[k, q] - left + i) * channels
-                    add(pooled, xw[k, q, i], row[at : at + channels])
+                for i in range(x_cells[k, q]):
+                    at = (x_start[k, q] - left + i) * channels
+                    add(pooled, x_weights[k, q, i], row[at : at + channels])
         write_tile(tile, out[k], c0)
 
 
 @compile_kernel
-def window_backward(grad, image, ys, yn, yw, xs, xn, xw, grad_features, c0, c1):
-    height, width, channels = grad_features.shape[2], grad_features.shape[3], c1 - c0
-    cells = np.zeros(grad_features.shape[0] * height * width * channels, grad_features.dtype)
-    row = np.empty(width * channels, grad_features.dtype)
-    tile = np.empty((ys.shape[1] * xs.shape[1], channels), grad_features.dtype)
+def window_backward(grad, image, y_start, y_cells, y_weights, x_start, x_cells, x_weights, cells, c0):
+    """Add to `cells [N, H, W, channels]` the gradient of the channels from `c0` on."""
+    _, height, width, channels = cells.shape
+    bins_y, bins_x = y_start.shape[1], x_start.shape[1]
+    flat = cells.reshape(-1)
+    row = np.empty(width * channels, cells.dtype)
+    tile = np.empty((bins_y * bins_x, channels), cells.dtype)
     for k in range(len(image)):
         read_tile(grad[k], tile, c0)
-        left, length = _touched(xs, xn, k, channels)
-        for p in range(ys.shape[1]):
-            _spread_bins(tile, p, xs[k], xn[k], xw[k], left, channels, row[:length])
-            for i in range(yn[k, p]):
-                at = ((image[k] * height + ys[k, p] + i) * width + left) * channels
-                add(cells[at : at + length], yw[k, p, i], row[:length])
-    channels_first(cells, grad_features, c0, c1)
+        left, length = _columns_read(x_start, x_cells, k, channels)
+        for p in range(bins_y):
+            _spread_bins(tile, p, x_start[k], x_cells[k], x_weights[k], left, channels, row[:length])
+            for i in range(y_cells[k, p]):
+                at = ((image[k] * height + y_start[k, p] + i) * width + left) * channels
+                add(flat[at : at + length], y_weights[k, p, i], row[:length])
 
 
 @compile_sums
-def window_weight_gradient(features, grad, image, ys, yn, yw, xs, xn, xw, grad_yw, grad_xw, c0, c1):
-    """Gradients of the weights, summed over the channels of this block."""
-    height, width, channels = features.shape[2], features.shape[3], c1 - c0
-    cells = channels_last(features, c0, c1)
-    row = np.empty(width * channels, features.dtype)
-    tile = np.empty((ys.shape[1] * xs.shape[1], channels), features.dtype)
+def window_weight_gradient(
+    cells, grad, image, y_start, y_cells, y_weights, x_start, x_cells, x_weights, grad_y_weights, grad_x_weights, c0
+):
+    """Gradients of the weights, summed over the channels of `cells [N, H, W, channels]`, which are those from `c0` on."""
+    _, height, width, channels = cells.shape
+    bins_y, bins_x = y_start.shape[1], x_start.shape[1]
+    flat = cells.reshape(-1)
+    row = np.empty(width * channels, cells.dtype)
+    tile = np.empty((bins_y * bins_x, channels), cells.dtype)
     for k in range(len(image)):
         read_tile(grad[k], tile, c0)
-        left, length = _touched(xs, xn, k, channels)
-        for p in range(ys.shape[1]):
-            _pool_rows(cells, image[k] * height + ys[k, p], yn[k, p], yw[k, p], width, left, channels, row[:length])
-            for q in range(xs.shape[1]):
-                for i in range(xn[k, q]):
-                    at = (xs[k, q] - left + i) * channels
-                    grad_xw[k, q, i] += dot(tile[p * xs.shape[1] + q], row[at : at + channels])
-            _spread_bins(tile, p, xs[k], xn[k], xw[k], left, channels, row[:length])
-            for i in range(yn[k, p]):
-                at = ((image[k] * height + ys[k, p] + i) * width + left) * channels
-                grad_yw[k, p, i] += dot(cells[at : at + length], row[:length])
+        left, length = _columns_read(x_start, x_cells, k, channels)
+        for p in range(bins_y):
+            _pool_rows(flat, image[k] * height + y_start[k, p], y_cells[k, p], y_weights[k, p], width, left, channels, row[:length])
+            for q in range(bins_x):
+                for i in range(x_cells[k, q]):
+                    at = (x_start[k, q] - left + i) * channels
+                    grad_x_weights[k, q, i] += dot(tile[p * bins_x + q], row[at : at + channels])
+            _spread_bins(tile, p, x_start[k], x_cells[k], x_weights[k], left, channels, row[:length])
+            for i in range(y_cells[k, p]):
+                at = ((image[k] * height + y_start[k, p] + i) * width + left) * channels
+                grad_y_weights[k, p, i] += dot(flat[at : at + length], row[:length])
 
 
 @inline
-def _pool_rows(cells, y, rows, weights, width, left, channels, row):
+def _pool_rows(flat, y, rows, weights, width, left, channels, row):
+    """Sum the columns from `left` on of the rows from `y` on."""
     row[:] = 0
     for i in range(rows):
         at = ((y + i) * width + left) * channels
-        add(row, weights[i], cells[at : at + len(row)])
+        add(row, weights[i], flat[at : at + len(row)])
 
 
 @inline
 def _spread_bins(tile, p, start, count, weights, left, channels, row):
+    """The transpose over x: each bin of row `p` of bins to the columns that it read."""
     row[:] = 0
     for q in range(len(start)):
         for i in range(count[q]):
@@ -180,8 +186,8 @@ def _spread_bins(tile, p, start, count, weights, left, channels, row):
 
 
 @compile_kernel
-def _touched(start, count, k, channels):
-    """First cell that the windows of RoI k touch, and how many elements of a channels-last row they span."""
+def _columns_read(start, count, k, channels):
+    """First column that the windows of RoI k read, and how many elements of a channels-last row all of them span."""
     left, right = 1 << 30, 0
     for p in range(start.shape[1]):
         if count[k, p] > 0:

@@ -27,12 +27,12 @@ def integral_share(low, high, cell):
 
 @triton.jit
 def load_window(low, high, at, is_bin, size):
-    """Edges of some bins along an axis, and the cells `[start, start + count)` that they reach; none where there is no extent."""
-    a, z = tl.load(low + at, is_bin, 0.0), tl.load(high + at, is_bin, 0.0)
-    a, z = tl.where(a == a, a, 0.0), tl.where(z == z, z, 0.0)
-    start = tl.floor(clamp(a, size)).to(tl.int32)
-    end = tl.minimum(tl.floor(clamp(z, size)).to(tl.int32) + 2, size)
-    return a, z, start, tl.where((z > a) & (z > -1) & (a < size), end - start, 0)
+    """Edges of some bins along an axis, and first and number of the cells under each; none where there is no extent."""
+    low, high = tl.load(low + at, is_bin, 0.0), tl.load(high + at, is_bin, 0.0)
+    low, high = tl.where(low == low, low, 0.0), tl.where(high == high, high, 0.0)  # 0 for NaN, so that no load is out of bounds
+    start = tl.floor(clamp(low, size)).to(tl.int32)
+    end = tl.minimum(tl.floor(clamp(high, size)).to(tl.int32) + 2, size)
+    return low, high, start, tl.where((high > low) & (high > -1) & (low < size), end - start, 0)
 
 
 @triton.jit
@@ -44,19 +44,19 @@ def integral_forward(
     k, b, is_bin, p, q = bins_of_program(bins_y, bins_x, BINS)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     mask = is_bin[:, None] & (c < channels)[None, :]
-    top, bottom, y0, yn = load_window(y_low, y_high, p, is_bin, height)
-    left, right, x0, xn = load_window(x_low, x_high, q, is_bin, width)
+    top, bottom, first_y, count_y = load_window(y_low, y_high, p, is_bin, height)
+    left, right, first_x, count_x = load_window(x_low, x_high, q, is_bin, width)
     cells = features + tl.load(image + k) * stride_n + c[None, :]
     result = tl.zeros((BINS, CHANNELS), tl.float32)
-    for i in range(tl.max(yn)):
-        of_row = integral_share(top, bottom, y0 + i)
-        for j in range(tl.max(xn)):
-            visited = (i < yn) & (j < xn)
-            share = tl.where(visited, of_row * integral_share(left, right, x0 + j), 0.0)
-            at = (y0 + i).to(OFFSET) * stride_y + (x0 + j).to(OFFSET) * stride_x
+    for i in range(tl.max(count_y)):
+        of_row = integral_share(top, bottom, first_y + i)
+        for j in range(tl.max(count_x)):
+            visited = (i < count_y) & (j < count_x)
+            share = tl.where(visited, of_row * integral_share(left, right, first_x + j), 0.0)
+            at = (first_y + i).to(OFFSET) * stride_y + (first_x + j).to(OFFSET) * stride_x
             result += share[:, None] * tl.load(cells + at[:, None], mask & (share != 0)[:, None], 0.0).to(tl.float32)
-    known = tl.load(y_low + p, is_bin, 0.0) + tl.load(x_low + q, is_bin, 0.0)
-    result = tl.where((known == known)[:, None], result, float("nan"))
+    corner = tl.load(y_low + p, is_bin, 0.0) + tl.load(x_low + q, is_bin, 0.0)
+    result = tl.where((corner == corner)[:, None], result, float("nan"))  # NaN of an invalid box
     bins = bins_y * bins_x
     tl.store(out + k * channels * bins + c.to(OFFSET)[None, :] * bins + b[:, None], result.to(out.dtype.element_ty), mask)
 
@@ -70,8 +70,8 @@ def integral_slopes(
     """Each bin's share of the gradients of y's low and high and x's low and high, into `slopes [4, K, bins]`."""
     k, b, is_bin, p, q = bins_of_program(bins_y, bins_x, BINS)
     bins = bins_y * bins_x
-    top, bottom, y0, yn = load_window(y_low, y_high, p, is_bin, height)
-    left, right, x0, xn = load_window(x_low, x_high, q, is_bin, width)
+    top, bottom, first_y, count_y = load_window(y_low, y_high, p, is_bin, height)
+    left, right, first_x, count_x = load_window(x_low, x_high, q, is_bin, width)
     of_top, of_bottom = tl.zeros((BINS,), tl.float32), tl.zeros((BINS,), tl.float32)
     of_left, of_right = tl.zeros((BINS,), tl.float32), tl.zeros((BINS,), tl.float32)
     for c0 in range(0, channels, CHANNELS):
@@ -79,16 +79,16 @@ def integral_slopes(
         mask = is_bin[:, None] & (c < channels)[None, :]
         cells = features + tl.load(image + k) * stride_n + c[None, :]
         g = tl.load(grad + k * channels * bins + c.to(OFFSET)[None, :] * bins + b[:, None], mask, 0.0).to(tl.float32)
-        for i in range(tl.max(yn)):
-            of_row = integral_share(top, bottom, y0 + i)
-            for j in range(tl.max(xn)):
-                of_column = integral_share(left, right, x0 + j)
-                visited = (i < yn) & (j < xn)
-                at = (y0 + i).to(OFFSET) * stride_y + (x0 + j).to(OFFSET) * stride_x
+        for i in range(tl.max(count_y)):
+            of_row = integral_share(top, bottom, first_y + i)
+            for j in range(tl.max(count_x)):
+                of_column = integral_share(left, right, first_x + j)
+                visited = (i < count_y) & (j < count_x)
+                at = (first_y + i).to(OFFSET) * stride_y + (first_x + j).to(OFFSET) * stride_x
                 of_cell = tl.sum(g * tl.load(cells + at[:, None], mask & visited[:, None], 0.0).to(tl.float32), 1)
                 height_of_bin, width_of_bin = tl.where(visited, bottom - top, 1.0), tl.where(visited, right - left, 1.0)
-                of_bottom += of_cell * of_column * (tent(bottom - (y0 + i)) - of_row) / height_of_bin
-                of_top -= of_cell * of_column * (tent(top - (y0 + i)) - of_row) / height_of_bin
-                of_right += of_cell * of_row * (tent(right - (x0 + j)) - of_column) / width_of_bin
-                of_left -= of_cell * of_row * (tent(left - (x0 + j)) - of_column) / width_of_bin
+                of_bottom += of_cell * of_column * (tent(bottom - (first_y + i)) - of_row) / height_of_bin
+                of_top -= of_cell * of_column * (tent(top - (first_y + i)) - of_row) / height_of_bin
+                of_right += of_cell * of_row * (tent(right - (first_x + j)) - of_column) / width_of_bin
+                of_left -= of_cell * of_row * (tent(left - (first_x + j)) - of_column) / width_of_bin
     store_shares(slopes, k * bins + b, is_bin, bins, of_top, of_bottom, of_left, of_right)

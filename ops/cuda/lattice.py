@@ -2,7 +2,7 @@
 
 A program has one RoI, a block of its bins and a block of channels. The map is channels-last, so that the channels of a cell are neighbours
 and a load is whole; sums are float32. No kernel rounds anything but the position of a sample, down to the cell that interpolation starts
-from.
+from. Indices: RoI `k`, bin `b` in row `p` and column `q` of bins, sample `i` along y and `j` along x, channel `c`.
 """
 
 import triton
@@ -11,15 +11,15 @@ import triton.language as tl
 
 @triton.jit
 def clamp(position, size):
-    """To `[0, size - 1]`; what is not a number stays so."""
+    """To `[0, size - 1]`; NaN stays NaN."""
     return tl.where(position < 0, 0.0, tl.where(position > size - 1, size - 1.0, position))
 
 
 @triton.jit
 def tap(first, step, i, size):
-    """Cell below sample i, the cell after it, and how far the sample is on the way there."""
+    """The two cells that sample `i` lies between along an axis, and the weight of the second."""
     position = clamp(first + i * step, size)
-    low = tl.floor(tl.where(position == position, position, 0.0))
+    low = tl.floor(tl.where(position == position, position, 0.0))  # 0 for NaN, so that no load is out of bounds
     cell = low.to(tl.int32)
     return cell, tl.minimum(cell + 1, size - 1), position - low
 
@@ -59,30 +59,32 @@ def lattice_forward(
     k, b, is_bin, p, q = bins_of_program(bins_y, bins_x, BINS)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     mask = is_bin[:, None] & (c < channels)[None, :]
-    yf, ys, yn = load_axis(y_first, y_step, y_count, p, is_bin)
-    xf, xs, xn = load_axis(x_first, x_step, x_count, q, is_bin)
+    first_y, step_y, visited_y = load_axis(y_first, y_step, y_count, p, is_bin)
+    first_x, step_x, visited_x = load_axis(x_first, x_step, x_count, q, is_bin)
     total = tl.load(y_total + p, is_bin, 0.0) * tl.load(x_total + q, is_bin, 0.0)
 
     cells = features + tl.load(image + k) * stride_n + c[None, :]
     result = tl.zeros((BINS, CHANNELS), tl.float32)
     winner = tl.full((BINS, CHANNELS), -1, tl.int32)
     if MAX:  # a sample off the map has the value 0, and so has a bin without samples
-        all_on_the_map = (yn * xn > 0) & ((yn * xn).to(tl.float32) >= total)
+        all_on_the_map = (visited_y * visited_x > 0) & ((visited_y * visited_x).to(tl.float32) >= total)
         result += tl.where(all_on_the_map, float("-inf"), 0.0)[:, None]
-    for i in range(tl.max(yn)):
-        top, bottom, v = tap(yf, ys, i, height)
-        for j in range(tl.max(xn)):
-            left, right, h = tap(xf, xs, j, width)
-            visited = mask & ((i < yn) & (j < xn))[:, None]
+    for i in range(tl.max(visited_y)):
+        top, bottom, bottom_weight = tap(first_y, step_y, i, height)
+        for j in range(tl.max(visited_x)):
+            left, right, right_weight = tap(first_x, step_x, j, width)
+            visited = mask & ((i < visited_y) & (j < visited_x))[:, None]
             top_left, top_right, bottom_left, bottom_right = load_four(
-                cells, top.to(OFFSET), bottom.to(OFFSET), left.to(OFFSET), right.to(OFFSET), stride_y, stride_x, v != 0, h != 0, visited
-            )
-            up, near = (1 - v)[:, None], (1 - h)[:, None]
-            sample = up * (near * top_left + h[:, None] * top_right) + v[:, None] * (near * bottom_left + h[:, None] * bottom_right)
+                cells, top.to(OFFSET), bottom.to(OFFSET), left.to(OFFSET), right.to(OFFSET), stride_y, stride_x,
+                bottom_weight != 0, right_weight != 0, visited,
+            )  # fmt: skip
+            of_bottom, of_right = bottom_weight[:, None], right_weight[:, None]
+            of_top, of_left = 1 - of_bottom, 1 - of_right
+            sample = of_top * (of_left * top_left + of_right * top_right) + of_bottom * (of_left * bottom_left + of_right * bottom_right)
             if MAX:
-                larger = visited & ((sample > result) | (sample != sample))  # the first of equals wins, and what is not a number
+                larger = visited & ((sample > result) | (sample != sample))  # the first of equals wins, and so does NaN
                 result = tl.where(larger, sample, result)
-                winner = tl.where(larger, (i * xn + j)[:, None], winner)
+                winner = tl.where(larger, (i * visited_x + j)[:, None], winner)
             else:
                 result += tl.where(visited, sample, 0.0)
     if not MAX:
@@ -116,11 +118,11 @@ def lattice_slopes(
     """
     k, b, is_bin, p, q = bins_of_program(bins_y, bins_x, BINS)
     bins = bins_y * bins_x
-    yf, ys, yn = load_axis(y_first, y_step, y_count, p, is_bin)
-    xf, xs, xn = load_axis(x_first, x_step, x_count, q, is_bin)
+    first_y, step_y, visited_y = load_axis(y_first, y_step, y_count, p, is_bin)
+    first_x, step_x, visited_x = load_axis(x_first, x_step, x_count, q, is_bin)
     total = tl.load(y_total + p, is_bin, 0.0) * tl.load(x_total + q, is_bin, 0.0)
-    of_yf, of_ys = tl.zeros((BINS,), tl.float32), tl.zeros((BINS,), tl.float32)
-    of_xf, of_xs = tl.zeros((BINS,), tl.float32), tl.zeros((BINS,), tl.float32)
+    of_first_y, of_step_y = tl.zeros((BINS,), tl.float32), tl.zeros((BINS,), tl.float32)
+    of_first_x, of_step_x = tl.zeros((BINS,), tl.float32), tl.zeros((BINS,), tl.float32)
     for c0 in range(0, channels, CHANNELS):
         c = c0 + tl.arange(0, CHANNELS)
         mask = is_bin[:, None] & (c < channels)[None, :]
@@ -129,29 +131,33 @@ def lattice_slopes(
         g = tl.load(grad + at, mask, 0.0).to(tl.float32)
         if MAX:
             winner = tl.load(winners + at, mask, -1).to(tl.int32)
-        for i in range(tl.max(yn)):
-            top, bottom, v = tap(yf, ys, i, height)
-            free_y = (yf + i * ys >= 0) & (yf + i * ys < height - 1)  # clamped elsewhere
-            for j in range(tl.max(xn)):
-                left, right, h = tap(xf, xs, j, width)
-                free_x = (xf + j * xs >= 0) & (xf + j * xs < width - 1)
-                visited = (i < yn) & (j < xn)
+        for i in range(tl.max(visited_y)):
+            top, bottom, bottom_weight = tap(first_y, step_y, i, height)
+            moves_y = (first_y + i * step_y >= 0) & (first_y + i * step_y < height - 1)  # clamped elsewhere
+            for j in range(tl.max(visited_x)):
+                left, right, right_weight = tap(first_x, step_x, j, width)
+                moves_x = (first_x + j * step_x >= 0) & (first_x + j * step_x < width - 1)
+                visited = (i < visited_y) & (j < visited_x)
                 top_left, top_right, bottom_left, bottom_right = load_four(
                     cells, top.to(OFFSET), bottom.to(OFFSET), left.to(OFFSET), right.to(OFFSET), stride_y, stride_x,
                     visited, visited, mask & visited[:, None],
                 )  # fmt: skip
                 share = g
                 if MAX:
-                    share = tl.where(winner == (i * xn + j)[:, None], g, 0.0)
-                up, near, v2, h2 = (1 - v)[:, None], (1 - h)[:, None], v[:, None], h[:, None]
-                slope_y = tl.sum(share * (near * (bottom_left - top_left) + h2 * (bottom_right - top_right)), 1)
-                slope_x = tl.sum(share * (up * (top_right - top_left) + v2 * (bottom_right - bottom_left)), 1)
-                slope_y, slope_x = tl.where(visited & free_y, slope_y, 0.0), tl.where(visited & free_x, slope_x, 0.0)
-                of_yf += slope_y
-                of_ys += i * slope_y
-                of_xf += slope_x
-                of_xs += j * slope_x
+                    share = tl.where(winner == (i * visited_x + j)[:, None], g, 0.0)
+                of_bottom, of_right = bottom_weight[:, None], right_weight[:, None]
+                of_top, of_left = 1 - of_bottom, 1 - of_right
+                slope_y = tl.sum(share * (of_left * (bottom_left - top_left) + of_right * (bottom_right - top_right)), 1)
+                slope_x = tl.sum(share * (of_top * (top_right - top_left) + of_bottom * (bottom_right - bottom_left)), 1)
+                slope_y, slope_x = tl.where(visited & moves_y, slope_y, 0.0), tl.where(visited & moves_x, slope_x, 0.0)
+                of_first_y += slope_y
+                of_step_y += i * slope_y
+                of_first_x += slope_x
+                of_step_x += j * slope_x
     share_of_one = 1.0
     if not MAX:
         share_of_one = 1 / tl.maximum(total, 1.0)
-    store_shares(slopes, k * bins + b, is_bin, bins, of_yf * share_of_one, of_ys * share_of_one, of_xf * share_of_one, of_xs * share_of_one)
+    store_shares(
+        slopes, k * bins + b, is_bin, bins,
+        of_first_y * share_of_one, of_step_y * share_of_one, of_first_x * share_of_one, of_step_x * share_of_one,
+    )  # fmt: skip

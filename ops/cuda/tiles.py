@@ -20,15 +20,15 @@ def tile_origin(tile, tiles, tiles_x, TILE_Y: tl.constexpr, TILE_X: tl.constexpr
 @triton.jit
 def cell_range(first, step, count, at, exists, size, INTEGRAL: tl.constexpr):
     """First and last cell that bins read along an axis; `size` and -1 where there are none. Of an integral, `first, step` are the edges."""
-    a, z = tl.load(first + at, exists, 0.0), tl.load(step + at, exists, 0.0)
+    start, end = tl.load(first + at, exists, 0.0), tl.load(step + at, exists, 0.0)
     if INTEGRAL:
-        some = exists & (z > a) & (z > -1) & (a < size)
+        reads = exists & (end > start) & (end > -1) & (start < size)
     else:
         n = tl.load(count + at, exists, 0)
-        z = a + (n - 1) * z
-        some = exists & (n > 0)
-    low, high = tl.floor(clamp(tl.minimum(a, z), size)), tl.floor(clamp(tl.maximum(a, z), size))
-    return tl.where(some, low, size).to(tl.int32), tl.where(some, tl.minimum(high + 1, size - 1.0), -1).to(tl.int32)
+        end = start + (n - 1) * end  # the last sample
+        reads = exists & (n > 0)
+    low, high = tl.floor(clamp(tl.minimum(start, end), size)), tl.floor(clamp(tl.maximum(start, end), size))
+    return tl.where(reads, low, size).to(tl.int32), tl.where(reads, tl.minimum(high + 1, size - 1.0), -1).to(tl.int32)
 
 
 @triton.jit
@@ -59,16 +59,16 @@ def list_rois_by_tile(
 @triton.jit
 def lattice_share(first, step, count, total, at, is_bin, cell, size):
     """Share of each of `cell [CELLS, 1]` in the mean of each bin's samples along an axis, bins `at [1, BINS]`."""
-    a, s, n = tl.load(first + at, is_bin, 0.0), tl.load(step + at, is_bin, 0.0), tl.load(count + at, is_bin, 0)
-    share = tl.zeros_like(a + cell)
+    start, distance, n = tl.load(first + at, is_bin, 0.0), tl.load(step + at, is_bin, 0.0), tl.load(count + at, is_bin, 0)
+    share = tl.zeros_like(start + cell)
     for i in range(tl.max(n)):
-        share += tl.where(i < n, tent(clamp(a + i * s, size) - cell), 0.0)
+        share += tl.where(i < n, tent(clamp(start + i * distance, size) - cell), 0.0)
     return share / tl.maximum(tl.load(total + at, is_bin, 1.0), 1.0)
 
 
 @triton.jit
 def edges_share(low, high, at, is_bin, cell):
-    """The same in each bin's integral."""
+    """Share of each of `cell [CELLS, 1]` in the integral over each bin, bins `at [1, BINS]`."""
     return integral_share(tl.load(low + at, is_bin, 0.0), tl.load(high + at, is_bin, 0.0), cell)
 
 
@@ -128,7 +128,7 @@ def max_backward(
     rois, channels, height, width, stride_n, stride_c, stride_y, stride_x, bins_y, bins_x, tiles_x, tiles,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, CHANNELS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Each cell asks the few bins that read it whether it is among the cells of the winning sample: the winner differs with the channel."""
+    """Each cell looks up, in the few bins that read it, whether the winning sample reads it: each channel has a winner of its own."""
     tile = tl.program_id(0)
     n, y0, x0 = tile_origin(tile, tiles, tiles_x, TILE_Y, TILE_X)
     cell = tl.arange(0, TILE_Y * TILE_X)
@@ -142,19 +142,20 @@ def max_backward(
         q0, q1 = bins_of_cells(x_first, x_step, x_count, k, x, width, bins_x, BINS_X)
         for a in range(tl.max(p1 - p0) + 1):
             p = p0 + a
-            yf, ys = tl.load(y_first + k * bins_y + p, p <= p1, 0.0), tl.load(y_step + k * bins_y + p, p <= p1, 0.0)
+            first_y, step_y = tl.load(y_first + k * bins_y + p, p <= p1, 0.0), tl.load(y_step + k * bins_y + p, p <= p1, 0.0)
             for b in range(tl.max(q1 - q0) + 1):
                 q = q0 + b
                 exists = (p <= p1) & (q <= q1)
-                xf, xs = tl.load(x_first + k * bins_x + q, exists, 0.0), tl.load(x_step + k * bins_x + q, exists, 0.0)
-                xn = tl.load(x_count + k * bins_x + q, exists, 1)[None, :]
+                first_x, step_x = tl.load(x_first + k * bins_x + q, exists, 0.0), tl.load(x_step + k * bins_x + q, exists, 0.0)
+                visited_x = tl.load(x_count + k * bins_x + q, exists, 1)[None, :]
                 mask = (c < channels)[:, None] & exists[None, :]
                 at = k * channels * bins + c.to(OFFSET)[:, None] * bins + (p * bins_x + q)[None, :]
                 g = tl.load(grad + at, mask, 0.0).to(tl.float32)
                 winner = tl.load(winners + at, mask, -1).to(tl.int32)
-                i = winner // xn
-                of_y = tent(clamp(yf[None, :] + i * ys[None, :], height) - y[None, :])
-                of_x = tent(clamp(xf[None, :] + (winner - i * xn) * xs[None, :], width) - x[None, :])
+                i = winner // visited_x
+                j = winner - i * visited_x
+                of_y = tent(clamp(first_y[None, :] + i * step_y[None, :], height) - y[None, :])
+                of_x = tent(clamp(first_x[None, :] + j * step_x[None, :], width) - x[None, :])
                 result += tl.where(winner >= 0, of_y * of_x * g, 0.0)
     at = n.to(tl.int64) * stride_n + c.to(OFFSET)[:, None] * stride_c + (y.to(OFFSET) * stride_y + x.to(OFFSET) * stride_x)[None, :]
     tl.store(out + at, result.to(out.dtype.element_ty), (c < channels)[:, None] & ((y < height) & (x < width))[None, :])

@@ -1,7 +1,7 @@
 """The oracle: slow, obvious, float64. Every fast path is held against it, output and gradients.
 
-One Python loop for each RoI, bin and sample; autograd gives the gradients. It takes the same lattices as the kernels, so what it settles
-is the visiting and the reducing; the lattices themselves are held against torchvision and numbers worked out by hand.
+One Python loop over RoIs and bins; autograd gives the gradients. It takes the same lattices as the kernels, so what it settles is the
+visiting and the reducing; the lattices themselves are held against torchvision and numbers worked out by hand.
 """
 
 import torch
@@ -12,72 +12,71 @@ from roi_quantization.ops.geometry import Axis, Bounds
 
 def lattice_pool(features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str) -> Tensor:
     """Reduce each bin's samples by their `mean` or `max`. `features [N, C, H, W]`, `image [K]` -> `[K, C, P, P]` float64."""
-    features = features.double()
-    rows = [
-        torch.stack([_bin(features[image[k]], y, x, k, p, q, reduce) for p in range(y.first.shape[1]) for q in range(x.first.shape[1])])
-        for k in range(len(image))
-    ]
-    return _stack(rows, features, y.first.shape[1], x.first.shape[1])
+    features, (rois, bins_y), bins_x = features.double(), y.first.shape, x.first.shape[1]
+    bins = []
+    for k in range(rois):
+        for p in range(bins_y):
+            for q in range(bins_x):
+                samples = _interpolate(features[image[k]], _positions(y, k, p), _positions(x, k, q))
+                bins.append(_reduce(samples, float(y.total[k, p]) * float(x.total[k, q]), reduce))
+    return _stack(bins, features, rois, bins_y, bins_x)
 
 
-def _bin(feature: Tensor, y: Axis, x: Axis, k: int, p: int, q: int, reduce: str) -> Tensor:
-    samples = [
-        _interpolate(feature, y.first[k, p].double() + i * y.step[k, p].double(), x.first[k, q].double() + j * x.step[k, q].double())
-        for i in range(int(y.visited[k, p]))
-        for j in range(int(x.visited[k, q]))
-    ]
-    zero = feature.new_zeros(feature.shape[0])
-    total = float(y.total[k, p]) * float(x.total[k, q])
-    if reduce == "mean":
-        return sum(samples, zero) / max(total, 1.0)
-    largest = zero if len(samples) < total or not samples else samples.pop(0)  # a sample off the map has the value 0
-    for sample in samples:
-        largest = torch.where(sample > largest, sample, largest)  # the first of equal ones wins, and takes the gradient
-    return largest
+def _positions(axis: Axis, k: int, p: int) -> Tensor:
+    return axis.first[k, p].double() + torch.arange(int(axis.visited[k, p])) * axis.step[k, p].double()
 
 
 def _interpolate(feature: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """The samples of one bin, `[C, H, W] -> [C, len(y), len(x)]`."""
     height, width = feature.shape[1:]
     y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
-    top, left = int(y.floor()), int(x.floor())
-    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
-    v, h = y - top, x - left
+    top, left = y.floor().long(), x.floor().long()
+    bottom, right = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
+    v, h = (y - top)[:, None], x - left
     return (
-        (1 - v) * (1 - h) * feature[:, top, left]
-        + (1 - v) * h * feature[:, top, right]
-        + v * (1 - h) * feature[:, bottom, left]
-        + v * h * feature[:, bottom, right]
+        (1 - v) * (1 - h) * feature[:, top][:, :, left]
+        + (1 - v) * h * feature[:, top][:, :, right]
+        + v * (1 - h) * feature[:, bottom][:, :, left]
+        + v * h * feature[:, bottom][:, :, right]
     )
+
+
+def _reduce(samples: Tensor, total: float, reduce: str) -> Tensor:
+    """`[C]`, of the samples on the map, where all samples are `total`."""
+    samples = samples.flatten(1)
+    if reduce == "mean":
+        return samples.sum(1) / max(total, 1.0)
+    if samples.shape[1] == 0 or samples.shape[1] < total:  # a sample off the map has the value 0
+        samples = torch.cat([samples.new_zeros(len(samples), 1), samples], 1)
+    first = (samples == samples.amax(1, keepdim=True)).int().argmax(1, keepdim=True)  # of equal ones the first wins, and takes the gradient
+    return samples.gather(1, first)[:, 0]
 
 
 def integral_pool(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> Tensor:
     """The integral of the interpolated map (0 off the map) over each bin, by the bin's area. -> `[K, C, P, P]` float64."""
-    features = features.double()
-    height, width = features.shape[2:]
-    rows = []
-    for k in range(len(image)):
-        bins = []
-        for p in range(y.low.shape[1]):
-            for q in range(x.low.shape[1]):
+    features, (rois, bins_y), bins_x = features.double(), y.low.shape, x.low.shape[1]
+    rows, columns = (torch.arange(size) for size in features.shape[2:])
+    bins = []
+    for k in range(rois):
+        for p in range(bins_y):
+            for q in range(bins_x):
                 (top, bottom), (left, right) = (y.low[k, p], y.high[k, p]), (x.low[k, q], x.high[k, q])
                 area = (bottom - top) * (right - left)
                 value = features.new_zeros(features.shape[1])
                 if area > 0:
-                    of_rows = torch.stack([_hat_integral(top - i, bottom - i) for i in range(height)])
-                    of_columns = torch.stack([_hat_integral(left - j, right - j) for j in range(width)])
+                    of_rows, of_columns = _tent_integral(top - rows, bottom - rows), _tent_integral(left - columns, right - columns)
                     value = (features[image[k]] * of_rows[:, None] * of_columns).sum((1, 2)) / area
                 bins.append(value)
-        rows.append(torch.stack(bins))
-    return _stack(rows, features, y.low.shape[1], x.low.shape[1])
+    return _stack(bins, features, rois, bins_y, bins_x)
 
 
-def _hat_integral(a: Tensor, b: Tensor) -> Tensor:
+def _tent_integral(a: Tensor, b: Tensor) -> Tensor:
     """Integral of `max(0, 1 - |t|)` from a to b."""
     a, b = a.double().clamp(-1, 1), b.double().clamp(-1, 1)
     return (b - b * b.abs() / 2) - (a - a * a.abs() / 2)
 
 
-def _stack(rows: list[Tensor], features: Tensor, height: int, width: int) -> Tensor:
-    if not rows:
-        return features.new_zeros(0, features.shape[1], height, width)
-    return torch.stack(rows).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+def _stack(bins: list[Tensor], features: Tensor, rois: int, bins_y: int, bins_x: int) -> Tensor:
+    if not bins:
+        return features.new_zeros(rois, features.shape[1], bins_y, bins_x)
+    return torch.stack(bins).unflatten(0, (rois, bins_y, bins_x)).permute(0, 3, 1, 2)

@@ -2,8 +2,8 @@
 
 Every knob, tiny maps of every shape, boxes of every kind: ordinary, without area, reversed, huge, beyond each edge, NaN. With `halves`
 their edges are integers and half-integers, which put samples exactly on borders and on cells. A call must equal the oracle, output and
-gradients by name, and torchvision where it has the operator, or refuse a box that is not valid. A call that does neither is reported with
-its seed, which makes it again: python -m tests.ops.fuzz 1 SEED [halves]
+gradients by name, and torchvision where it has the operator, or refuse an invalid box. A call that does neither is reported with its seed.
+To repeat it: python -m tests.ops.fuzz 1 SEED [halves]
 """
 
 import random
@@ -45,8 +45,8 @@ def random_operator(draw: random.Random) -> partial:
     )
 
 
-def torchvisions(operator: partial) -> partial | None:
-    """The same operator of torchvision, if it has it."""
+def torchvision_operator(operator: partial) -> partial | None:
+    """Torchvision's operator for the same computation; None where it has none."""
     knobs = operator.keywords
     if knobs == preset("pool").keywords:
         return partial(torchvision.ops.roi_pool)
@@ -58,8 +58,8 @@ def torchvisions(operator: partial) -> partial | None:
 def random_box(draw: random.Random, width: float, height: float) -> list[float]:
     x1, x2 = (draw.uniform(-0.3 * width, 1.3 * width) for _ in range(2))
     y1, y2 = (draw.uniform(-0.3 * height, 1.3 * height) for _ in range(2))
-    kind = draw.choice(["ordinary", "ordinary", "reversed", "thin", "empty", "huge", "beyond", "no number"])
-    if kind not in ("reversed", "no number"):
+    kind = draw.choice(["ordinary", "ordinary", "reversed", "thin", "empty", "huge", "beyond", "not finite"])
+    if kind not in ("reversed", "not finite"):
         x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
     if kind == "thin":
         x2 = x1 + draw.uniform(0, 1e-3)
@@ -72,7 +72,7 @@ def random_box(draw: random.Random, width: float, height: float) -> list[float]:
         dx, dy = draw.choice([-1, 0, 1]) * 5 * width, draw.choice([-1, 0, 1]) * 5 * height
         x1, x2, y1, y2 = x1 + dx, x2 + dx, y1 + dy, y2 + dy
     box = [x1, y1, x2, y2]
-    if kind == "no number":
+    if kind == "not finite":
         box[draw.randrange(4)] = draw.choice([float("nan"), float("inf"), -float("inf")])
     return box
 
@@ -98,7 +98,7 @@ def random_call(seed: int, halves: bool = False) -> tuple[partial, Tensor, Tenso
 
 
 def check(seed: int, halves: bool = False) -> str:
-    """What the call came to: `equal` (to the oracle), `equal to torchvision` as well, or `refused`."""
+    """Make one call and compare it. Returns `equal` (to the oracle), `equal to torchvision` (and to the oracle) or `refused`."""
     operator, features, boxes, output_size, scale = random_call(seed, halves)
     if not bool(boxes.isfinite().all() & (boxes[:, 0] < len(features)).all()):
         try:
@@ -116,7 +116,7 @@ def check(seed: int, halves: bool = False) -> str:
         args = *args[:4], False
     found, wanted = results(operator, *args), results(partial(oracle, operator), *args)
     assert_same(found, wanted, rtol=1e-7, atol=1e-8)
-    theirs = torchvisions(operator)
+    theirs = torchvision_operator(operator)
     # torchvision visits every sample of a huge box, or more than an integer can count, and breaks off at one reversed along both axes
     if theirs is None or (extent > 1e4).any() or (boxes[:, 1:].abs() > 1e6).any() or (boxes[:, 3:] < boxes[:, 1:3]).any():
         return "equal"

@@ -1,6 +1,6 @@
-"""Compiles every Triton kernel for GPUs that are not here, and tells what the machine code takes.
+"""Compile every Triton kernel for GPUs that this machine lacks, and print the registers and the stack that each needs.
 
-    python -m tests.ops.compile_kernels [float32] [float16] [bfloat16]
+    python -m tests.ops.compile_kernels [float32] [float16] [bfloat16] [sm_80] [sm_90] [sm_100]
 
 It calls the functions of `ops/cuda/kernels.py` as they are, with a launch that compiles and goes no further.
 """
@@ -66,8 +66,9 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["float32", "float16", "bfloat16"]:
-        for capability in (80, 90, 100):
-            for kernel in compile_all(capability, getattr(torch, name)):
-                row = {"target": f"sm_{capability}", "dtype": name, "kernel": kernel.metadata.name}
+    targets = [name for name in sys.argv[1:] if name.startswith("sm_")] or ["sm_80", "sm_90", "sm_100"]
+    for name in [name for name in sys.argv[1:] if name not in targets] or ["float32", "float16", "bfloat16"]:
+        for target in targets:
+            for kernel in compile_all(int(target.removeprefix("sm_")), getattr(torch, name)):
+                row = {"target": target, "dtype": name, "kernel": kernel.metadata.name}
                 print(json.dumps(row | resources(kernel)), flush=True)

@@ -89,7 +89,7 @@ def test_no_boxes(operator, calls):
     torch.testing.assert_close(found, expected)
 
 
-def test_restored_it_is_torchvision_again(calls):
+def test_restore_brings_back_torchvisions_kernels(calls):
     features, boxes = inputs()
     replaced = accelerate_torchvision()
     torchvision.ops.roi_pool(features, boxes, 2)
@@ -103,7 +103,7 @@ def test_restored_it_is_torchvision_again(calls):
     assert calls == KERNELS | {"roi_pool": 1}, "an error in the block restores too"
 
 
-def test_it_is_an_attribute_of_the_package():
+def test_accelerate_torchvision_is_an_attribute_of_the_package():
     assert roi_quantization.accelerate_torchvision is accelerate_torchvision
     assert "accelerate_torchvision" in dir(roi_quantization)
     with pytest.raises(AttributeError, match="no attribute 'accelerate'"):
@@ -130,7 +130,7 @@ def test_another_torchvision_is_refused_and_left_alone(monkeypatch, calls):
     assert calls == KERNELS
 
 
-def test_a_box_that_is_no_box_is_an_error(calls):
+def test_an_invalid_box_is_an_error(calls):
     features, boxes = inputs()
     boxes[0][3, 2] = float("nan")
     with accelerate_torchvision(), pytest.raises(ValueError, match="box 3"):

@@ -23,6 +23,14 @@ KNOBS = [pytest.param(preset(name), id=name) for name in PRESETS] + [
     pytest.param(preset("pool_floor", reduce="mean", half_pixel=True), id="pool_floor-mean-half_pixel"),
     pytest.param(preset("prroi", half_pixel=True), id="prroi-half_pixel"),
 ]
+
+
+def in_ci(*ids: str) -> list:
+    """All of KNOBS, those with other ids marked slow: for facts that do not depend on the knobs."""
+    return [p if p.id in ids else pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) for p in KNOBS]
+
+
+ONE_OF_EACH = in_ci("align", "align_max", "pool", "prroi")  # a mean, a maximum between cells, one of cells, an integral
 OUTPUT_SIZES = [(1, 1), (2, 3), (7, 7)]
 
 
@@ -39,7 +47,8 @@ def through(path, operator: partial, features: Tensor, boxes: Tensor, output_siz
 
 
 oracle = partial(through, reference)
-PATHS = [pytest.param(lambda operator, *args: operator(*args), id="cpu"), pytest.param(partial(through, eager), id="eager")]
+PATHS = {"cpu": lambda operator, *args: operator(*args), "eager": partial(through, eager)}
+every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
 def results(compute: Callable, features: Tensor, boxes: Tensor, output_size, spatial_scale: float, box_gradient: bool) -> dict[str, Tensor]:
@@ -80,10 +89,9 @@ def test_every_preset_of_the_family_is_shipped():
     assert {name for name in PRESETS if not has_box_gradient(preset(name))} == WITHOUT_BOX_GRADIENT
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("operator", KNOBS)
 @pytest.mark.parametrize("output_size", OUTPUT_SIZES, ids=str)
-def test_output_and_gradients_in_float64(path, operator, output_size):
+def test_output_and_gradients_in_float64(operator, output_size):
     features, boxes = feature_map(2, 3, 8, 10), torch.cat([random_boxes(5, 2, 160, 128), AWKWARD])
     if output_size == (7, 7):
         boxes = boxes[::3]
@@ -92,10 +100,12 @@ def test_output_and_gradients_in_float64(path, operator, output_size):
     boxes = boxes + torch.tensor([0, 0.013, 0.017, 0.019, 0.023], dtype=torch.float64)
     box_gradient = has_box_gradient(operator) and operator.keywords.get("quantize_roi", "none") == "none"
     args = features, boxes, output_size, 1 / 16, box_gradient
-    assert_same(results(partial(path, operator), *args), results(partial(oracle, operator), *args), rtol=1e-9, atol=1e-10)
+    expected = results(partial(oracle, operator), *args)
+    for path in PATHS.values():
+        assert_same(results(partial(path, operator), *args), expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@every_path
 @pytest.mark.parametrize("operator", [pytest.param(preset("warp"), id="warp"), pytest.param(preset("warp", reduce="max"), id="warp-max")])
 def test_gradient_of_the_boxes_straight_through_the_rounding(path, operator):
     # three bins over widths that are no multiples of three: no sample falls on a cell's centre
@@ -106,28 +116,26 @@ def test_gradient_of_the_boxes_straight_through_the_rounding(path, operator):
     assert_same(named, results(partial(oracle, operator), *args), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("operator", KNOBS)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("operator", ONE_OF_EACH)
 @pytest.mark.parametrize(
-    ("dtype", "rtol", "atol"),
-    [(torch.float32, 1e-5, 1e-5), (torch.float16, 2e-3, 2e-3), (torch.bfloat16, 1.6e-2, 1.6e-2)],
-    ids=["float32", "float16", "bfloat16"],
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)], ids=["float32", "float16", "bfloat16"]
 )
-def test_dtypes_and_layouts(path, operator, dtype, rtol, atol, layout):
-    features, boxes = feature_map(2, 19, 6, 7, dtype=dtype, layout=layout), random_boxes(6, 2, 112, 96)
+def test_dtypes_and_layouts(operator, dtype, tolerance):
+    features, boxes = feature_map(2, 19, 6, 7, dtype=dtype), random_boxes(6, 2, 112, 96)
     # The oracle reads the same rounded features, in float64, with lattices in the float32 that the operators have.
-    wide = partial(results, partial(oracle, operator), features.float(), boxes, 3, 1 / 16, False)
-    named = results(partial(path, operator), features, boxes, 3, 1 / 16, False)
-    assert named["gradient of features"].dtype == dtype
-    if path is PATHS[0].values[0]:
-        assert named["output"].dtype == dtype
-        assert named["gradient of features"].is_contiguous(memory_format=layout)
-        assert named["output"].is_contiguous()
-    assert_same(named, wide(), rtol, atol)
+    expected = results(partial(oracle, operator), features.float(), boxes, 3, 1 / 16, False)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for name, path in PATHS.items():
+            found = results(partial(path, operator), features.contiguous(memory_format=layout), boxes, 3, 1 / 16, False)
+            assert found["gradient of features"].dtype == dtype
+            if name == "cpu":
+                assert found["output"].dtype == dtype
+                assert found["gradient of features"].is_contiguous(memory_format=layout)
+                assert found["output"].is_contiguous()
+            assert_same(found, expected, tolerance, tolerance)
 
 
-@pytest.mark.parametrize("operator", KNOBS)
+@pytest.mark.parametrize("operator", ONE_OF_EACH)
 @pytest.mark.parametrize("channels", [1, 16, 17, 300])
 def test_any_number_of_channels(operator, channels):
     """Blocks of channels, whole and broken."""
@@ -135,7 +143,7 @@ def test_any_number_of_channels(operator, channels):
     assert_same(results(operator, *args), results(partial(through, eager, operator), *args), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("operator", KNOBS)
+@pytest.mark.parametrize("operator", ONE_OF_EACH)
 def test_the_same_bits_for_every_number_of_threads(operator):
     args = feature_map(2, 150, 9, 11, dtype=torch.float32), random_boxes(40, 2, 176, 144).float(), 7, 1 / 16, has_box_gradient(operator)
     before, runs = torch.get_num_threads(), []
@@ -149,7 +157,7 @@ def test_the_same_bits_for_every_number_of_threads(operator):
         assert all(torch.equal(value, run[name]) for run in runs[1:]), name
 
 
-@pytest.mark.parametrize("path", PATHS)
+@every_path
 @pytest.mark.parametrize("operator", KNOBS)
 def test_no_boxes_and_no_images(path, operator):
     features = feature_map(2, 3, 4, 4).requires_grad_()
@@ -161,7 +169,7 @@ def test_no_boxes_and_no_images(path, operator):
 
 
 @pytest.mark.parametrize("operator", KNOBS)
-def test_list_of_boxes_and_table_of_boxes_are_the_same(operator):
+def test_a_list_of_boxes_and_a_table_give_the_same(operator):
     features, table = feature_map(3, 2, 8, 8), random_boxes(9, 3, 128, 128)
     table = table[table[:, 0].argsort(stable=True)]
     as_list = [table[table[:, 0] == i, 1:] for i in range(3)]
@@ -182,17 +190,17 @@ def test_a_gradient_of_the_boxes_through_quantized_bins_is_refused(name):
         preset(name)(feature_map(1, 2, 4, 4), random_boxes(1, 1, 64, 64).requires_grad_(), 2, 1 / 16)
 
 
-def test_not_a_number_in_the_features_is_not_hidden_by_a_maximum():
+def test_nan_in_the_features_is_the_maximum():
     features = feature_map(1, 1, 4, 4)
     features[0, 0, 1, 3] = torch.nan
     box = torch.tensor([[0.0, 0, 0, 64, 64]], dtype=torch.float64)
-    for path in (p.values[0] for p in PATHS):
+    for path in PATHS.values():
         assert path(preset("pool"), features, box, 2, 1 / 16).isnan().flatten().tolist() == [False, True, False, False]
 
 
-@pytest.mark.parametrize("path", PATHS)
+@every_path
 @pytest.mark.parametrize("operator", [preset("pool"), preset("align_max", sampling_ratio=4)], ids=["pool", "align_max"])
-def test_not_a_number_wins_wherever_it_is_visited(path, operator):
+def test_nan_wins_in_every_place_of_a_bin(path, operator):
     """Among the first of a bin's samples, the last, or between."""
     box = torch.tensor([[0.0, 0, 0, 3, 5]], dtype=torch.float64)
     for y, x in ((0, 0), (2, 1), (4, 2)):
@@ -201,13 +209,24 @@ def test_not_a_number_wins_wherever_it_is_visited(path, operator):
         assert path(operator, features, box, 1, 1.0).isnan().flatten().tolist() == [True, False] * 10
 
 
+@every_path
+@pytest.mark.parametrize("name", ["align", "align_max"])
+def test_a_bin_that_interpolates_an_infinite_cell_is_not_finite(path, name):
+    box = torch.tensor([[0.0, 0, 0, 2, 2]], dtype=torch.float64)  # samples at 0 and 1 and half way between
+    for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        features = feature_map(1, 3, 2, 2)
+        features[0, 1, y, x] = torch.inf
+        out = path(preset(name, sampling_ratio=3), features, box, 1, 1.0)
+        assert out.isfinite().flatten().tolist() == [True, False, True]
+
+
 def test_equal_maxima_give_the_gradient_to_the_first():
     features = torch.ones(1, 1, 4, 4, requires_grad=True)
     preset("pool")(features, torch.tensor([[0.0, 0, 0, 3, 3]]), 1, 1.0).backward()
     assert features.grad.nonzero().tolist() == [[0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("operator", KNOBS)
+@pytest.mark.parametrize("operator", ONE_OF_EACH)
 def test_opcheck(operator):
     """Schemas, shapes for tracing and autograd registration of the PyTorch operators behind the functions."""
     name = "integral_pool" if operator.func is ops.prroi_pool else "lattice_pool"

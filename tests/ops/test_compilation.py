@@ -1,4 +1,4 @@
-"""The operators as citizens of PyTorch: traced whole, with any number of boxes; the geometry as one kernel; under autocast."""
+"""The operators under `torch.compile` and autocast: one graph for any number of boxes, and the geometry compiled to one kernel."""
 
 import pytest
 import torch
@@ -24,8 +24,13 @@ class Pooled(nn.Module):
         return self.operator(self.before(images), boxes, self.bins, 1 / 16).relu().sum((1, 2, 3))
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_a_model_compiles_whole_and_once_more_at_most_when_the_number_of_boxes_changes(name):
+def in_ci(*names: str) -> list:
+    """All presets, those beside `names` marked slow: compiling takes seconds."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in sorted(PRESETS)]
+
+
+@pytest.mark.parametrize("name", in_ci("align_adaptive", "pool", "pool_floor", "prroi", "warp_max"))
+def test_a_model_compiles_to_one_graph_and_recompiles_once_at_most_for_other_numbers_of_boxes(name):
     torch.compiler.reset()
     graphs = []
 
@@ -56,10 +61,7 @@ def test_gradients_through_the_compiler(name):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-QUICK = ["align_adaptive", "pool_bins"]  # compiling takes seconds
-
-
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(set(PRESETS) - set(QUICK)))])
+@pytest.mark.parametrize("name", in_ci("align_adaptive", "pool_bins"))
 def test_the_geometry_as_one_kernel_has_the_same_bits(name):
     """Compiled for this CPU here; for a GPU in test_on_gpu. Once for all numbers of boxes, bins and cells."""
     rule = rule_of(name)
@@ -104,7 +106,7 @@ def test_under_autocast_the_result_has_the_dtype_of_the_features(name):
         assert torch.equal(cast, plain)
 
 
-def test_a_device_without_kernels_is_told_once(caplog, monkeypatch):
+def test_a_device_without_kernels_is_logged_once(caplog, monkeypatch):
     ops.functional._warn_of_plain_pytorch.cache_clear()
     monkeypatch.setattr(library, "supports", lambda features: False)
     with caplog.at_level("WARNING"):

@@ -30,7 +30,7 @@ def test_large_pages_are_asked_for_large_outputs(operator):
 
 
 @pytest.mark.parametrize("name", ["pool", "align_max"])
-def test_maxima_in_chunks_of_rois_are_the_same(name, monkeypatch):
+def test_maxima_computed_in_chunks_of_rois_are_the_same(name, monkeypatch):
     boxes = torch.cat([random_boxes(40, 2, 160, 128), torch.tensor([[1.0, 0, 0, 160, 128]]).double().repeat(60, 1)]).float()
     args = feature_map(2, 150, 8, 10, dtype=torch.float32), boxes, (2, 3), 1 / 16, False
     operator = preset(name, sampling_ratio=8) if name == "align_max" else preset(name)

@@ -188,7 +188,7 @@ class TestAgainstTorchvision:
 
     @pytest.mark.parametrize("aligned", [False, True])
     @pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 3, 5, 20])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
     def test_the_same_samples_are_visited(self, sampling_ratio, aligned, dtype):
         """On a map of ones a bin is the share of its samples that are on the map. Integer boxes have many samples on the border."""
         generator = torch.Generator().manual_seed(sampling_ratio)

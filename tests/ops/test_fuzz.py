@@ -10,7 +10,7 @@ def test_random_calls_equal_the_oracle_or_are_refused():
         assert {fuzz.check(seed, halves) for seed in range(60)} == {"equal", "equal to torchvision", "refused"}
 
 
-def test_a_disagreement_is_told_with_its_seed(monkeypatch, capsys):
+def test_a_disagreement_is_reported_with_its_seed(monkeypatch, capsys):
     monkeypatch.setattr(fuzz, "oracle", lambda operator, *args: operator(*args) + 1)
     monkeypatch.setattr("sys.argv", ["fuzz", "5", "7"])
     with pytest.raises(SystemExit) as stopped:

@@ -154,7 +154,7 @@ def test_rounding_passes_the_gradient_straight_through():
     assert (x1.grad.item(), x2.grad.item()) == pytest.approx((0.5 * 0.25, 0.5 * 0.75))  # s (1 - t) and s t at t = 3/4
 
 
-def test_a_box_that_is_not_a_number_is_one_sample_at_nan_a_bin():
+def test_a_nan_box_has_one_nan_sample_in_each_bin():
     for rule in (POOL, POOL_FLOOR, ALIGN, LatticeRule(sampling_ratio=0)):
         a = rule.axis(torch.tensor([float("nan")]), torch.tensor([4.0]), 1.0, 2, 8)
         assert a.first.isnan().all() and a.visited.tolist() == [[1, 1]] and a.total.tolist() == [[1, 1]]

@@ -66,8 +66,8 @@ def test_a_knob_out_of_its_range_is_named(knobs, message):
         ops.lattice_pool(F, BOX, 2, **knobs)
 
 
-def test_elsewhere_a_box_that_is_no_box_becomes_not_a_number_and_reads_nothing_out_of_bounds():
-    """What other devices do, where looking would stall the stream."""
+def test_on_other_devices_an_invalid_box_becomes_nan_and_reads_nothing_out_of_bounds():
+    """Other devices do not check boxes, because that would wait for the device."""
     boxes = torch.tensor([[0.0, 1, 1, 3, 3], [0, torch.nan, 1, 3, 3], [7, 1, 1, 3, 3], [0, 1, 1, torch.inf, 3]])
     index, box, _ = prepare(F, boxes, 2, differentiable_boxes=True)
     image, box = mask_invalid_boxes(index, box, len(F))

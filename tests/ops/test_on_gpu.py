@@ -61,7 +61,7 @@ def test_the_geometry_as_one_kernel_has_the_same_bits(name):
         assert all(torch.equal(a.cpu(), b) for a, b in zip((*y, *x), expected, strict=True))
 
 
-def test_gradients_of_the_boxes_can_be_had_twice():
+def test_the_gradient_of_the_boxes_can_be_computed_twice():
     features, boxes = training_shape(rois=20)
     boxes.requires_grad_()
     loss = ALIGN(features, boxes, 7, 1 / 16).square().mean()
@@ -70,7 +70,7 @@ def test_gradients_of_the_boxes_can_be_had_twice():
 
 
 @pytest.mark.parametrize("name", ["align", "align_max", "pool", "prroi", "warp"])
-def test_nothing_waits_for_the_device_and_a_graph_captures_it_all(name):
+def test_no_call_waits_for_the_device_and_a_cuda_graph_captures_a_step(name):
     features, boxes = training_shape(rois=100)
     features.requires_grad_()
     grad = torch.randn(100, 512, 7, 7, device="cuda")
@@ -117,7 +117,7 @@ def test_gradcheck(name):
 
 
 @pytest.mark.parametrize("name", ["align", "pool", "prroi"])
-def test_a_map_of_more_than_two_thousand_million_numbers(name):
+def test_a_map_of_more_than_two_billion_elements(name):
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of free memory")
     features = torch.zeros(1, 64, 6000, 6000, dtype=torch.bfloat16, device="cuda").to(memory_format=torch.channels_last)

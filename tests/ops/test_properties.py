@@ -248,7 +248,7 @@ def test_whole_cells_are_cells_of_the_map(scene):
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - set(MIRRORED)))
-def test_the_others_do_not_mirror(name):
+def test_the_other_operators_do_not_mirror(name):
     features = torch.arange(12.0).expand(1, 1, 12, 12)
     box, mirrored = torch.tensor([[0.0, 2.25, 2.0, 7.75, 9.0]]), torch.tensor([[0.0, 4.25, 2.0, 9.75, 9.0]])
     assert not torch.allclose(preset(name)(features.flip(3), mirrored, 2, 1.0).flip(3), preset(name)(features, box, 2, 1.0))

@@ -53,7 +53,7 @@ def test_weights_of_another_shape_name_the_layer_and_both_shapes(tmp_path):
         TwoFCHead(in_channels=2, output_size=7, hidden=6, weights=tmp_path / "vgg16.pth")
 
 
-def test_weights_without_fully_connected_layers_are_told(tmp_path, caplog):
+def test_weights_without_fully_connected_layers_are_logged(tmp_path, caplog):
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "vgg16.pth")
     TwoFCHead(in_channels=2, output_size=3, hidden=6, weights=tmp_path / "vgg16.pth")
     assert "fc6 and fc7 start random" in caplog.text
@@ -67,6 +67,6 @@ def test_a_name_means_the_network_of_the_backbone(norm, monkeypatch):
     assert asked == [norm == "batch"]
 
 
-def test_weights_that_want_other_pixels_are_not_offered():
+def test_weights_for_other_pixel_scales_are_not_offered():
     with pytest.raises(ValueError, match=r"no name of torchvision's VGG16 weights \(IMAGENET1K_V1, DEFAULT\)"):
         load_vgg16("IMAGENET1K_FEATURES")

@@ -90,7 +90,7 @@ def test_a_label_is_that_of_the_object_covered_best(image, knobs):
 
 
 @given(images(), KNOBS)
-def test_as_many_are_drawn_as_there_are_and_none_that_is_ignored(image, knobs):
+def test_as_many_as_possible_are_sampled_and_none_that_is_ignored(image, knobs):
     proposals, target = image
     (labels,), _, (chosen,) = make(**knobs).match_and_sample([proposals], [target], epoch=0)
     foreground = min(int((labels > 0).sum()), int(knobs["rois_per_image"] * knobs["foreground_fraction"]))
@@ -101,7 +101,7 @@ def test_as_many_are_drawn_as_there_are_and_none_that_is_ignored(image, knobs):
 
 
 @given(images(), images(), KNOBS, st.integers(0, 5))
-def test_the_draw_is_the_same_again_and_in_any_company(image, other, knobs, epoch):
+def test_sampling_repeats_and_does_not_depend_on_the_other_images(image, other, knobs, epoch):
     (proposals, target), (beside, its) = image, other
     heads = make(**knobs)
     (alone,) = heads.match_and_sample([proposals], [target], epoch)[2]
@@ -120,7 +120,7 @@ def test_labels_and_objects_go_with_their_proposals_in_any_order(image, random):
 
 
 @given(boxes(), st.integers(0, 2**32 - 1), st.sampled_from([0.3, 0.5, 0.7]), st.integers(1, 10))
-def test_detections_are_in_the_image_the_best_first_and_apart(proposals, seed, nms_threshold, most):
+def test_detections_are_in_the_image_sorted_by_score_and_apart(proposals, seed, nms_threshold, most):
     heads = make(nms_threshold=nms_threshold, score_threshold=0.1, detections_per_image=most).eval()
     noise = torch.Generator().manual_seed(seed)
     scores, deltas = torch.randn(len(proposals), 3, generator=noise), torch.randn(len(proposals), 12, generator=noise)

@@ -61,7 +61,7 @@ def test_gradients_through_the_compiler(name):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-@pytest.mark.parametrize("name", in_ci("align_adaptive", "pool_bins"))
+@pytest.mark.parametrize("name", in_ci("pool_bins"))
 def test_the_geometry_as_one_kernel_has_the_same_bits(name):
     """Compiled for this CPU here; for a GPU in test_on_gpu. Once for all numbers of boxes, bins and cells."""
     rule = rule_of(name)
@@ -77,16 +77,17 @@ def test_the_geometry_as_one_kernel_has_the_same_bits(name):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 1
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_each_geometry_has_its_own_compiled_variants(monkeypatch):
-    """PyTorch keeps eight variants of a function and compiles no more; thirteen operators must not share them."""
+    """PyTorch keeps eight variants of a function (here two) and compiles no more: operators must not share them."""
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, dynamic, options: original(function, dynamic=dynamic, backend="eager"))
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for samples in range(1, 14):
+    for samples in (1, 2, 3):
         geometry = fused.__wrapped__(LatticeRule(sampling_ratio=samples), 1 / 16)
         for count, images in ((9, 2), (100, 3)):
             geometry(torch.zeros(count), torch.rand(count, 4), images, 7, 7, 38, 50)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 13
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 3
 
 
 def rule_of(name: str) -> LatticeRule | IntegralRule:

@@ -1,4 +1,4 @@
-"""The CPU kernels of this package behind torchvision's own operators, for detectors that nobody wants to change.
+"""The CPU kernels of this package behind torchvision's own operators, for unmodified detectors.
 
 `torchvision::roi_align`, `torchvision::roi_pool` and their backwards get other CPU kernels through `torch.library`. Whatever calls
 `torchvision.ops.roi_align`, `RoIAlign`, `MultiScaleRoIAlign`, `roi_pool` or `RoIPool` runs them, a Faster, Mask or Keypoint R-CNN included.

@@ -72,7 +72,7 @@ def lattice_pool(
         TypeError, ValueError: an argument of another shape, type or range; a box that is NaN or infinite, or of an image that is not there
             (on a CPU; on a GPU, where looking would stall the stream, its output is NaN); boxes that want a gradient where there is none.
     """
-    if has_torch_function_unary(input):  # torch.fx draws a call of this function, and subclasses of Tensor have a say
+    if has_torch_function_unary(input):  # torch.fx records a call of this function, and subclasses of Tensor may override it
         return handle_torch_function(
             lattice_pool,
             (input,),
@@ -193,7 +193,7 @@ def place_bins(rule: _Rule[T_co], features: Tensor, boxes: Boxes, output_size: S
     image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=rule.has_box_gradient)
     if not 0 < spatial_scale < math.inf:
         raise ValueError(f"spatial_scale={spatial_scale!r}: expected cells a pixel, above 0, such as 1/16")
-    # a compiled function keeps its tensors for one backward pass alone, and someone may want another (retain_graph=True)
+    # a compiled function supports one backward pass alone, and retain_graph=True asks for more
     wants_gradient = box.requires_grad and torch.is_grad_enabled()
     fuse = features.is_cuda and library.supports(features) and not wants_gradient and not torch.compiler.is_compiling()
     geometry = fused(rule, spatial_scale) if fuse else _geometry(rule, spatial_scale)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class BoxShapeError(ValueError, AssertionError):
-    """Boxes of another shape: a wrong value, and an AssertionError for who catches torchvision's."""
+    """Boxes of another shape: a ValueError, and an AssertionError for callers that catch torchvision's."""
 
 
 def prepare(

@@ -146,7 +146,7 @@ def _(
 def _lattice_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     features, image, *lattice, ctx.reduce, winners_dtype = inputs
     ctx.shape, ctx.channels_last = features.shape, _is_channels_last(features)
-    # Only these gradients read the map; the others leave its memory to whoever wants to change it in place.
+    # Only these gradients read the map. For the others it is not saved, so that it can be changed in place.
     needs_map = any(ctx.needs_input_grad[i] for i in (2, 3, 6, 7)) or (ctx.reduce == "max" and winners_dtype is None)
     ctx.save_for_backward(features if needs_map else None, output[1], image, *lattice)
     ctx.mark_non_differentiable(output[1])
@@ -243,5 +243,5 @@ def _empty_map(grad: Tensor, shape: list[int], channels_last: bool) -> Tensor:
 
 
 def _all_gradients(grad: Tensor, edges: Tensor, of_features: Tensor | None, of_edges: list[Tensor] | None) -> list[Tensor]:
-    """An operator returns tensors, so that a gradient that nobody asked for is an empty one."""
+    """An operator returns tensors: a gradient that was not asked for is an empty one."""
     return [grad.new_empty(0) if of_features is None else of_features, *(of_edges or [edges.new_empty(0) for _ in range(4)])]

@@ -1,7 +1,7 @@
 """The oracle: slow, obvious, float64. Every fast path is held against it, output and gradients.
 
-One Python loop over RoIs and bins; autograd gives the gradients. It takes the same lattices as the kernels, so what it settles is the
-visiting and the reducing; the lattices themselves are held against torchvision and numbers worked out by hand.
+One Python loop over RoIs and bins; autograd gives the gradients. It takes the same lattices as the kernels, so it checks how
+samples are visited and reduced. The lattices are checked against torchvision and against numbers worked out by hand.
 """
 
 import torch

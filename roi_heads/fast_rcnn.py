@@ -36,7 +36,7 @@ class FastRCNNHeads(RoIHeads):
         box_weights: factors of the targets (dx, dy, dw, dh); (10, 10, 5, 5) divides by the deviations (0.1, 0.1, 0.2, 0.2).
         smooth_l1_beta: where the loss turns from square to linear, on the scaled targets; 1 in the paper.
         score_threshold, nms_threshold, detections_per_image: of the post-processing; NMS is per class.
-        seed: with `epoch` (an attribute, set by who trains) and a target's `image_id` it decides which RoIs are sampled.
+        seed: with `epoch` (an attribute that the training loop sets) and a target's `image_id` it decides which RoIs are sampled.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""Numba kernels of a bin's mean, of samples or as the exact integral.
+"""Numba kernels of a bin's mean, of its samples or as the exact integral.
 
-It is the outer product of a window of weights in y and one in x, which costs far fewer reads than the samples one by one. The transpose is
-the gradient of the features; one kernel more gives that of the weights, from which that of the lattice follows.
+The weights of the cells are the outer product of a window of weights in y and one in x, which takes far fewer reads than visiting the
+samples. The transpose gives the gradient of the features. One more kernel gives the gradient of the weights, from which that of the lattice
+follows.
 """
 
 import numpy as np

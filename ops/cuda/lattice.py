@@ -40,7 +40,7 @@ def load_axis(first, step, count, at, is_bin):
 
 @triton.jit
 def load_four(cells, top, bottom, left, right, stride_y, stride_x, needs_bottom, needs_right, mask):
-    """The cells around a sample. One that has no weight is not read: infinity beside a sample does no harm."""
+    """The four cells around a sample. A cell without weight is not read, so that an infinite one does not make NaN."""
     top_left = tl.load(cells + (top * stride_y + left * stride_x)[:, None], mask, 0.0).to(tl.float32)
     top_right = tl.load(cells + (top * stride_y + right * stride_x)[:, None], mask & needs_right[:, None], 0.0).to(tl.float32)
     bottom_left = tl.load(cells + (bottom * stride_y + left * stride_x)[:, None], mask & needs_bottom[:, None], 0.0).to(tl.float32)
@@ -114,7 +114,7 @@ def lattice_slopes(
 ):  # fmt: skip
     """Each bin's share of the gradients of y's first and step and x's first and step, into `slopes [4, K, bins]`.
 
-    A program walks all channels of its bins, so that nobody else adds to them and the order is always the same.
+    A program visits all channels of its bins, so that no other program adds to them and the order is fixed.
     """
     k, b, is_bin, p, q = bins_of_program(bins_y, bins_x, BINS)
     bins = bins_y * bins_x

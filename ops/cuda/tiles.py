@@ -1,7 +1,8 @@
 """Triton kernels of the gradient of the features, without atomics: a program owns a tile of cells and gathers what RoIs give to it.
 
 Scattering, where each RoI adds to the cells that it read, leaves the order of the additions to chance. Here each cell is written once, by a
-program that walks the RoIs touching its tile in their order: the same bits on every run. First `list_rois_by_tile` lists those RoIs.
+program that visits the RoIs touching its tile in their order, so that every run gives the same bits. `list_rois_by_tile` lists those RoIs
+first.
 """
 
 import triton

@@ -107,7 +107,7 @@ def check(seed: int, halves: bool = False) -> str:
             if "boxes: box " in str(error):
                 return "refused"
             raise
-        raise AssertionError("a box that is not valid was not refused")
+        raise AssertionError("an invalid box was not refused")
     exact = operator.keywords.get("quantize_bins", "none") == operator.keywords.get("quantize_roi", "none") == "none"
     extent = (boxes[:, 3:] - boxes[:, 1:3]).abs() * scale
     # a slope is a difference by a distance: next to nothing over next to nothing, or across 1e20 cells, has no digits to compare

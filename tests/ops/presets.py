@@ -1,4 +1,4 @@
-"""The presets as the shipped configurations define them, and boxes that try them."""
+"""The presets as the shipped configurations define them, and boxes to test them with."""
 
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ def random_boxes(count: int, images: int, width: float, height: float, seed: int
     return torch.cat([image, low, high], 1)
 
 
-# Boxes that break operators elsewhere: no width, no area, reversed, one cell, all of the map, outside of it on each side, far too large.
+# Boxes that break other implementations: no width, no area, reversed, one cell, all of the map, outside of it on each side, far too large.
 AWKWARD = torch.tensor(
     [
         [0, 16.0, 16.0, 16.0, 80.0],

@@ -52,7 +52,7 @@ def test_output_and_gradients(operator):
 
 @pytest.mark.parametrize("operator", ONE_OF_EACH)
 def test_boxes_without_area(operator):
-    boxes = torch.cat([AWKWARD[:2], AWKWARD[:2] + NUDGE]).float()  # nothing, and next to nothing
+    boxes = torch.cat([AWKWARD[:2], AWKWARD[:2] + NUDGE]).float()  # no area, and almost none
     assert_equals_oracle(operator, feature_map(2, 3, 8, 10, dtype=torch.float32), boxes, (2, 3))
 
 

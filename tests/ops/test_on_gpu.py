@@ -79,7 +79,7 @@ def test_no_call_waits_for_the_device_and_a_cuda_graph_captures_a_step(name):
         out = preset(name)(features, boxes, 7, 1 / 16)
         return out, *torch.autograd.grad(out, features, grad)
 
-    side = torch.cuda.Stream()  # a capture wants everything on one stream, and compiled before
+    side = torch.cuda.Stream()  # a capture needs everything on one stream and compiled before
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()

@@ -93,7 +93,7 @@ def test_sampling_takes_a_quarter_of_foreground_at_most():
 
 
 def test_seed_epoch_and_image_decide_the_sample_and_nothing_else(monkeypatch):
-    def not_ours(_):
+    def refuse_to_seed(_):
         raise AssertionError("dropout on a GPU draws from these generators")
 
     proposals = PROPOSALS.repeat(20, 1)
@@ -104,7 +104,7 @@ def test_seed_epoch_and_image_decide_the_sample_and_nothing_else(monkeypatch):
         return heads.match_and_sample([proposals] * len(targets), targets, epoch)[2][-1].tolist()
 
     torch.manual_seed(0)
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", not_ours)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse_to_seed)
     before = torch.random.get_rng_state()
     first = draw()
     assert torch.equal(torch.random.get_rng_state(), before), "the global generator is left alone"

@@ -91,7 +91,7 @@ def _main(cfg: DictConfig) -> float:
 def main() -> None:
     """Compose the configuration from the checkpoint's and the command line, and run."""
     sys.argv[1:] = replace_null_choices(sys.argv[1:])
-    register_checkpoint(sys.argv[1:], "eval.py")
+    register_checkpoint(sys.argv[1:], "eval.py", is_optional=True)
     _main()
 
 

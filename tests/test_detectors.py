@@ -87,6 +87,16 @@ def test_a_category_that_the_weights_do_not_have_is_an_error(tiny, weights, data
     evaluate_without_checkpoint(tmp_path, data, weights[0], renamed, "roi=pool", "data.classes=[disc,star]")
 
 
+def test_python_needs_no_checkpoint(tiny):  # noqa: F811
+    register_parts(OmegaConf.to_container(composed("train", "roi=prroi")), "another")
+    cfg = roi_quantization.compose("eval", [*TORCHVISION, "detector.weights=COCO_V1", "data=embedded", "run_dir=unused"])
+    assert cfg.ckpt is None and "roi" not in cfg and cfg.backbone is None, "nothing is left of another checkpoint"
+    assert cfg.data.eval_transform.short_side is None
+    for words in ([], ["ckpt=null"]):
+        with pytest.raises(ValueError, match="predict needs one checkpoint, got 0"):
+            roi_quantization.compose("predict", [*TORCHVISION, *words])
+
+
 def test_the_command_line_needs_no_checkpoint(tiny, weights, data, tmp_path, monkeypatch, capsys):  # noqa: F811
     words = ["trainer=cpu", "trainer.enable_progress_bar=false", "data=embedded", *(text for text in DATA if text.startswith("data."))]
     words += [f"data.root={data}", f"hydra.run.dir={tmp_path}/run", *TORCHVISION, *weights, "roi=pool"]

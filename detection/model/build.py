@@ -46,8 +46,9 @@ def read_operator(name: str) -> DictConfig:
 def build_detector(cfg: DictConfig, num_classes: int | None, pretrained: bool = True) -> nn.Module:
     """Build the detector of `cfg.detector`, a callable `(cfg, num_classes, pretrained)`, of the parts in `cfg` that it wants.
 
-    What it returns is `(images, targets) -> (detections, losses)`, see `FastRCNN.forward`, with a `backbone` and torchvision's `RoIHeads`
-    or a relative as `roi_heads`.
+    What it returns is `(images, targets) -> (detections, losses)`, see `FastRCNN.forward`, with a `backbone`, torchvision's `RoIHeads` or a
+    relative as `roi_heads`, and `has_evaluation_losses`. One that can be built without `num_classes` has `match_categories`, see
+    `TorchvisionDetector`.
 
     Args:
         cfg: with `detector`, `roi` and `channels_last`; `model.compile` where there is one, see `compile_backbone`.

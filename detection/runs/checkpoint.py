@@ -75,10 +75,11 @@ def _are_categories(value: Any) -> bool:
     return isinstance(value, list) and all(map(is_category, value))
 
 
-def register_checkpoint(arguments: list[str], script: str) -> None:
+def register_checkpoint(arguments: list[str], script: str, is_optional: bool = False) -> None:
     """Register the parts of the checkpoint on the command line as options of Hydra, which composes afterwards.
 
-    In a sweep over `ckpt` they are those of the first one (see `compose_with_checkpoint`). Ends the program where there is none.
+    In a sweep over `ckpt` they are those of the first one (see `compose_with_checkpoint`). Ends the program where there is none, unless it
+    `is_optional` and a detector is chosen, which may have weights of its own.
     """
     options = get_args_parser().parse_args(arguments)
     try:
@@ -86,14 +87,14 @@ def register_checkpoint(arguments: list[str], script: str) -> None:
         paths = checkpoint_paths(options.overrides)
         if paths:
             register_parts(load_checkpoint(paths[0])["config"], paths[0])
-        elif not (options.help or options.hydra_help or chooses_detector(options.overrides)):
+        elif not (options.help or options.hydra_help or (is_optional and chooses_detector(options.overrides))):
             raise InputError(f"no checkpoint is given. Set ckpt=<run>/best.ckpt; `python {script} --help` lists the other settings")
     except ExpectedError as error:
         sys.exit(f"{script}: {error}")
 
 
 def chooses_detector(overrides: Iterable[str]) -> bool:
-    """Whether Hydra's overrides choose a detector, which may have weights of its own and needs no checkpoint."""
+    """Whether Hydra's overrides choose a detector."""
     return any(text.lstrip("+").startswith("detector=") for text in overrides)
 
 

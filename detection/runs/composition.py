@@ -10,9 +10,17 @@ from omegaconf import Container, DictConfig, OmegaConf, open_dict
 
 from roi_quantization.detection.common.config_sources import compose_from_all, name_config_folder, name_folders_of_overrides
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.runs.checkpoint import checkpoint_paths, keep_eval_transform, load_checkpoint, register_parts
+from roi_quantization.detection.runs.checkpoint import (
+    checkpoint_paths,
+    chooses_detector,
+    forget_parts,
+    keep_eval_transform,
+    load_checkpoint,
+    register_parts,
+)
 
 WITH_CHECKPOINT = ("eval", "predict")
+CHECKPOINT_OPTIONAL = ("eval",)  # where a detector is chosen that has weights of its own
 
 
 def compose(
@@ -28,7 +36,8 @@ def compose(
     Args:
         name: of the script: "train", "eval", "predict", "explain" or "recall".
         overrides: as on the command line, such as "roi=pool". Without `run_dir=` the run folder is the one that the command would have.
-        ckpt: the checkpoint of "eval" and "predict"; `ckpt=` among the overrides is the same.
+        ckpt: the checkpoint of "eval" and "predict"; `ckpt=` among the overrides is the same. "eval" needs none where `detector=`
+            chooses a detector that has weights of its own.
         config_dir: a folder of your own configurations, as `--config-dir`. Naming it permits checkpoints to call its `_target_`s.
 
     Raises:
@@ -52,6 +61,9 @@ def compose(
 def compose_with_parts(name: str, overrides: Sequence[str], ckpt: str | Path | None) -> DictConfig:
     """Compose "eval" or "predict" with the parts of a checkpoint; the node `hydra` is left in."""
     paths = [str(ckpt)] if ckpt is not None else checkpoint_paths(overrides)
+    if not paths and name in CHECKPOINT_OPTIONAL and chooses_detector(overrides):
+        forget_parts()
+        return compose_from_all(name, overrides, return_hydra_config=True)
     if len(paths) != 1:
         raise InputError(f"{name} needs one checkpoint, got {len(paths)}: give ckpt=<run>/best.ckpt")
     register_parts(load_checkpoint(paths[0])["config"], paths[0])

@@ -27,7 +27,9 @@ from roi_quantization.detection.evaluation.bootstrap import (
     bootstrap_method,
     bootstrap_over_images,
 )
-from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, ErrorSplit, split_errors
+from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, ErrorSplit, split_matched
+from roi_quantization.detection.evaluation.matching import match
+from roi_quantization.detection.evaluation.protocol import ALL_SIZES
 from roi_quantization.detection.evaluation.results_file import read_results
 from roi_quantization.detection.evaluation.statistics import Estimate, difference
 from roi_quantization.detection.runs.errors import handle_errors
@@ -84,10 +86,10 @@ def compare(
     for name, path in zip(names, paths, strict=True):
         results[name] = read_results(path)
         try:
-            matched[name] = MatchedDetections(coco, results[name], image_ids, max_detections)
-            errors[name] = split_errors(coco, results[name], image_ids, max_detections)
+            coco_eval = match(coco, results[name], image_ids, max_detections, {"all": ALL_SIZES})
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+        matched[name], errors[name] = MatchedDetections.of(coco_eval), split_matched(coco_eval)
 
     if len(image_ids) > MOST_IMAGES_FOR_BCA:
         log.warning("The bootstrap over %d images can take minutes per file; fewer --resamples are faster.", len(image_ids))

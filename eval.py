@@ -76,7 +76,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         report_cross(cross, run_dir)
         report_differences(cross, dataset, module, name_of(cfg.roi) or "roi", run_dir)
         report(module, dataset, run_dir, title=f"{source} on {cfg.split}")
-    return {f"{cfg.split}/{name}": value for name, value in module.metrics.stats.items()}
+    return module.metrics.named(cfg.split)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")
@@ -85,7 +85,7 @@ def _main(cfg: DictConfig) -> float:
     metrics = {}
     with handle_errors("eval.py"):
         metrics = evaluate(compose_with_checkpoint(cfg))
-    return metrics.get(f"{cfg.split}/AP", math.nan)
+    return next((value for name, value in metrics.items() if name.startswith(f"{cfg.split}/AP")), math.nan)  # the first is AP
 
 
 def main() -> None:

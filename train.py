@@ -56,6 +56,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     split = reported_split(data)
     check_limits(cfg.trainer, split)
     objects = 0 if data.val is None else data.val.num_objects
+    coco_eval = instantiate(cfg.coco_eval)
     detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=cfg.init_from is None)
     mode = check_metric(cfg.optimized_metric, data.val is not None, objects, has_losses=detector.has_evaluation_losses)
     if cfg.init_from is not None and resumed is None:
@@ -68,13 +69,12 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         categories=data.categories,
         config=OmegaConf.to_container(cfg),  # with its interpolations: in eval.py the others follow when one part changes
         seed=cfg.seed,
-        coco_eval=instantiate(cfg.coco_eval),
+        coco_eval=coco_eval,
         average=instantiate(cfg.get("average")),
     )
 
-    best = ModelCheckpoint(
-        run_dir, filename="best", monitor=cfg.optimized_metric, mode=mode, save_weights_only=True, enable_version_counter=False
-    )
+    monitor = coco_eval.protocol.logged(cfg.optimized_metric)
+    best = ModelCheckpoint(run_dir, filename="best", monitor=monitor, mode=mode, save_weights_only=True, enable_version_counter=False)
     periodic = PeriodicCheckpoint(run_dir, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep)
     fingerprint = DataFingerprint(data, required=cfg.checkpoint.same_data)
     callbacks = [fingerprint, periodic, GracefulStop(), TerminateOnNonFiniteLoss(run_dir, cfg.seed), LoadingTimeMonitor()]
@@ -107,7 +107,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         report(module, getattr(data, split), run_dir, title=f"{chosen} on {split}")
         draw_curves(run_dir, trainer.log_every_n_steps)
     score = math.nan if best.best_model_score is None else float(best.best_model_score)
-    return {cfg.optimized_metric: score} | {f"{split}/{name}": value for name, value in module.metrics.stats.items()}
+    return {cfg.optimized_metric: score} | module.metrics.named(split)
 
 
 def reported_split(data: DetectionData) -> str:

@@ -6,11 +6,13 @@ import pytest
 from pytest import approx
 
 from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, ErrorSplit
+from roi_quantization.detection.evaluation.matching import SilentCOCOeval
 from roi_quantization.detection.evaluation.statistics import Estimate
 from roi_quantization.scripts import compare
 from tests.detection.evaluation.coco_sets import DOG, annotation, coco, result
 
 IMAGES = range(1, 5)
+evaluate = SilentCOCOeval.evaluate
 HALF = 100 * 51 / 101  # AP of half the objects found at precision 1
 
 
@@ -71,6 +73,13 @@ def test_the_numbers_as_json(truth, tmp_path):
     assert difference["value"] == approx(HALF - 100)
     assert difference["low"] < difference["value"] < difference["high"]
     assert pool["errors"]["counts"] == dict.fromkeys(ERROR_TYPES, 0) | {"classification": 1, "missed": 1}
+
+
+def test_each_file_is_matched_once(truth, tmp_path, monkeypatch):
+    matched = []
+    monkeypatch.setattr(SilentCOCOeval, "evaluate", lambda self: (matched.append(self), evaluate(self)))
+    run("--annotations", truth, *two_detectors(tmp_path), "--resamples", 20)
+    assert len(matched) == 2
 
 
 def test_the_limit_of_detections(truth, tmp_path):

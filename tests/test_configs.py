@@ -8,9 +8,12 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from torchvision.models.resnet import ResNet
 
+from roi_quantization.detection.common.configuration import ADDED_SETTINGS, flatten
 from roi_quantization.detection.data.transforms import seeded_rng
+from roi_quantization.detection.evaluation.protocol import Protocol
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.runs.setup import check_accelerator
 
@@ -138,7 +141,16 @@ def test_average(average):
 def test_coco_eval(coco_eval):
     if coco_eval == "faster":
         pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval, which is not required")
-    instantiate(composed(f"coco_eval={coco_eval}").coco_eval)(None, None, "bbox")
+    evaluation = instantiate(composed(f"coco_eval={coco_eval}").coco_eval)
+    evaluation.library(None, None, "bbox")
+    assert evaluation.protocol == Protocol(), "COCO's own"
+
+
+def test_settings_that_earlier_versions_did_not_have_are_there_with_the_value_that_does_the_same():
+    settings = dict(flatten(OmegaConf.to_container(composed("proposals=file", "proposals.train.path=x", "proposals.val.path=x"))))
+    for end, value in ADDED_SETTINGS.items():
+        found = [settings[key] for key in settings if key == end or key.endswith(f".{end}")]
+        assert found and all(one == value for one in found), end
 
 
 @pytest.mark.parametrize("experiment", choices("experiment"))

@@ -104,6 +104,18 @@ def test_a_partial_evaluation_says_so_wherever_its_figures_go(trained, tmp_path,
     assert "best.ckpt on test: 1 of 4 images, a partial evaluation" in capsys.readouterr().out
 
 
+def test_other_iou_thresholds_and_sizes_are_named_wherever_their_figures_go(trained, tmp_path, capsys):
+    folder, metrics = trained
+    knobs = ["coco_eval.iou_thresholds=[0.1,0.3]", "coco_eval.areas=[[tiny,0,40],[other,40,null]]"]
+    found = run_eval(folder / "run" / "best.ckpt", tmp_path, *knobs)
+    assert "test/AP" not in found and found["test/AP_iou0.1_0.3"] > metrics["test/AP"] and found["test/AP50"] == metrics["test/AP50"]
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["iou_thresholds"] == [0.1, 0.3] and written["stats"]["AP"] == pytest.approx(found["test/AP_iou0.1_0.3"])
+    assert "AP and AR are means over IoU 0.1, 0.3, where COCO has" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"coco_eval\.iou_thresholds=\[3, 1\]: expected ascending"):
+        run_eval(folder / "run" / "best.ckpt", tmp_path, "coco_eval.iou_thresholds=[3,1]")
+
+
 def test_an_evaluation_of_nothing_is_refused_before_training(trained, tmp_path):
     folder, _ = trained
     (tmp_path / "data").symlink_to(folder / "data")
@@ -270,15 +282,27 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(two_epochs, tmp_pa
     assert all(torch.equal(resumed[key], value) for key, value in two_epochs.items())
 
 
-@pytest.mark.parametrize("metric", ["val/loss", "val/AP"])
-def test_the_best_checkpoint_has_the_most_ap_or_the_least_loss(tmp_path, metric):
-    run_train(tmp_path, "trainer.max_epochs=3", f"optimized_metric={metric}", "optim.groups.lr=2e-2", "head.box_head.dropout=0.5")
+@pytest.mark.parametrize(
+    ("metric", "column", "knobs"),
+    [
+        ("val/loss", "val/loss", []),
+        ("val/AP", "val/AP", []),
+        ("val/AP", "val/AP_iou0.1_0.3", ["coco_eval.iou_thresholds=[0.1,0.3]", "cross=[pool]"]),
+    ],
+)
+def test_the_best_checkpoint_has_the_most_ap_or_the_least_loss(tmp_path, metric, column, knobs, capsys):
+    overrides = ["trainer.max_epochs=3", f"optimized_metric={metric}", "optim.groups.lr=2e-2", "head.box_head.dropout=0.5"]
+    returned = run_train(tmp_path, *overrides, *knobs)
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
         validations = [row for row in csv.DictReader(file) if row["val/loss"]]
     assert len(validations) == 3
     best = {"val/loss": min, "val/AP": max}[metric](
-        validations, key=lambda row: float(row[metric])
+        validations, key=lambda row: float(row[column])
     )  # the first of equals, as in ModelCheckpoint
+    assert returned[metric] == pytest.approx(float(best[column]), rel=1e-5)
+    if knobs:
+        assert "  pool                AP_iou0.1_0.3 " in capsys.readouterr().out
+        assert json.loads((tmp_path / "run/cross.json").read_text())["pool"]["iou_thresholds"] == [0.1, 0.3]
     assert torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)["global_step"] == int(best["step"]) + 1
 
 

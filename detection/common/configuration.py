@@ -11,9 +11,20 @@ from roi_quantization.detection.common.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
-# keys that do not change the result: paths, logging, the number of workers, and which library computes the same metrics
+# keys that do not change the result: paths, logging and the number of workers
 IGNORED_KEYS = {"run_dir", "default_root_dir", "save_dir", "root", "cache_dir", "resume", "checkpoint", "logger", "num_workers"}
-IGNORED_KEYS |= {"coco_eval", "enable_progress_bar", "enable_model_summary", "log_every_n_steps"}
+IGNORED_KEYS |= {"enable_progress_bar", "enable_model_summary", "log_every_n_steps"}
+
+# settings that earlier versions did not have, with the value that does what those did: the ends of dotted keys
+ADDED_SETTINGS = {
+    "init_from": None,
+    "model.compile": False,
+    "data.classes": None,
+    "box_predictor.class_agnostic": False,
+    "match_by": None,
+    "coco_eval.iou_thresholds": [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95],
+    "coco_eval.areas": [["small", 0, 32], ["medium", 32, 96], ["large", 96, None]],
+}
 
 _MISSING = "not there"
 
@@ -49,9 +60,13 @@ def is_chosen(cfg: DictConfig, group: str) -> bool:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """List `key was x and is y` for each setting that differs, without the `IGNORED_KEYS`."""
+    """List `key was x and is y` for each setting that differs.
+
+    Left out are the `IGNORED_KEYS`, the library that computes COCO's metrics, and `ADDED_SETTINGS` that `before` does not have.
+    """
     before, now = _deciding(before), _deciding(now)
     changed = [key for key in {**before, **now} if before.get(key, _MISSING) != now.get(key, _MISSING)]
+    changed = [key for key in changed if key in before or now[key] not in _values_of_earlier_versions(key)]
     return [f"{key} was {before.get(key, _MISSING)} and is {now.get(key, _MISSING)}" for key in changed]
 
 
@@ -71,4 +86,15 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that decide a result, by their dotted keys."""
-    return {key: value for key, value in flatten(config) if not IGNORED_KEYS.intersection(key.split("."))}
+    return {key: value for key, value in flatten(config) if not IGNORED_KEYS.intersection(key.split(".")) and not _names_library(key)}
+
+
+def _names_library(key: str) -> bool:
+    """Whether a setting says which library computes COCO's metrics. The metrics are the same."""
+    group, _, rest = key.partition(".")
+    return group == "coco_eval" and rest not in ("iou_thresholds", "areas")
+
+
+def _values_of_earlier_versions(key: str) -> list[Any]:
+    """Return the value in `ADDED_SETTINGS` of a dotted key, as a list of one or none."""
+    return [value for end, value in ADDED_SETTINGS.items() if key == end or key.endswith(f".{end}")]

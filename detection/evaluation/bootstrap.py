@@ -12,15 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from scipy import stats
 
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.evaluation.matching import IOU50, IOU75, match
+from roi_quantization.detection.evaluation.matching import indices_of, match
+from roi_quantization.detection.evaluation.protocol import ALL_SIZES, COCO_PROTOCOL, Protocol
 from roi_quantization.detection.evaluation.statistics import Combination, Estimate
 
 METRICS = ("AP", "AP50", "AP75")
 MOST_IMAGES_FOR_BCA = 1000  # BCa evaluates AP once more per image
-_ALL_SIZES = {"all": (0.0, 1e10)}
 _CHUNK = 2**22  # elements of the largest array, which bounds the memory
 
 
@@ -38,11 +39,29 @@ class MatchedDetections:
     """Detections matched to objects once, from which AP is computed for any weights of the images.
 
     Args:
-        coco_gt, results, image_ids, max_detections: see `roi_quantization.detection.evaluation.coco.evaluate`.
+        coco_gt, results, image_ids, max_detections, protocol: see `roi_quantization.detection.evaluation.coco.evaluate`.
     """
 
-    def __init__(self, coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int = 100):
-        coco_eval = match(coco_gt, results, image_ids, max_detections, areas=_ALL_SIZES)
+    def __init__(
+        self,
+        coco_gt: COCO,
+        results: Sequence[Mapping],
+        image_ids: Sequence[int],
+        max_detections: int = 100,
+        protocol: Protocol = COCO_PROTOCOL,
+    ):
+        thresholds = protocol.evaluated_thresholds
+        self._gather(match(coco_gt, results, image_ids, max_detections, {"all": ALL_SIZES}, iou_thresholds=thresholds), protocol)
+
+    @classmethod
+    def of(cls, coco_eval: COCOeval) -> "MatchedDetections":
+        """Return those of a COCOeval that has matched at COCO's thresholds, all sizes together."""
+        matched = cls.__new__(cls)
+        matched._gather(coco_eval, COCO_PROTOCOL)
+        return matched
+
+    def _gather(self, coco_eval: COCOeval, protocol: Protocol) -> None:
+        self.protocol, self.thresholds = protocol, np.asarray(coco_eval.params.iouThrs)
         self.image_ids = tuple(int(image_id) for image_id in coco_eval.params.imgIds)
         self.recalls = np.asarray(coco_eval.params.recThrs)
         images = len(self.image_ids)
@@ -60,13 +79,14 @@ class MatchedDetections:
         chunk = max(1, _CHUNK // max(widest, len(self.image_ids)))
         parts = [self._at_thresholds(weights[start : start + chunk]) for start in range(0, len(weights), chunk)]
         precision = 100 * np.concatenate(parts)
-        return {"AP": precision.mean(axis=1), "AP50": precision[:, IOU50], "AP75": precision[:, IOU75]}
+        iou50, iou75, *averaged = indices_of(self.thresholds, (0.5, 0.75, *self.protocol.iou_thresholds))
+        return {"AP": precision[:, averaged].mean(axis=1), "AP50": precision[:, iou50], "AP75": precision[:, iou75]}
 
     def _at_thresholds(self, weights: np.ndarray) -> np.ndarray:
         """Return AP as `[B, T]`, mean over the classes that have objects."""
         per_class = [_average_precision(c, weights, self.recalls) for c in self._classes]
         if not per_class:
-            return np.full((len(weights), 10), math.nan)
+            return np.full((len(weights), len(self.thresholds)), math.nan)
         present = np.array([weights @ c.objects > 0 for c in self._classes]).sum(axis=0)[:, None]  # classes with objects; others add 0
         with np.errstate(invalid="ignore"):
             return np.sum(per_class, axis=0) / present

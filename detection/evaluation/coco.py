@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -13,10 +15,18 @@ from torchvision.ops import box_convert
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import atomic_write
-from roi_quantization.detection.evaluation.matching import IOU50, IOU75, Evaluator, SilentCOCOeval, match, percent
+from roi_quantization.detection.evaluation.matching import Evaluator, SilentCOCOeval, indices_of, match, percent
+from roi_quantization.detection.evaluation.protocol import (
+    ALL_SIZES,
+    COCO_AREAS,
+    COCO_IOU_THRESHOLDS,
+    COCO_MAX_DETECTIONS,
+    COCO_PROTOCOL,
+    Protocol,
+)
 
-_ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # indices of COCOeval's size ranges: small is below 32^2 pixels, large above 96^2
-COCO_MAX_DETECTIONS = 100  # of an image and category
+_ALL = 0  # index of the range of all sizes
+_WIDTH, _COLUMNS = 9, 6  # of the numbers in the table
 _NAME = 15  # columns for a class name in the table, so that two classes side by side fit 80 columns
 
 
@@ -24,18 +34,19 @@ _NAME = 15  # columns for a class name in the table, so that two classes side by
 class Metrics:
     """COCO's numbers in percent, 0 to 100. NaN where there is no ground truth.
 
-    stats: AP (mean over IoU 0.5:0.05:0.95), AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10, AR_100, AR_small, AR_medium, AR_large.
+    stats: AP (mean over IoU 0.5:0.05:0.95, or over the thresholds of the protocol), AP50, AP75, AP_small, AP_medium, AP_large, AR_1,
+        AR_10, AR_100, AR_small, AR_medium, AR_large, or those of the size ranges of the protocol.
     per_class: category name -> {AP, AP50, AP75}, in the order of the category ids.
     image_ids: the evaluated images, ascending. None where the file that this was read from does not have them.
     of: number of images of the split. None where it is unknown.
-    max_detections: maximum number of detections evaluated per image and category. 100 in COCO.
+    protocol: what they were computed of; COCO's unless it says otherwise.
     """
 
     stats: dict[str, float]
     per_class: dict[str, dict[str, float]]
     image_ids: tuple[int, ...] | None = None
     of: int | None = None
-    max_detections: int = COCO_MAX_DETECTIONS
+    protocol: Protocol = COCO_PROTOCOL
 
     @property
     def is_partial(self) -> bool:
@@ -49,6 +60,19 @@ class Metrics:
             return "an unknown number of images"
         return f"{len(self.image_ids)} of {self.of} images, a partial evaluation" if self.is_partial else f"{len(self.image_ids)} images"
 
+    @property
+    def max_detections(self) -> int:
+        return self.protocol.max_detections
+
+    @property
+    def labels(self) -> list[str]:
+        """What is not COCO's evaluation of the whole split, a sentence each."""
+        return ([f"{self.coverage}."] if self.is_partial else []) + self.protocol.deviations
+
+    def named(self, split: str) -> dict[str, float]:
+        """Return `stats` by the names that loggers and callers get: `test/AP`, see `Protocol.metric`."""
+        return {self.protocol.logged(f"{split}/{name}"): value for name, value in self.stats.items()}
+
     def as_json(self) -> dict:
         """Return the same as plain dicts, with None for NaN, which JSON does not have."""
 
@@ -56,7 +80,7 @@ class Metrics:
             return {name: None if math.isnan(value) else value for name, value in values.items()}
 
         content = {"stats": plain(self.stats), "per_class": {name: plain(values) for name, values in self.per_class.items()}}
-        content["max_detections"] = self.max_detections
+        content |= self.protocol.as_json()
         if self.image_ids is not None:
             content |= {"images": len(self.image_ids), "of": self.of, "partial": self.is_partial, "image_ids": list(self.image_ids)}
         return content
@@ -73,8 +97,33 @@ class Metrics:
             {name: numbers(values) for name, values in content["per_class"].items()},
             image_ids=None if content.get("image_ids") is None else tuple(content["image_ids"]),
             of=content.get("of"),
-            max_detections=content.get("max_detections", COCO_MAX_DETECTIONS),
+            protocol=Protocol.from_json(content),
         )
+
+
+class CocoEvaluation:
+    """COCO's metrics, computed by a library from a protocol: the group `coco_eval` of the configuration.
+
+    Args:
+        library: pycocotools' COCOeval, or a replacement such as `matching.faster_coco_eval()`.
+        iou_thresholds, areas: see `Protocol`.
+
+    Raises:
+        InputError: the protocol is not valid.
+    """
+
+    def __init__(
+        self,
+        library: Evaluator = SilentCOCOeval,
+        iou_thresholds: Sequence[float] = COCO_IOU_THRESHOLDS,
+        areas: Sequence[Sequence] = COCO_AREAS,
+    ):
+        self.library = library
+        self.protocol = Protocol(tuple(iou_thresholds), tuple(tuple(area) if isinstance(area, Sequence) else area for area in areas))
+
+    def __call__(self, coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int, of: int) -> Metrics:
+        """Return the metrics, see `evaluate`."""
+        return evaluate(coco_gt, results, image_ids, max_detections, self.library, of, self.protocol)
 
 
 def evaluate(
@@ -84,6 +133,7 @@ def evaluate(
     max_detections: int = COCO_MAX_DETECTIONS,
     coco_eval: Evaluator = SilentCOCOeval,
     of: int | None = None,
+    protocol: Protocol = COCO_PROTOCOL,
 ) -> Metrics:
     """Compute COCO's box metrics of `results` over the images `image_ids`. Without results AP is 0.
 
@@ -97,15 +147,18 @@ def evaluate(
         max_detections: per image and category. Detections of lower score are ignored. AR_k is the recall with at most k.
         coco_eval: pycocotools' COCOeval, or a replacement such as `matching.faster_coco_eval()`.
         of: number of images of the split. None: `image_ids` are the whole split.
+        protocol: IoU thresholds and size ranges; `max_detections` takes the place of its own.
 
     Raises:
         ValueError: a result or an image that `coco_gt` does not have, or a number that is not finite.
     """
-    matched = match(coco_gt, results, image_ids, max_detections, coco_eval=coco_eval)
+    protocol = replace(protocol, max_detections=max_detections)
+    areas = {"all": ALL_SIZES} | protocol.square_pixels
+    matched = match(coco_gt, results, image_ids, max_detections, areas, coco_eval, protocol.evaluated_thresholds)
     matched.accumulate()
-    stats, per_class = _summarize(matched)
+    stats, per_class = _summarize(matched, protocol)
     evaluated = tuple(sorted(set(image_ids)))
-    return Metrics(stats, per_class, evaluated, len(evaluated) if of is None else of, max_detections)
+    return Metrics(stats, per_class, evaluated, len(evaluated) if of is None else of, protocol)
 
 
 def to_coco_results(detections: Mapping[int, Mapping[str, Tensor]], label_to_category_id: Mapping[int, int]) -> list[dict]:
@@ -169,24 +222,22 @@ def write_metrics(path: str | os.PathLike, metrics: Metrics) -> None:
 def format_table(metrics: Metrics) -> str:
     """Return COCO's metrics and the per-class AP in percent, at most 80 columns wide; "-" where there is no ground truth.
 
-    The first line says so where images were left out, or where more detections of an image and class count than COCO's 100.
+    The first lines say what is not COCO's evaluation of the whole split.
     """
-    rows = [
-        ("AP", "AP50", "AP75", "small", "medium", "large"),
-        tuple(metrics.stats[key] for key in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")),
-        ("AR@1", "AR@10", "AR@100", "small", "medium", "large"),
-        tuple(metrics.stats[key] for key in ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")),
-    ]
-    names = ("average precision", "", "average recall", "")
-    lines = [f"{metrics.coverage}."] if metrics.is_partial else []
-    if metrics.max_detections != COCO_MAX_DETECTIONS:
-        lines.append(f"Up to {metrics.max_detections} detections of an image and class count, where COCO has {COCO_MAX_DETECTIONS}.")
-    lines += [f"{name:<18}" + _cells(row, 9) for name, row in zip(names, rows, strict=True)]
+    sizes = [name for name, _, _ in metrics.protocol.areas]
+    precision = [(name, metrics.stats[name]) for name in ("AP", "AP50", "AP75")] + [(name, metrics.stats[f"AP_{name}"]) for name in sizes]
+    recall = [(f"AR@{k}", metrics.stats[f"AR_{k}"]) for k in (1, 10, 100)] + [(name, metrics.stats[f"AR_{name}"]) for name in sizes]
+    lines = [line for label in metrics.labels for line in textwrap.wrap(label, 80)]
+    for title, numbers in (("average precision", precision), ("average recall", recall)):
+        for start in range(0, len(numbers), _COLUMNS):
+            heads, values = zip(*numbers[start : start + _COLUMNS], strict=True)
+            lines += [f"{'' if start else title:<18}" + _cells([_name(head, _WIDTH - 1) for head in heads], _WIDTH)]
+            lines += [" " * 18 + _cells(values, _WIDTH)]
 
-    classes = [_name(name) + _cells((v["AP"], v["AP50"], v["AP75"]), 7) for name, v in metrics.per_class.items()]
+    classes = [f"{_name(name):<{_NAME}}" + _cells((v["AP"], v["AP50"], v["AP75"]), 7) for name, v in metrics.per_class.items()]
     columns = 1 if len(classes) <= 10 else 2
     height = math.ceil(len(classes) / columns)
-    lines += ["", "    ".join([_name("class") + _cells(("AP", "AP50", "AP75"), 7)] * columns)]
+    lines += ["", "    ".join([f"{'class':<{_NAME}}" + _cells(("AP", "AP50", "AP75"), 7)] * columns)]
     for row in range(height):  # column by column, so that the classes stay in order when read downwards
         lines.append("    ".join(classes[row::height]))
     return "\n".join(lines)
@@ -202,39 +253,36 @@ def _number(value: float | str) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}"
 
 
-def _name(name: str) -> str:
-    return f"{name if len(name) <= _NAME else name[: _NAME - 2] + '..':<{_NAME}}"
+def _name(name: str, width: int = _NAME) -> str:
+    return name if len(name) <= width else f"{name[: width - 2]}.."
 
 
-def _summarize(coco_eval: COCOeval) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def _summarize(coco_eval: COCOeval, protocol: Protocol) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """`Metrics.stats` and `Metrics.per_class`: COCOeval's own summary takes 100 detections for granted and has no per-class numbers."""
     precision = coco_eval.eval["precision"]  # [IoU threshold, recall, class, area, max detections], -1 where there is no ground truth
     recall = coco_eval.eval["recall"]  # the same without recall
+    iou50, iou75, *averaged = indices_of(np.asarray(coco_eval.params.iouThrs), (0.5, 0.75, *protocol.iou_thresholds))
+    precisions, recalls = precision[averaged], recall[averaged]
     at = coco_eval.params.maxDets.index
     most = coco_eval.params.maxDets[-1]
+    sizes = list(enumerate((name for name, _, _ in protocol.areas), start=_ALL + 1))
 
     stats = {
-        "AP": percent(precision[:, :, :, _ALL, -1]),
-        "AP50": percent(precision[IOU50, :, :, _ALL, -1]),
-        "AP75": percent(precision[IOU75, :, :, _ALL, -1]),
-        "AP_small": percent(precision[:, :, :, _SMALL, -1]),
-        "AP_medium": percent(precision[:, :, :, _MEDIUM, -1]),
-        "AP_large": percent(precision[:, :, :, _LARGE, -1]),
-        "AR_1": percent(recall[:, :, _ALL, at(1)]),
-        "AR_10": percent(recall[:, :, _ALL, at(min(10, most))]),
-        "AR_100": percent(recall[:, :, _ALL, at(min(100, most))]),
-        "AR_small": percent(recall[:, :, _SMALL, -1]),
-        "AR_medium": percent(recall[:, :, _MEDIUM, -1]),
-        "AR_large": percent(recall[:, :, _LARGE, -1]),
+        "AP": percent(precisions[:, :, :, _ALL, -1]),
+        "AP50": percent(precision[iou50, :, :, _ALL, -1]),
+        "AP75": percent(precision[iou75, :, :, _ALL, -1]),
     }
+    stats |= {f"AP_{name}": percent(precisions[:, :, :, index, -1]) for index, name in sizes}
+    stats |= {f"AR_{k}": percent(recalls[:, :, _ALL, at(min(k, most))]) for k in (1, 10, 100)}
+    stats |= {f"AR_{name}": percent(recalls[:, :, index, -1]) for index, name in sizes}
     categories = coco_eval.cocoGt.loadCats(coco_eval.params.catIds)
     names = [category["name"] for category in categories]
     per_class = {}
     for k, category in enumerate(categories):
         name = category["name"] if names.count(category["name"]) == 1 else f"{category['name']} ({category['id']})"
         per_class[name] = {
-            "AP": percent(precision[:, :, k, _ALL, -1]),
-            "AP50": percent(precision[IOU50, :, k, _ALL, -1]),
-            "AP75": percent(precision[IOU75, :, k, _ALL, -1]),
+            "AP": percent(precisions[:, :, k, _ALL, -1]),
+            "AP50": percent(precision[iou50, :, k, _ALL, -1]),
+            "AP75": percent(precision[iou75, :, k, _ALL, -1]),
         }
     return stats, per_class

@@ -21,8 +21,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from pycocotools import mask
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from roi_quantization.detection.evaluation.matching import IOU50, match
+from roi_quantization.detection.evaluation.protocol import ALL_SIZES
 
 ERROR_TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(len(ERROR_TYPES))
@@ -76,7 +78,11 @@ def split_errors(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[
     Raises:
         InputError: a result or an image does not belong to `coco_gt`, or a number is not finite.
     """
-    coco_eval = match(coco_gt, results, image_ids, max_detections, areas={"all": (0.0, 1e10)})
+    return split_matched(match(coco_gt, results, image_ids, max_detections, {"all": ALL_SIZES}))
+
+
+def split_matched(coco_eval: COCOeval) -> ErrorSplit:
+    """Split the errors of a COCOeval that has matched at COCO's thresholds, all sizes together; see `split_errors`."""
     boxes = {key: {a["id"]: a["bbox"] for a in coco.anns.values()} for key, coco in (("dt", coco_eval.cocoDt), ("gt", coco_eval.cocoGt))}
     images = len(coco_eval.params.imgIds)
     per_image = [_split_image([m for m in coco_eval.evalImgs[i::images] if m is not None], boxes["dt"], boxes["gt"]) for i in range(images)]

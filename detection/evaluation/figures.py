@@ -34,7 +34,7 @@ def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike) -> None
 
     Args:
         metrics_csv: file of Lightning's CSVLogger with the columns `step` and `train/loss` (or `train/loss_step`). The
-            columns `val/loss`, `val/AP`, `val/AP50` and `val/AP75` are drawn where they exist.
+            columns `val/loss`, `val/AP`, `val/AP50` and `val/AP75` are drawn where they exist, and `val/AP_iou...` with its name.
         path: of the figure.
 
     Raises:
@@ -65,7 +65,8 @@ def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike) -> None
     losses.set(title="Loss", xlabel="step")
     losses.legend(frameon=False)
 
-    for name, colour, marker in (("AP50", COLOURS[2], "s"), ("AP75", COLOURS[0], "^"), ("AP", "black", "o")):
+    mean = next((name.removeprefix("val/") for name in logged if name.startswith("val/AP_iou")), "AP")  # over other thresholds than COCO's
+    for name, colour, marker in (("AP50", COLOURS[2], "s"), ("AP75", COLOURS[0], "^"), (mean, "black", "o")):
         if f"val/{name}" in logged:
             steps, values = logged[f"val/{name}"]
             precision.plot(steps, values, color=colour, marker=marker, markersize=4, label=f"{name}, last {values[-1]:.1f}")

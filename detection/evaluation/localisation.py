@@ -14,6 +14,7 @@ from torchvision.ops import box_convert, box_iou
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.matching import IOU50, match
+from roi_quantization.detection.evaluation.protocol import ALL_SIZES
 
 EDGES = ("left", "top", "right", "bottom")
 
@@ -99,7 +100,7 @@ def localisation(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[
     with_proposal = sum("proposal" in result for result in results)
     if 0 < with_proposal < len(results):
         raise InputError(f"{len(results) - with_proposal} of {len(results)} results have no proposal, and the others have one")
-    coco_eval = match(coco_gt, results, image_ids, max_detections, areas={"all": (0.0, 1e10)})
+    coco_eval = match(coco_gt, results, image_ids, max_detections, areas={"all": ALL_SIZES})
     truths, detections = coco_eval.cocoGt.anns, coco_eval.cocoDt.anns
     pairs, objects = [], 0
     for matches in filter(None, coco_eval.evalImgs):

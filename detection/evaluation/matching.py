@@ -21,7 +21,7 @@ from roi_quantization.detection.data.garbage_collection import without_garbage_c
 
 log = logging.getLogger(__name__)
 
-IOU50, IOU75 = 0, 5  # indices of the IoU thresholds 0.5 and 0.75 among COCOeval's 0.5, 0.55 ... 0.95
+IOU50 = 0  # index of the IoU threshold 0.5 among COCOeval's 0.5, 0.55 ... 0.95
 Areas = Mapping[str, tuple[float, float]]
 Evaluator = Callable[[COCO, COCO, str], COCOeval]
 
@@ -61,6 +61,7 @@ def match(
     max_detections: int = 100,
     areas: Areas | None = None,
     coco_eval: Evaluator = SilentCOCOeval,
+    iou_thresholds: np.ndarray | None = None,
 ) -> COCOeval:
     """Match detections to ground truth per class and image. The caller calls `accumulate()` on what is returned.
 
@@ -71,6 +72,7 @@ def match(
         max_detections: per image and category.
         areas: size ranges by name in square pixels, both ends included. None: COCO's all, small, medium and large.
         coco_eval: `(ground truth, detections, "bbox") -> COCOeval`.
+        iou_thresholds: ascending. None: COCO's 0.5:0.05:0.95.
 
     Returns:
         A COCOeval whose `cocoGt` and `cocoDt` are copies with ids from 1.
@@ -90,8 +92,15 @@ def match(
         if areas is not None:
             matched.params.areaRngLbl = list(areas)
             matched.params.areaRng = [list(ends) for ends in areas.values()]
+        if iou_thresholds is not None:
+            matched.params.iouThrs = np.asarray(iou_thresholds, dtype=np.float64)
         matched.evaluate()
     return matched
+
+
+def indices_of(thresholds: np.ndarray, wanted: Sequence[float]) -> list[int]:
+    """Return where a COCOeval has these IoU thresholds, but for the last bit: COCO's 0.6 is not Python's."""
+    return [int(np.abs(thresholds - one).argmin()) for one in wanted]
 
 
 def percent(values: np.ndarray) -> float:

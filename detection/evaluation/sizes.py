@@ -13,7 +13,8 @@ from pycocotools.coco import COCO
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.annotations import as_coco
-from roi_quantization.detection.evaluation.matching import IOU50, IOU75, match, percent
+from roi_quantization.detection.evaluation.matching import indices_of, match, percent
+from roi_quantization.detection.evaluation.protocol import COCO_PROTOCOL, Protocol
 
 CELLS = (2.0, 6.0)
 
@@ -26,11 +27,12 @@ def average_precision_by_cells(
     scales: Mapping[int, float] | None = None,
     borders: Sequence[float] = CELLS,
     max_detections: int = 100,
+    protocol: Protocol = COCO_PROTOCOL,
 ) -> dict[str, dict[str, float]]:
     """Compute AP by object size in cells. The size is the square root of the annotated `area`, as in COCO.
 
     Args:
-        coco_gt, results, image_ids, max_detections: see `roi_quantization.detection.evaluation.coco.evaluate`.
+        coco_gt, results, image_ids, max_detections, protocol: see `roi_quantization.detection.evaluation.coco.evaluate`.
         stride: pixels of the network's input per cell.
         scales: image id -> pixels of the network's input per pixel of the image. None: images are not resized.
         borders: between the sizes, in cells, ascending. An object on a border counts on both sides, as in COCO.
@@ -54,14 +56,15 @@ def average_precision_by_cells(
     names.append(f"> {borders[-1]:g} cells")
 
     areas = dict(zip(names, pairwise(ends), strict=True))
-    coco_eval = match(coco_gt, results, image_ids, max_detections, areas)
+    coco_eval = match(coco_gt, results, image_ids, max_detections, areas, iou_thresholds=protocol.evaluated_thresholds)
     coco_eval.accumulate()
     precision = coco_eval.eval["precision"][..., -1]  # [IoU threshold, recall, class, size]
+    iou50, iou75, *averaged = indices_of(np.asarray(coco_eval.params.iouThrs), (0.5, 0.75, *protocol.iou_thresholds))
     truths = [annotation for annotation in coco_eval.cocoGt.anns.values() if not annotation["iscrowd"]]
     table = {}
     for place, (name, (low, high)) in enumerate(areas.items()):
         of_size = precision[..., place]
-        table[name] = {"AP": percent(of_size), "AP50": percent(of_size[IOU50]), "AP75": percent(of_size[IOU75])}
+        table[name] = {"AP": percent(of_size[averaged]), "AP50": percent(of_size[iou50]), "AP75": percent(of_size[iou75])}
         table[name]["objects"] = sum(low <= annotation["area"] <= high for annotation in truths)
     return table
 

@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.evaluation.coco import COCO_MAX_DETECTIONS, Metrics, evaluate, to_coco_results
-from roi_quantization.detection.evaluation.matching import Evaluator, SilentCOCOeval
+from roi_quantization.detection.evaluation.coco import CocoEvaluation, Metrics, to_coco_results
+from roi_quantization.detection.evaluation.protocol import COCO_MAX_DETECTIONS
 
 Batch = tuple[list[Tensor], list[dict]]
 LOGGED = ("AP", "AP50", "AP75", "loss", "loss_classifier", "loss_box")  # in each validation
@@ -31,7 +31,7 @@ class DetectionModule(pl.LightningModule):
         categories: `{"id", "name"}` of the data, in the order of the labels 1..C. Stored in checkpoints.
         config: plain containers from which the detector can be built again. Stored in checkpoints.
         seed: of the random draws of a training step, with the epoch and the step.
-        coco_eval: computes COCO's metrics, see `roi_quantization.detection.evaluation.coco.evaluate`.
+        coco_eval: computes COCO's metrics; None: by pycocotools with COCO's IoU thresholds and sizes.
         average: `detector -> AveragedModel`, updated after each optimizer step. Its weights are evaluated in place of the detector's.
 
     Attributes:
@@ -49,7 +49,7 @@ class DetectionModule(pl.LightningModule):
         categories: list[dict] = (),
         config: dict[str, Any] | None = None,
         seed: int = 0,
-        coco_eval: Evaluator = SilentCOCOeval,
+        coco_eval: CocoEvaluation | None = None,
         average: Callable[[nn.Module], AveragedModel] | None = None,
     ):
         super().__init__()
@@ -59,7 +59,7 @@ class DetectionModule(pl.LightningModule):
         self.categories = [{"id": int(category["id"]), "name": str(category["name"])} for category in categories]
         self.config = config or {}
         self.seed = seed
-        self.coco_eval = coco_eval
+        self.coco_eval = coco_eval or CocoEvaluation()
         self.detections: dict[int, dict[str, Tensor]] = {}
         self.losses: dict[int, tuple[int, dict[str, float]]] = {}
         self.results: list[dict] = []
@@ -150,19 +150,19 @@ class DetectionModule(pl.LightningModule):
         names = batches[0][1] if batches else ()
         losses = {f"{split}/{name}": sum(count * loss[name] for count, loss in batches) / images for name in names}
         self.results = to_coco_results(self.detections, dataset.label_to_category_id)
-        self.metrics = evaluate(
+        self.metrics = self.coco_eval(
             dataset.coco,
             self.results,
             sorted(self.detections),
             max_detections=max(COCO_MAX_DETECTIONS, self.evaluated.roi_heads.detections_per_img),  # none that was kept is left out
-            coco_eval=self.coco_eval,
             of=len(dataset.coco.imgs),
         )
         recalled = [found["best_overlap"] for found in self.detections.values() if "best_overlap" in found]
         if recalled:
             best = torch.cat(recalled)
             losses |= {f"{split}/R{100 * iou:.0f}": 100 * (best >= iou).double().mean().item() for iou in (0.5, 0.75)}
-        shown = {f"{split}/{name}": value for name, value in self.metrics.stats.items() if name in LOGGED}
+        key_of = self.metrics.protocol.logged
+        shown = {key_of(f"{split}/{name}"): value for name, value in self.metrics.stats.items() if name in LOGGED}
         together = {"sync_dist": True, "reduce_fx": "max"}  # equal on all ranks, so their maximum is each; Lightning warns without it
         self.log_dict(losses, **together)
         self.log_dict(shown, prog_bar=True, **together)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from roi_quantization.detection.evaluation.protocol import COCO_AREAS
 from roi_quantization.detection.evaluation.statistics import Estimate, TwoByTwo
 from roi_quantization.detection.report.findings import METRIC, Findings
 from roi_quantization.detection.report.style import WIDTH, ArmStyle, Theme, arm_style, figure_height, label_rows
@@ -195,8 +197,12 @@ def _offsets(findings: Findings, arm: str) -> tuple[np.ndarray, np.ndarray]:
 def plot_sizes(findings: Findings) -> ReportFigure:
     """Plot AP by size in pixels and in cells, in one panel where both divide the objects alike or there is no one stride."""
     panels = [(findings.by_pixels, "pixels"), (findings.by_cells, "cells")]
-    equal = findings.stride is not None and all(
-        np.allclose(list(findings.by_pixels[a].values()), list(findings.by_cells[a].values()), equal_nan=True) for a in findings.arms
+    equal = (
+        findings.stride is not None
+        and findings.protocol.areas == COCO_AREAS
+        and all(
+            np.allclose(list(findings.by_pixels[a].values()), list(findings.by_cells[a].values()), equal_nan=True) for a in findings.arms
+        )
     )
     if findings.stride is None:
         panels = panels[:1]
@@ -208,7 +214,7 @@ def plot_sizes(findings: Findings) -> ReportFigure:
         figure, all_axes = _panels(len(panels) * figure_height(len(findings.arms)) + 0.3, panels=len(panels))
         for axes, (by_size, unit) in zip(all_axes, panels, strict=True):
             names = list(next(iter(by_size.values())))
-            shapes = dict(zip(names, ("v", "o", "^"), strict=True))
+            shapes = dict(zip(names, cycle("vo^sDP"), strict=False))
             for y, arm in zip(label_rows(axes, list(findings.arms)), findings.arms, strict=True):
                 axes.plot(list(by_size[arm].values()), [y] * len(names), color=theme.faint, linewidth=1, zorder=1)
                 for name, value in by_size[arm].items():

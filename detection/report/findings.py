@@ -21,6 +21,7 @@ from roi_quantization.detection.evaluation.bootstrap import MatchedDetections, b
 from roi_quantization.detection.evaluation.coco import evaluate
 from roi_quantization.detection.evaluation.localisation import Localisation, localisation
 from roi_quantization.detection.evaluation.matching import match, percent
+from roi_quantization.detection.evaluation.protocol import ALL_SIZES
 from roi_quantization.detection.evaluation.sizes import average_precision_by_cells
 from roi_quantization.detection.evaluation.statistics import Combination, Estimate, TwoByTwo, difference, estimate_over_seeds
 from roi_quantization.detection.report.predicted_cost import predicted_results
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75")
 METRIC = "AP"  # the one of the headline and the figures, chosen before any result
-PIXELS = {"AP_small": "< 32 px", "AP_medium": "32 to 96 px", "AP_large": "> 96 px"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Findings:
             why = f"; {len(sweep.failed)} failed, see {sweep.failed[0].folder / 'failed.txt'}" if sweep.failed else ""
             raise InputError(f"{sweep.folder} has no finished run to report on{why}")
         self.sweep = sweep
-        self.values = {metric: sweep.values(metric) for metric in (*METRICS, *PIXELS)}
+        self.protocol = sweep.protocol
+        self.values = {metric: sweep.values(metric) for metric in (*METRICS, *(f"AP_{name}" for name in self.protocol.sizes))}
         self.arms = tuple(self.values["AP"])
         self.reference = reference if reference in self.arms else self.arms[0]
         self.seeds = sorted({run.seed for run in sweep.finished})
@@ -119,7 +120,9 @@ class Findings:
     @cached_property
     def _matched(self) -> dict[Path, MatchedDetections]:
         return {
-            run.folder: MatchedDetections(self.sweep.annotations, run.results(), self.image_ids, self.sweep.max_detections)
+            run.folder: MatchedDetections(
+                self.sweep.annotations, run.results(), self.image_ids, self.protocol.max_detections, self.protocol
+            )
             for run in self.sweep.finished
         }
 
@@ -130,15 +133,21 @@ class Findings:
     def _analyse(self, run: Run) -> RunFindings:
         results = run.results()
         truth = self.sweep.annotations
-        thresholds = match(truth, results, self.image_ids, self.sweep.max_detections, areas={"all": (0.0, 1e10)})
+        thresholds = match(truth, results, self.image_ids, self.protocol.max_detections, areas={"all": ALL_SIZES})
         thresholds.accumulate()
         return RunFindings(
-            localisation=localisation(truth, results, self.image_ids, self.sweep.max_detections),
+            localisation=localisation(truth, results, self.image_ids, self.protocol.max_detections),
             by_threshold=np.array([percent(precision) for precision in thresholds.eval["precision"][..., 0, -1]]),
             by_cells={}
             if run.stride is None
             else average_precision_by_cells(
-                truth, results, self.image_ids, run.stride, self.sweep.scales, max_detections=self.sweep.max_detections
+                truth,
+                results,
+                self.image_ids,
+                run.stride,
+                self.sweep.scales,
+                max_detections=self.protocol.max_detections,
+                protocol=self.protocol,
             ),
         )
 
@@ -163,7 +172,10 @@ class Findings:
     @cached_property
     def by_pixels(self) -> dict[str, dict[str, float]]:
         """Arm -> size in pixels -> AP, mean over seeds."""
-        return {arm: {name: float(np.mean(list(self.values[key][arm].values()))) for key, name in PIXELS.items()} for arm in self.arms}
+        return {
+            arm: {words: float(np.mean(list(self.values[f"AP_{name}"][arm].values()))) for name, words in self.protocol.sizes.items()}
+            for arm in self.arms
+        }
 
     def localisations(self, arm: str) -> list[Localisation]:
         """Return the localisation errors, one for each seed."""
@@ -217,8 +229,8 @@ class Findings:
         operator = self.operators.get(self.reference)
         if not (operator and IdealLocalizer(operator, np.array([2.0, 8.0]), size).is_exact):
             return {}
-        truth, limit = self.sweep.annotations, self.sweep.max_detections
-        own = {run.folder: evaluate(truth, results[run.folder], self.image_ids, limit).stats for run in runs}
+        evaluation = partial(evaluate, self.sweep.annotations, max_detections=self.protocol.max_detections, protocol=self.protocol)
+        own = {run.folder: evaluation(results=results[run.folder], image_ids=self.image_ids).stats for run in runs}
         found: dict[str, dict[str, float]] = {}
         for arm in tqdm(self.differences[METRIC], desc="predicting", unit="operator", leave=False):
             if arm not in self.operators:
@@ -226,7 +238,7 @@ class Findings:
             changes = []
             for run in runs:
                 moved = predicted_results(results[run.folder], self.operators[arm], self.stride, self.sweep.scales, size)
-                stats = evaluate(truth, moved, self.image_ids, limit).stats
+                stats = evaluation(results=moved, image_ids=self.image_ids).stats
                 changes.append([stats[metric] - own[run.folder][metric] for metric in METRICS])
             found[arm] = dict(zip(METRICS, np.mean(changes, axis=0).tolist(), strict=True))
         return found

@@ -12,6 +12,8 @@ def headline(findings: Findings) -> str:
     reference = paper_name(findings.reference)
     partial = f" Of {findings.sweep.partial}." if findings.sweep.partial else ""
     stride = f" at stride {findings.stride}" if findings.stride else ""
+    if not findings.protocol.has_coco_thresholds:
+        partial += f" AP is the mean over IoU {findings.protocol.thresholds_in_words}."
     if not changes:
         value = findings.means[METRIC][findings.reference].text()
         return f"{reference} reaches {value} {METRIC}{stride}. There is no other operator to compare it with.{partial}"

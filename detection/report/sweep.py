@@ -22,6 +22,7 @@ from pycocotools.coco import COCO
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.annotations import as_coco, choose_images, read_instances, restrict
 from roi_quantization.detection.evaluation.coco import Metrics
+from roi_quantization.detection.evaluation.protocol import Protocol
 from roi_quantization.detection.evaluation.sizes import resize_scales
 
 _FOLDER = re.compile(r"(?P<arm>.+)_seed(?P<seed>\d+)")
@@ -75,7 +76,12 @@ class Run:
         path = self.folder / "cross.json"
         if not path.is_file():
             return {}
-        return {arm: _metrics(path, content) for arm, content in _read_json(path, dict).items()}
+        cross = {arm: _metrics(path, content) for arm, content in _read_json(path, dict).items()}
+        for arm, metrics in cross.items():
+            if self.metrics is not None and metrics.protocol != self.metrics.protocol:
+                both = f"{arm}: {metrics.protocol.describe()}; the run itself: {self.metrics.protocol.describe()}"
+                raise InputError(f"{path}: the operators were evaluated differently ({both}). Remove it, and repeat the cross-evaluation.")
+        return cross
 
 
 @dataclass(frozen=True)
@@ -149,15 +155,24 @@ class Sweep:
         """`4 of 12 images, a partial evaluation` where the runs were evaluated on a part of their split, else empty."""
         return next((run.metrics.coverage for run in self.finished if run.metrics.is_partial), "")
 
-    @property
-    def max_detections(self) -> int:
-        """Maximum number of detections evaluated per image and category. ValueError where runs differ in it."""
+    @cached_property
+    def protocol(self) -> Protocol:
+        """IoU thresholds, size ranges and number of detections that the runs were evaluated with.
+
+        Raises:
+            ValueError: the runs differ in them.
+        """
         limits = sorted({run.metrics.max_detections for run in self.finished})
         if len(limits) > 1:
             raise InputError(
                 f"{self.folder}: runs were evaluated with at most {limits} detections per image and category. Choose one limit."
             )
-        return limits[0]
+        first = self.finished[0]
+        for run in self.finished:
+            if run.metrics.protocol != first.metrics.protocol:
+                both = "; ".join(f"{one.folder.name}: {one.metrics.protocol.describe()}" for one in (first, run))
+                raise InputError(f"{self.folder}: the runs were evaluated differently ({both}). Evaluate all with the same coco_eval.")
+        return first.metrics.protocol
 
     @cached_property
     def scales(self) -> dict[int, float] | None:

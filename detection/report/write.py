@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from roi_quantization.detection.common.files import atomic_write
-from roi_quantization.detection.evaluation.coco import COCO_MAX_DETECTIONS
 from roi_quantization.detection.report import prose
 from roi_quantization.detection.report.figures import ReportFigure, make_figures
 from roi_quantization.detection.report.findings import Findings
@@ -98,8 +97,7 @@ def _problems(sweep: Sweep, findings: Findings, reference: str) -> list[str]:
         problems.append(f"There is no finished run of {reference}. The others are compared with {findings.reference}.")
     if sweep.partial:
         problems.append(f"All figures and tables are of {sweep.partial}.")
-    if sweep.max_detections != COCO_MAX_DETECTIONS:
-        problems.append(f"Up to {sweep.max_detections} detections of an image and class count, where COCO has {COCO_MAX_DETECTIONS}.")
+    problems += findings.protocol.deviations
     if findings.varies_over == "images":
         problems.append("There is one seed. Intervals are over images and do not include the variation between trainings.")
     return problems

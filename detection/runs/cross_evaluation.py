@@ -16,6 +16,7 @@ from roi_quantization.detection.common.config_security import check_targets_allo
 from roi_quantization.detection.common.config_sources import choices, name_config_folder
 from roi_quantization.detection.common.errors import ExpectedError, InputError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
+from roi_quantization.detection.evaluation.coco import CocoEvaluation
 from roi_quantization.detection.model.build import build_detector, instantiate, read_operator
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.report import write_report
@@ -79,7 +80,9 @@ def complete(run: Run, operators: list[str]) -> None:
     check_categories(checkpoint, data.categories)
     detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=False)
     load_weights(detector, checkpoint)
-    module = DetectionModule(detector, categories=data.categories)
+    protocol = run.metrics.protocol  # its configuration may be of a version that had no other
+    coco_eval = CocoEvaluation(iou_thresholds=protocol.iou_thresholds, areas=protocol.areas)
+    module = DetectionModule(detector, categories=data.categories, coco_eval=coco_eval)
     module.metrics = run.metrics
     cross = cross_evaluate(cfg, module, data, "test" if data.test is not None else "val")
     write_cross(run.folder, known | {name: evaluation.metrics for name, evaluation in cross.items()})

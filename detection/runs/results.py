@@ -68,7 +68,7 @@ def report_cross(cross: Mapping[str, Evaluation], run_dir: Path) -> None:
     write_cross(run_dir, {name: evaluation.metrics for name, evaluation in cross.items()})
     print("\nThe same weights with other operators:")
     for name, (metrics, _) in cross.items():
-        print(f"  {name:20}" + "  ".join(f"{key} {metrics.stats[key]:5.1f}" for key in METRICS))
+        print(f"  {name:20}" + "  ".join(f"{metrics.protocol.metric(key)} {metrics.stats[key]:5.1f}" for key in METRICS))
 
 
 def report_differences(cross: Mapping[str, Evaluation], dataset: Any, module: DetectionModule, own: str, run_dir: Path) -> None:
@@ -86,7 +86,7 @@ def report_differences(cross: Mapping[str, Evaluation], dataset: Any, module: De
         log.warning("No intervals: there is one image, and intervals over images need at least two")
         return
     matched = {
-        name: MatchedDetections(dataset.coco, results, image_ids, module.metrics.max_detections)
+        name: MatchedDetections(dataset.coco, results, image_ids, module.metrics.max_detections, module.metrics.protocol)
         for name, results in {own: module.results, **{name: evaluation.results for name, evaluation in others.items()}}.items()
     }
     sums = {name: difference(name, own) for name in others}
@@ -96,10 +96,12 @@ def report_differences(cross: Mapping[str, Evaluation], dataset: Any, module: De
         name: {metric: {end: None if math.isnan(x := getattr(one, end)) else x for end in ends} for metric, one in of_name.items()}
         for name, of_name in estimates.items()
     }
-    atomic_write(run_dir / "differences.json", json.dumps({"minus": own, "differences": plain}, indent=2).encode())
+    protocol = module.metrics.protocol.as_json()
+    atomic_write(run_dir / "differences.json", json.dumps({"minus": own, "differences": plain} | protocol, indent=2).encode())
+    metric_name = module.metrics.protocol.metric
     print(f"\nMinus {own}, with 95 % intervals of a paired bootstrap over {len(image_ids)} images:")
     for name, of_name in estimates.items():
-        print(f"  {name:20}" + "  ".join(f"{metric} {of_name[metric].text(signed=True)}" for metric in METRICS))
+        print(f"  {name:20}" + "  ".join(f"{metric_name(metric)} {of_name[metric].text(signed=True)}" for metric in METRICS))
 
 
 def report(module: DetectionModule, dataset: Any, run_dir: Path, title: str) -> None:

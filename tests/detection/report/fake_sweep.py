@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from roi_quantization.detection.data.annotations import as_coco
 from roi_quantization.detection.evaluation.coco import Metrics, evaluate, write_metrics, write_results
+from roi_quantization.detection.evaluation.protocol import COCO_PROTOCOL, Protocol
 from tests.configuration import composed
 
 SCATTER = {  # pixels by which an arm's edges are off, one standard deviation
@@ -39,6 +40,7 @@ def write_fake_sweep(
     missing: Collection[str] = (),
     overrides: Sequence[str] = (),
     evaluated: int | None = None,
+    protocol: Protocol = COCO_PROTOCOL,
 ) -> Path:
     """Writes runs of all `arms` (name -> scatter) and `seeds` below `folder`; `failed` and `missing` name runs such as "pool_seed1".
 
@@ -71,10 +73,11 @@ def write_fake_sweep(
             found = [one for one in _detect(truth["test"], scatter, seed) if one["image_id"] <= (evaluated or images)]
             write_results(run / "results.json", found)
             cross = {
-                other: _metrics(truth["test"], _detect(truth["test"], scatter + 2 * (other != arm), seed)).as_json() for other in CROSS
+                other: _metrics(truth["test"], _detect(truth["test"], scatter + 2 * (other != arm), seed), protocol).as_json()
+                for other in CROSS
             }
             (run / "cross.json").write_text(json.dumps(cross))
-            write_metrics(run / "metrics.json", _metrics(truth["test"], found, evaluated))
+            write_metrics(run / "metrics.json", _metrics(truth["test"], found, protocol, evaluated))
     return folder
 
 
@@ -121,9 +124,9 @@ def _result(image_id: int, category_id: int, box: np.ndarray, score: float, prop
     return {"image_id": image_id, "category_id": category_id, "bbox": xywh(box), "score": round(score, 6), "proposal": xywh(proposal)}
 
 
-def _metrics(instances: dict, results: list[dict], evaluated: int | None = None) -> Metrics:
+def _metrics(instances: dict, results: list[dict], protocol: Protocol, evaluated: int | None = None) -> Metrics:
     image_ids = [image["id"] for image in instances["images"]]
-    return evaluate(as_coco(instances), results, image_ids[:evaluated], of=len(image_ids))
+    return evaluate(as_coco(instances), results, image_ids[:evaluated], of=len(image_ids), protocol=protocol)
 
 
 if __name__ == "__main__":

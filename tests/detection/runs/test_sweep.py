@@ -1,5 +1,6 @@
 """A sweep of two tiny runs, through the command line: one fails, the sweep goes on without it and is completed by the same command."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 from roi_quantization.detection.runs.sweep import SWEEP as SWEEP_PROCESS
 from roi_quantization.detection.runs.sweep import _exit_with_sweep, check_configuration, planned_runs, run_in_sweep, share_done
 from tests import commands
-from tests.configuration import ROOT
+from tests.configuration import ROOT, composed
 from tests.fake_slurm import install
 from tests.trainings import TINY
 
@@ -161,6 +162,22 @@ def test_places_may_differ_settings_may_not(tmp_path):
     )
     with pytest.raises(ValueError, match=r"data.subset was None and is 5; cross was not there and is \['pool'\]\. Choose another folder"):
         check_configuration(tmp_path, {"optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"subset": 5}, "cross": ["pool"]})
+
+
+def test_a_run_of_an_earlier_version_is_the_same_as_one_with_the_defaults_of_what_was_added(tmp_path):
+    config = OmegaConf.to_container(composed("train", "run_dir=x", "data.root=x"), resolve=True)
+    earlier = copy.deepcopy(config)
+    for keys in (("init_from",), ("model",), ("data", "classes"), ("head", "box_predictor", "class_agnostic"), ("coco_eval",)):
+        node = earlier
+        for key in keys[:-1]:
+            node = node[key]
+        del node[keys[-1]]
+    earlier["coco_eval"] = {"_target_": "roi_quantization.detection.evaluation.matching.SilentCOCOeval", "_partial_": True}
+    OmegaConf.save(earlier, tmp_path / "config.yaml")
+    check_configuration(tmp_path, config)
+    config["coco_eval"]["iou_thresholds"], config["init_from"] = [0.3, 0.5], "best.ckpt"
+    with pytest.raises(ValueError, match=r"init_from was not there and is best\.ckpt; coco_eval\.iou_thresholds was not there and is"):
+        check_configuration(tmp_path, config)
 
 
 def test_a_run_that_fails_says_why_and_raises_nothing(tmp_path, capsys):

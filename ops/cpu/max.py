@@ -63,7 +63,8 @@ def max_forward(
     """
     _, height, width, channels = cells.shape
     bins_y, bins_x = y_visited.shape[1], x_visited.shape[1]
-    flat, cell_channels = cells.reshape(-1), cells.reshape((-1, channels))
+    flat = cells.reshape(-1)
+    cell_channels = flat.reshape((-1, channels))
     lines = np.empty((row.shape[2] * width, channels), cells.dtype)  # the map, interpolated at the rows of samples of a row of bins
     flat_lines = lines.reshape(-1)
     best = np.empty((bins_y * bins_x, channels), cells.dtype)
@@ -81,12 +82,12 @@ def max_forward(
                 blend(flat[above : above + length], row_fraction[k, p, i], flat[below : below + length], flat_lines[to : to + length])
             for q in range(bins_x):
                 b = p * bins_x + q
-                s, end = start[k * len(best) + b], start[k * len(best) + b + 1]
-                best[b] = initial[k * len(best) + b]
+                bin = k * len(best) + b
+                best[b] = initial[bin]
                 if interpolated:
-                    _largest_between(best[b], winner[b], lines, cell, next_cell, fraction, s, end)
+                    _largest_between(best[b], winner[b], lines, cell, next_cell, fraction, start[bin], start[bin + 1])
                 else:
-                    _largest(best[b], winner[b], cell_channels, cell, s, end)
+                    _largest(best[b], winner[b], cell_channels, cell, start[bin], start[bin + 1])
         write_tile(best, out[k], c0)
 
 

@@ -20,7 +20,7 @@ from roi_quantization.detection.runs.checkpoint import (
     load_weights,
     register_checkpoint,
 )
-from roi_quantization.detection.runs.command_line import replace_null_choices
+from roi_quantization.detection.runs.command_line import log_into_run_folder, replace_null_choices
 from roi_quantization.detection.runs.cross_evaluation import check_operators, cross_evaluate, name_of
 from roi_quantization.detection.runs.distributed import share_run_dir_with_ranks, silence_other_ranks
 from roi_quantization.detection.runs.errors import handle_errors
@@ -90,7 +90,7 @@ def _main(cfg: DictConfig) -> float:
 
 def main() -> None:
     """Compose the configuration from the checkpoint's and the command line, and run."""
-    sys.argv[1:] = replace_null_choices(sys.argv[1:])
+    sys.argv[1:] = log_into_run_folder(replace_null_choices(sys.argv[1:]))
     register_checkpoint(sys.argv[1:], "eval.py", is_optional=True)
     _main()
 

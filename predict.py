@@ -23,7 +23,7 @@ from roi_quantization.detection.evaluation.coco import to_coco_results, write_re
 from roi_quantization.detection.evaluation.figures import plot_detections
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.runs.checkpoint import compose_with_checkpoint, register_checkpoint
-from roi_quantization.detection.runs.command_line import replace_null_choices
+from roi_quantization.detection.runs.command_line import log_into_run_folder, replace_null_choices
 from roi_quantization.detection.runs.detector import Detector
 from roi_quantization.detection.runs.errors import handle_errors
 from roi_quantization.detection.runs.setup import set_up_run
@@ -91,7 +91,7 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Compose the configuration from the checkpoint's and the command line, and run."""
-    sys.argv[1:] = replace_null_choices(sys.argv[1:])
+    sys.argv[1:] = log_into_run_folder(replace_null_choices(sys.argv[1:]))
     register_checkpoint(sys.argv[1:], "predict.py")
     _main()
 

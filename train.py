@@ -18,7 +18,7 @@ from roi_quantization.detection.data.loading_time import LoadingTimeMonitor
 from roi_quantization.detection.data.module import DetectionData
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
-from roi_quantization.detection.runs.command_line import replace_null_choices
+from roi_quantization.detection.runs.command_line import log_into_run_folder, replace_null_choices
 from roi_quantization.detection.runs.cross_evaluation import check_operators, cross_evaluate
 from roi_quantization.detection.runs.distributed import share_run_dir_with_ranks, silence_other_ranks
 from roi_quantization.detection.runs.errors import handle_errors
@@ -29,7 +29,15 @@ from roi_quantization.detection.runs.results import draw_curves, report, report_
 from roi_quantization.detection.runs.resume import checkpoint_to_resume
 from roi_quantization.detection.runs.setup import check_metric, set_up_run
 from roi_quantization.detection.runs.sweep import run_in_sweep
-from roi_quantization.detection.runs.trainer import build_loggers, build_trainer, check_limits, check_trains_as_configured, closed_loggers
+from roi_quantization.detection.runs.trainer import (
+    build_loggers,
+    build_trainer,
+    check_limits,
+    check_trains_as_configured,
+    closed_loggers,
+    log_configuration,
+    warn_of_partial_validation,
+)
 from roi_quantization.detection.runs.training_checkpoints import AtomicCheckpointIO, PeriodicCheckpoint
 
 log = logging.getLogger(__name__)
@@ -55,6 +63,8 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     data.setup()
     split = reported_split(data)
     check_limits(cfg.trainer, split)
+    if data.val is not None:
+        warn_of_partial_validation(cfg.trainer)
     objects = 0 if data.val is None else data.val.num_objects
     coco_eval = instantiate(cfg.coco_eval)
     detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=cfg.init_from is None)
@@ -83,6 +93,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     trainer = build_trainer(cfg.trainer, callbacks, [AtomicCheckpointIO()], build_loggers(cfg.get("logger")))
     share_run_dir_with_ranks(trainer, run_dir)
     with closed_loggers(trainer):
+        log_configuration(trainer.loggers, cfg)
         with explain_errors(run_dir):
             trainer.fit(module, data, ckpt_path=resumed)
             trainer.save_checkpoint(run_dir / "last.ckpt")
@@ -132,7 +143,7 @@ def _main(cfg: DictConfig) -> float:
 
 def main() -> None:
     """Compose the configuration from the command line, and run."""
-    sys.argv[1:] = replace_null_choices(sys.argv[1:])
+    sys.argv[1:] = log_into_run_folder(replace_null_choices(sys.argv[1:]))
     _main()
 
 

@@ -8,10 +8,12 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from torchvision.models.resnet import ResNet
 
-from roi_quantization.detection.common.configuration import ADDED_SETTINGS, flatten
+from roi_quantization.detection.common.config_security import check_targets_allowed
+from roi_quantization.detection.common.configuration import ADDED_SETTINGS, differences, flatten
+from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.transforms import seeded_rng
 from roi_quantization.detection.evaluation.protocol import Protocol
 from roi_quantization.detection.model.build import build_detector, instantiate
@@ -72,6 +74,18 @@ def test_resnet(backbone, stride, channels, monkeypatch):
 
 def one_block_a_stage(network, block, planes, _, stride=1, dilate=False, make=ResNet._make_layer):
     return make(network, block, planes, 1, stride, dilate)
+
+
+def test_a_head_needs_no_settings_of_the_backbone_that_are_vgg16s():
+    cfg = composed("head.box_head.hidden=8", "backbone.width=0.0625")
+    with open_dict(cfg.backbone):
+        del cfg.backbone["weights"], cfg.backbone["norm"]
+    assert (cfg.head.box_head.weights, cfg.head.box_head.norm) == (None, "none")
+    build_detector(cfg, num_classes=3)
+    check_targets_allowed(OmegaConf.to_container(cfg.head), "a checkpoint")
+    assert composed("backbone.weights=x.pth", "backbone.norm=batch").head.box_head.weights == "x.pth", "it follows those that are there"
+    earlier, now = ({"head": {"box_head": {"weights": text}}} for text in ("${backbone.weights}", "${oc.select:backbone.weights,null}"))
+    assert not differences(upgrade_config(earlier), upgrade_config(now)), "a run of an earlier version goes on"
 
 
 @pytest.mark.parametrize("data", choices("data"))

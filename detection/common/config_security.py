@@ -15,7 +15,7 @@ from roi_quantization.detection.common.renamed_targets import RENAMED
 MAX_SETTINGS, MAX_DEPTH = 10_000, 50  # this project's configurations have about 100 settings, 5 levels deep
 
 # a reference to another setting, or one of these resolvers with plain arguments: others, such as oc.create, can create a `_target_`
-INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|(?:oc\.env|hydra|now):[^${}\[\]'\"]*)\}")
+INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|(?:oc\.env|oc\.select|hydra|now):[^${}\[\]'\"]*)\}")
 
 
 def check_targets_allowed(config: Any, source: str | Path) -> None:
@@ -43,7 +43,8 @@ def check_targets_allowed(config: Any, source: str | Path) -> None:
             raise InputError(f"{source}: its configuration contains {key}, by which Hydra would add others. train.py writes no such key")
         if isinstance(value, str) and "${" in INTERPOLATION.sub("", value):
             raise InputError(
-                f"{source}: its configuration contains {key}={value}. Allowed interpolations are other settings, oc.env, hydra and now"
+                f"{source}: its configuration contains {key}={value}. Allowed interpolations are other settings, oc.env, "
+                "oc.select, hydra and now"
             )
 
 

@@ -24,12 +24,22 @@ RENAMED |= {f"roi_heads.{name}": f"roi_quantization.roi_heads.{name}" for name i
 RENAMED |= {f"detection.{old}": f"roi_quantization.detection.{new}" for old, new in _DETECTION.items()}
 
 
+REWRITTEN = {"${backbone.weights}": "${oc.select:backbone.weights,null}", "${backbone.norm}": "${oc.select:backbone.norm,none}"}
 FAST_RCNN = {"_target_": "roi_quantization.detection.model.build.build_fast_rcnn", "_partial_": True}
 
 
 def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a run as this version writes it: with present names, and the one detector of earlier versions."""
-    return {"detector": dict(FAST_RCNN)} | rename_targets(config)
+    """Return the configuration of a run as this version writes it.
+
+    It gets the present names and references, and the one detector of earlier versions.
+    """
+    return {"detector": dict(FAST_RCNN)} | _rewrite(rename_targets(config))
+
+
+def _rewrite(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _rewrite(value) for key, value in config.items()}
+    return REWRITTEN.get(config, config) if isinstance(config, str) else config
 
 
 def rename_targets(config: Any) -> Any:

@@ -1,6 +1,7 @@
 """Lightning's Trainer, from the configuration and from what the scripts add to it."""
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,13 +9,15 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import ProgressBar
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from roi_quantization.detection.common.errors import InputError, MissingPackageError
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.runs.distributed import cluster_plugins
 from roi_quantization.detection.runs.progress import TrainingProgressBar
+
+log = logging.getLogger(__name__)
 
 MERGED = ("callbacks", "plugins", "logger")  # given in the configuration and by the scripts
 
@@ -63,6 +66,13 @@ def build_loggers(cfg: DictConfig | None) -> list[Logger]:
         raise MissingPackageError(f"logger: {', '.join(cfg)} cannot be imported: {error}. {remedy}, or choose logger=csv") from error
 
 
+def log_configuration(loggers: Sequence[Logger], cfg: DictConfig) -> None:
+    """Give the loggers the configuration as hyperparameters. Of a CSVLogger the run folder has config.yaml."""
+    for logger in loggers:
+        if not isinstance(logger, CSVLogger):
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+
+
 @contextmanager
 def closed_loggers(trainer: pl.Trainer) -> Iterator[None]:
     """Close the loggers at the end. A W&B run that stays open is continued by the next run of a sweep in this process."""
@@ -96,6 +106,13 @@ def check_limits(cfg: DictConfig, split: str) -> None:
     key = f"limit_{split}_batches"
     if cfg.get(key) is not None and cfg[key] == 0:
         raise InputError(f"trainer.{key}={cfg[key]}: nothing would be evaluated. Set 1 or more, or remove it")
+
+
+def warn_of_partial_validation(cfg: DictConfig) -> None:
+    """Warn where `trainer` leaves out images of val, on which the best checkpoint is chosen."""
+    limit = cfg.get("limit_val_batches")
+    if limit and not (isinstance(limit, float) and limit == 1):  # 1 is one batch, 1.0 are all
+        log.warning("trainer.limit_val_batches=%s: the best checkpoint is chosen on a part of val. Remove it, or set data.subset", limit)
 
 
 def check_trains_as_configured(cfg: DictConfig) -> None:

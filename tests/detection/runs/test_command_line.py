@@ -3,9 +3,11 @@ import sys
 import pytest
 
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.runs.command_line import replace_null_choices
+from roi_quantization.detection.runs.command_line import log_into_run_folder, replace_null_choices
 from roi_quantization.scripts import explain, predict_cost, probe, recall, train
-from tests.configuration import composed
+from tests import commands
+from tests.configuration import ROOT, composed
+from tests.trainings import TINY
 
 
 def test_null_for_a_group_is_hydras_removal_and_settings_stay():
@@ -41,3 +43,25 @@ def test_a_script_names_the_group_that_it_needs(name, run, group):
     data = ["data=embedded"] if name == "explain" else []
     with pytest.raises(InputError, match=rf"^{group}: nothing is chosen\. Choose a file of configs/{group} with {group}=<name>"):
         run(composed(name, *data, f"~{group}"))
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        (["--config-dir", "c", "run_dir=a", "roi=pool"], ["--config-dir", "c", "run_dir=a", "hydra.run.dir=a", "roi=pool"]),
+        (["run_dir='a b'", "--config-dir=c"], ["run_dir='a b'", "hydra.run.dir='a b'", "--config-dir=c"]),
+        (["run_dir=a", "run_dir=b"], ["run_dir=a", "run_dir=b", "hydra.run.dir=b"]),
+        (["run_dir=a", "hydra.run.dir=b"], None),
+        (["-m", "run_dir=a"], None),
+        (["roi=pool"], None),
+    ],
+)
+def test_the_run_folder_is_hydras_too(given, added):
+    assert log_into_run_folder(given) == (given if added is None else added)
+
+
+def test_the_log_is_in_the_run_folder(tmp_path):
+    ended = commands.run(ROOT / "train.py", *TINY, "run_dir=here", "optimized_metric=nope", cwd=tmp_path)
+    assert ended.returncode == 1 and "optimized_metric=nope" in ended.stderr
+    assert "optimized_metric=nope" in (tmp_path / "here" / "train.log").read_text()
+    assert not (tmp_path / "runs").exists()

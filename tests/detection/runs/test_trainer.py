@@ -10,7 +10,14 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from roi_quantization.detection.common.errors import InputError, MissingPackageError
 from roi_quantization.detection.runs.interruption import GracefulStop
 from roi_quantization.detection.runs.progress import TrainingProgressBar
-from roi_quantization.detection.runs.trainer import build_loggers, build_trainer, check_limits, check_trains_as_configured, closed_loggers
+from roi_quantization.detection.runs.trainer import (
+    build_loggers,
+    build_trainer,
+    check_limits,
+    check_trains_as_configured,
+    closed_loggers,
+    warn_of_partial_validation,
+)
 from tests.configuration import composed
 
 
@@ -92,6 +99,12 @@ def test_an_evaluation_of_nothing_is_refused(none):
     with pytest.raises(InputError, match=r"trainer\.limit_test_batches=0.*: nothing would be evaluated"):
         check_limits(cfg, "test")
     check_limits(cfg, "val")
+
+
+@pytest.mark.parametrize(("limit", "warns"), [("2", True), ("1", True), ("0.5", True), ("1.0", False), ("null", False)])
+def test_a_choice_on_a_part_of_val_is_told(limit, warns, caplog):
+    warn_of_partial_validation(composed("train", f"+trainer.limit_val_batches={limit}").trainer)
+    assert ("the best checkpoint is chosen on a part of val" in caplog.text) == warns
 
 
 def test_a_missing_tensorboard_names_its_extra(monkeypatch):

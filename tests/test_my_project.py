@@ -53,4 +53,4 @@ def test_the_two_commands(project):
     assert results[0] == results[1] != []
 
     done = run(evaluation.replace("--config-dir configs ", ""), project, *TINY)
-    assert done.returncode == 1 and "would call my_project.data.draw" in done.stderr
+    assert done.returncode == 1 and "its configuration would call my_project." in done.stderr

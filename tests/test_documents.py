@@ -8,11 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from roi_quantization.detection.runs.checkpoint import register_parts
+from roi_quantization.ops import RoIWarp
+from tests import detectron2_stub
 from tests.configuration import ROOT, composed
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -68,6 +71,16 @@ def test_python_blocks_run(text):
     if missing := [name for name in imported if find_spec(name) is None]:
         pytest.skip(f"needs {', '.join(sorted(set(missing)))}")
     exec(compile(text, "<block>", "exec"), {})
+
+
+@pytest.mark.skipif(find_spec("detectron2") is not None, reason="detectron2 is installed, and its block is run with it")
+def test_the_block_on_detectron2_runs_with_what_detectron2_documents(monkeypatch):
+    detectron2_stub.install(monkeypatch)
+    (text,) = (text for text in blocks(ROOT / "docs" / "recipes.md", "python") if "detectron2" in text)
+    names = {}
+    exec(compile(text, "<block>", "exec"), names)
+    rois = torch.tensor([[0, 10.0, 20.0, 90.0, 120.0]])  # by its size of the finest map, that of stride 8
+    assert torch.equal(names["pooled"], RoIWarp(7, 1 / 8)(names["maps"][0], rois))
 
 
 def commands(path: Path) -> list[str]:

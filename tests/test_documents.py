@@ -88,7 +88,7 @@ def commands(path: Path) -> list[str]:
     text = path.read_text().replace("\\\n", " ")
     lines = re.findall(r"^python (\w+\.py .*|\w+\.py)$", text, re.MULTILINE)
     lines += re.findall(r"`python (\w+\.py [^`]*)`", text)
-    ours = [line for line in lines if line.split(".py")[0] in ("train", "eval", "predict", "recall", "explain")]
+    ours = [line for line in lines if line.split(".py")[0] in ("train", "eval", "predict", "recall", "explain", "predict_cost", "probe")]
     return [line for line in ours if "<name>" not in line]  # of a file that the reader writes
 
 

@@ -69,8 +69,10 @@ class Ceiling:
         return {"AP": recall.mean(), "AP50": recall[0], "AP75": recall[5], "mean_iou": mean_iou, "objects": int(chosen.sum())}
 
     def share_of_small(self, reference: "Ceiling") -> float:
-        """Return which share of the loss against the reference is on objects smaller than 4 cells, NaN without a loss."""
+        """Return which share of the loss of AP against the reference is on objects smaller than 4 cells, NaN without a loss."""
+        _, place, objects = np.unique(self.labels, return_inverse=True, return_counts=True)
         loss = (reference.iou[:, None] >= THRESHOLDS).sum(axis=1) - (self.iou[:, None] >= THRESHOLDS).sum(axis=1)
+        loss = loss / objects[place]  # each class counts alike
         return float(loss[self.cells < SMALL].sum() / loss.sum()) if loss.sum() > 0 else np.nan
 
 

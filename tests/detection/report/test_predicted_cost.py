@@ -136,6 +136,13 @@ def test_results_without_proposals_are_refused():
         predicted_results([], preset("warp"), 16)
 
 
+def test_the_share_of_small_objects_is_that_of_ap():
+    """Each of two classes loses 5 of 10 thresholds: one with its three small objects, one with its only object, a large one."""
+    labels, cells = np.array([1, 1, 1, 2]), np.array([3.0, 3.0, 3.0, 9.0])
+    align, pool = Ceiling(np.ones(4), labels, cells), Ceiling(np.full(4, 0.72), labels, cells)
+    assert pool.metrics()["AP"] == approx(50) and pool.share_of_small(align) == approx(0.5)
+
+
 def test_the_cost_in_one_sentence():
     def of(*ious):
         return Ceiling(np.array(ious), np.ones(2, dtype=int), np.array([3.0, 9.0]))

@@ -1,6 +1,7 @@
 """Pictures in every form that users have them in are the same image, and what cannot be one is an error."""
 
 import logging
+import warnings
 
 import numpy as np
 import pytest
@@ -43,6 +44,14 @@ def test_every_form_of_a_picture_is_the_same_image(pixels, tmp_path):
         image = to_image(picture)
         assert type(image) is torch.Tensor and image.dtype == torch.uint8, name
         assert torch.equal(image, expected), name
+
+
+def test_an_array_that_cannot_be_written_to_is_taken_without_a_warning(pixels):
+    picture = np.asarray(Image.fromarray(pixels))
+    assert not picture.flags.writeable
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(to_image(picture), torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 def test_grey_is_repeated(pixels):

@@ -1,5 +1,6 @@
 """The LightningModule that trains and evaluates a detector."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.coco import CocoEvaluation, Metrics, to_coco_results
 from roi_quantization.detection.evaluation.protocol import COCO_MAX_DETECTIONS
+
+log = logging.getLogger(__name__)
 
 Batch = tuple[list[Tensor], list[dict]]
 LOGGED = ("AP", "AP50", "AP75", "loss", "loss_classifier", "loss_box")  # in each validation
@@ -160,7 +163,9 @@ class DetectionModule(pl.LightningModule):
         recalled = [found["best_overlap"] for found in self.detections.values() if "best_overlap" in found]
         if recalled:
             best = torch.cat(recalled)
-            losses |= {f"{split}/R{100 * iou:.0f}": 100 * (best >= iou).double().mean().item() for iou in (0.5, 0.75)}
+            recall = {iou: (best >= iou).double().mean().item() for iou in (0.5, 0.75)}
+            log.info("%s: proposals with recall %s", split, ", ".join(f"{share:.3f} at IoU {iou}" for iou, share in recall.items()))
+            losses |= {f"{split}/R{100 * iou:.0f}": 100 * share for iou, share in recall.items()}
         key_of = self.metrics.protocol.logged
         shown = {key_of(f"{split}/{name}"): value for name, value in self.metrics.stats.items() if name in LOGGED}
         together = {"sync_dist": True, "reduce_fx": "max"}  # equal on all ranks, so their maximum is each; Lightning warns without it

@@ -161,7 +161,7 @@ def test_a_part_that_the_default_detector_needs_is_missed(data, tmp_path, group)
         train(composed("train", *(text for text in DATA), f"run_dir={tmp_path}", f"data.root={data}", f"~{group}"))
 
 
-def test_a_run_of_before_there_were_detectors_is_a_fast_rcnn(data, tmp_path):
+def test_a_run_of_before_there_were_detectors_is_a_fast_rcnn(data, tmp_path, caplog):
     """Its configuration has no `detector`."""
     run = tmp_path / "run"
     train(composed("train", *TINY, f"run_dir={run}", f"data.root={data}", "trainer.max_steps=1"))
@@ -173,3 +173,4 @@ def test_a_run_of_before_there_were_detectors_is_a_fast_rcnn(data, tmp_path):
         composed("train", *TINY, f"run_dir={tmp_path / 'more'}", f"data.root={data}", "trainer.max_steps=2", f"resume={run / 'last.ckpt'}")
     )
     assert torch.load(tmp_path / "more/last.ckpt", weights_only=True)["global_step"] == 2
+    assert "has another configuration: trainer.max_steps was 1 and is 2. The" in caplog.text, "and nothing else"

@@ -15,8 +15,11 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 IGNORED_KEYS = {"run_dir", "default_root_dir", "save_dir", "root", "cache_dir", "resume", "checkpoint", "logger", "num_workers"}
 IGNORED_KEYS |= {"enable_progress_bar", "enable_model_summary", "log_every_n_steps"}
 
+FAST_RCNN = {"_target_": "roi_quantization.detection.model.build.build_fast_rcnn", "_partial_": True}  # the detector of earlier versions
+
 # settings that earlier versions did not have, with the value that does what those did: the ends of dotted keys
 ADDED_SETTINGS = {
+    **{f"detector.{key}": value for key, value in FAST_RCNN.items()},
     "init_from": None,
     "model.compile": False,
     "data.classes": None,

@@ -25,15 +25,11 @@ RENAMED |= {f"detection.{old}": f"roi_quantization.detection.{new}" for old, new
 
 
 REWRITTEN = {"${backbone.weights}": "${oc.select:backbone.weights,null}", "${backbone.norm}": "${oc.select:backbone.norm,none}"}
-FAST_RCNN = {"_target_": "roi_quantization.detection.model.build.build_fast_rcnn", "_partial_": True}
 
 
 def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a run as this version writes it.
-
-    It gets the present names and references, and the one detector of earlier versions.
-    """
-    return {"detector": dict(FAST_RCNN)} | _rewrite(rename_targets(config))
+    """Return the configuration of a run with the present names and references. `ADDED_SETTINGS` are not added."""
+    return _rewrite(rename_targets(config))
 
 
 def _rewrite(config: Any) -> Any:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from roi_quantization.detection.common.config_security import check_targets_allowed
 from roi_quantization.detection.common.config_sources import name_folders_of_command
-from roi_quantization.detection.common.configuration import path_setting
+from roi_quantization.detection.common.configuration import FAST_RCNN, path_setting
 from roi_quantization.detection.common.errors import ExpectedError, InputError, MissingFileError
-from roi_quantization.detection.common.renamed_targets import FAST_RCNN, rename_targets
+from roi_quantization.detection.common.renamed_targets import rename_targets
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from roi_quantization.detection.common.config_security import check_targets_allowed
 from roi_quantization.detection.common.config_sources import choices, name_config_folder
+from roi_quantization.detection.common.configuration import FAST_RCNN
 from roi_quantization.detection.common.errors import ExpectedError, InputError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.evaluation.coco import CocoEvaluation
@@ -69,7 +70,7 @@ def complete(run: Run, operators: list[str]) -> None:
     known = run.cross()
     config = OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml"))
     check_targets_allowed(config, run.folder / "config.yaml")
-    cfg = OmegaConf.create(upgrade_config(config))
+    cfg = OmegaConf.create({"detector": FAST_RCNN} | upgrade_config(config))
     cfg.cross = [name for name in operators if name not in known]
     if not cfg.cross:
         return

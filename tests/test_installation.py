@@ -17,7 +17,7 @@ import roi_quantization
 from tests.configuration import ROOT
 from tests.trainings import SHORT
 
-SCRIPTS = ("train", "eval", "predict", "recall", "explain", "compare", "predict_cost")
+SCRIPTS = ("train", "eval", "predict", "recall", "explain", "compare", "predict_cost", "probe")
 FOLDERS = ("ops", "roi_heads", "detection", "configs")  # each a subpackage of roi_quantization
 GENERATED = {"data", "runs", "multirun", "outputs", "build"}  # by .gitignore
 

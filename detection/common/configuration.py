@@ -69,6 +69,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     before, now = _deciding(before), _deciding(now)
     changed = [key for key in {**before, **now} if before.get(key, _MISSING) != now.get(key, _MISSING)]
+    changed.sort(key=lambda key: key.count("."))  # the outer settings, which others take their values from, come first
     changed = [key for key in changed if key in before or now[key] not in _values_of_earlier_versions(key)]
     return [f"{key} was {before.get(key, _MISSING)} and is {now.get(key, _MISSING)}" for key in changed]
 

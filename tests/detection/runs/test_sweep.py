@@ -160,7 +160,7 @@ def test_places_may_differ_settings_may_not(tmp_path):
     check_configuration(
         tmp_path, {"run_dir": "here", "optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"root": "/here", "subset": None}}
     )
-    with pytest.raises(ValueError, match=r"data.subset was None and is 5; cross was not there and is \['pool'\]\. Choose another folder"):
+    with pytest.raises(ValueError, match=r"cross was not there and is \['pool'\]; data.subset was None and is 5\. Choose another folder"):
         check_configuration(tmp_path, {"optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"subset": 5}, "cross": ["pool"]})
 
 

@@ -92,6 +92,26 @@ def test_an_installed_copy_trains_and_evaluates_from_an_empty_folder(installed, 
     assert (tmp_path / "again" / "results.json").read_bytes() == (tmp_path / "run" / "results.json").read_bytes()
 
 
+@pytest.mark.slow  # tests/test_my_project.py trains and evaluates the same project with this environment
+def test_an_operator_of_ones_own_is_trained_evaluated_and_explained_with_an_installed_copy(installed, tmp_path):
+    project = shutil.copytree(ROOT / "examples" / "my_project", tmp_path / "project")
+    environment = {name: value for name, value in os.environ.items() if name != "ROI_CACHE"} | {"PYTHONPATH": str(project)}
+
+    def run(program, *arguments):
+        command = [installed / program, "--config-dir", "configs", *arguments]
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    trained = run("roi-train", "experiment=my_project", "trainer=cpu", "trainer.max_epochs=2", "hydra.run.dir=run")
+    assert "on val:" in trained
+    evaluated = run("roi-eval", "ckpt=run/best.ckpt", "split=val", "trainer=cpu", "hydra.run.dir=again")
+    assert "on val:" in evaluated
+    assert (project / "again/results.json").read_bytes() == (project / "run/results.json").read_bytes()
+    explained = run("roi-explain", "operators=[align,align_with_context]", "picture=explained.png")
+    assert "align_with_context" in explained and (project / "explained.png").is_file()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_without_the_package_names_the_command_that_installs_it(script, tmp_path):
     """`-S` leaves site-packages out."""

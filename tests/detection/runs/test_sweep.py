@@ -94,7 +94,8 @@ def test_a_sweep_that_fills_two_folders_writes_two_reports(tmp_path):
         assert "not finished" not in report
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.slow), "submitit_local"])
+@pytest.mark.slow  # the sweep above starts with joblib and goes on with the basic launcher
+@pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
 def test_other_launchers_run_the_same_sweep(tmp_path, launcher):
     if launcher != "basic":
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher: the extra `slurm`")

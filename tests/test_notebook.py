@@ -1,4 +1,4 @@
-"""The notebook in examples/ runs, with a shorter training, and its cells show what is kept in it: numbers and pictures of the same kinds."""
+"""The notebook in examples/ runs, with a shorter training, and its cells show the kinds of numbers and pictures that it keeps."""
 
 import nbformat
 import pytest

@@ -108,8 +108,9 @@ def test_an_operator_of_ones_own_is_trained_evaluated_and_explained_with_an_inst
     evaluated = run("roi-eval", "ckpt=run/best.ckpt", "split=val", "trainer=cpu", "hydra.run.dir=again")
     assert "on val:" in evaluated
     assert (project / "again/results.json").read_bytes() == (project / "run/results.json").read_bytes()
-    explained = run("roi-explain", "operators=[align,align_with_context]", "picture=explained.png")
-    assert "align_with_context" in explained and (project / "explained.png").is_file()
+    (project / "configs/roi/align_4_samples.yaml").write_text("defaults: [align]\nsampling_ratio: 4\n")  # explained by its samples
+    explained = run("roi-explain", "operators=[align,align_4_samples]", "picture=explained.png")
+    assert "align_4_samples" in explained and (project / "explained.png").is_file()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock
+
 from roi_quantization.detection.common.errors import ExpectedError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -44,6 +46,28 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise NotWrittenError(path, error) from error
+
+
+@contextmanager
+def locked_cache(lock: Path) -> Iterator[None]:
+    """Hold the lock of a cache: of the processes that want the same content one computes it, and the others wait here.
+
+    Args:
+        lock: a file beside the cache; its folder is created.
+
+    Raises:
+        NotWrittenError: the folder cannot be written.
+    """
+    held = FileLock(lock)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except OSError as error:
+        raise NotWrittenError(lock.parent, error, CACHE_REMEDY) from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 class NotWrittenError(ExpectedError, OSError):

@@ -6,20 +6,18 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.common.files import CACHE_REMEDY, NotWrittenError, atomic_write
+from roi_quantization.detection.common.files import CACHE_REMEDY, NotWrittenError, atomic_write, locked_cache
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals.cache import HASHING_THREADS, fingerprint
 
@@ -84,7 +82,7 @@ class FeatureCache:
         wanted = [(image, flipped) for image in images for flipped in flips]
         self._read_index()
         if self._missing(wanted):
-            with self._lock():
+            with locked_cache(self.path.with_suffix(".lock")):
                 self._read_index()  # another process may have computed them while this one waited for the lock
                 if missing := self._missing(wanted):
                     self._compute(missing, size, compute)
@@ -166,16 +164,3 @@ class FeatureCache:
             return
         length = self.path.stat().st_size
         self.index = {name: e for name, e in entries.items() if e.offset + self._bytes(e.height, e.width) <= length}
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        lock = FileLock(self.path.with_suffix(".lock"))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except OSError as error:
-            raise NotWrittenError(self.folder, error, CACHE_REMEDY) from error
-        try:
-            yield
-        finally:
-            lock.release()

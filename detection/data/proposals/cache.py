@@ -3,16 +3,14 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
-from roi_quantization.detection.common.files import CACHE_REMEDY, NotWrittenError
+from roi_quantization.detection.common.files import locked_cache
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals.file import read_proposals, write_proposals
 
@@ -56,23 +54,10 @@ class ProposalCache:
             keys = list(pool.map(fingerprint, images))
         boxes = self._find_complete(keys)
         if boxes is None:
-            with self._lock():
+            with locked_cache(self.folder / f"{self.name}.lock"):
                 boxes = self._find_complete(keys)  # another process may have computed it while this one waited for the lock
                 return self._compute_missing(images, keys, compute) if boxes is None else boxes
         return boxes
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        lock = FileLock(self.folder / f"{self.name}.lock")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except OSError as error:
-            raise NotWrittenError(self.folder, error, CACHE_REMEDY) from error
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.name}_*.npz"))

@@ -93,7 +93,7 @@ def commands(path: Path) -> list[str]:
 
 
 def test_commands_are_found():
-    assert "train.py roi=align       # about 100 seconds on two cores; uses a GPU where there is one" in commands(ROOT / "README.md")
+    assert "train.py roi=align" in [command.partition("#")[0].strip() for command in commands(ROOT / "README.md")]
     assert sum(len(commands(path)) for path in SOURCES) > 40
 
 

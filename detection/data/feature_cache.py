@@ -23,7 +23,7 @@ from roi_quantization.detection.data.proposals.cache import HASHING_THREADS, fin
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # increment it when the same settings give other maps
+VERSION = 2  # increment it when the same settings give other maps
 PART = 50  # maps between two writings of the index: a killed run loses at most so many
 
 Map = tuple[ImageRecord, bool]  # an image, and whether it is flipped left-right
@@ -56,7 +56,7 @@ class FeatureCache:
         self.path = self.folder / f"features_{digest}.float16"
         self.index_path = self.path.with_suffix(".json")
         self.index: dict[str, Entry] = {}
-        self.fingerprints: dict[Path, int] = {}
+        self.names: dict[Path, str] = {}
 
     def prepare(
         self,
@@ -78,7 +78,9 @@ class FeatureCache:
             InputError: the disk has not the room, or a map has values that float16 does not hold.
         """
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            self.fingerprints = dict(zip((image.path for image in images), pool.map(fingerprint, images), strict=True))
+            fingerprints = list(pool.map(fingerprint, images))
+        sizes = ["x".join(map(str, size(image))) for image in images]  # the stride is in them: an image is padded to a multiple of it
+        self.names = {image.path: f"{content}_{cells}" for image, content, cells in zip(images, fingerprints, sizes, strict=True)}
         wanted = [(image, flipped) for image in images for flipped in flips]
         self._read_index()
         if self._missing(wanted):
@@ -105,7 +107,7 @@ class FeatureCache:
         return torch.from_numpy(values).permute(2, 0, 1)
 
     def _name(self, image: ImageRecord, flipped: bool) -> str:
-        return f"{self.fingerprints[image.path]}{'_flipped' if flipped else ''}"
+        return f"{self.names[image.path]}{'_flipped' if flipped else ''}"
 
     def _missing(self, wanted: Sequence[Map]) -> list[Map]:
         return [(image, flipped) for image, flipped in wanted if self._name(image, flipped) not in self.index]

@@ -63,9 +63,12 @@ class VGG16(nn.Module):
         return self.features(images)
 
     def split(self) -> tuple[nn.Sequential, nn.Sequential]:
-        """Return the layers before the first one that is trained, and the others. They share their weights with this backbone."""
+        """Return the layers before the first one that is trained, and the others. They share their weights with this backbone.
+
+        Where none is trained, the others are pool5: strides 16 and 32 have the same maps before it.
+        """
         trained = (i for i, layer in enumerate(self.features) if any(weight.requires_grad for weight in layer.parameters()))
-        first = next(trained, len(self.features))
+        first = next(trained, len(self.features) - isinstance(self.features[-1], nn.MaxPool2d))
         return self.features[:first], self.features[first:]
 
     def train(self, mode: bool = True) -> "VGG16":

@@ -24,7 +24,7 @@ class FrozenFeatures:
     """Lets the splits of a data module give feature maps, which are computed where the files in `cache_dir` do not have them.
 
     A map is the output of the layers before the first one that is trained. It is that of the image alone, padded with zeros to a multiple
-    of the stride. In a batch of images of different sizes the backbone would see more padding at the right and lower border, and give
+    of the stride, so that strides which pad it to the same size share a map. In a batch of images of different sizes the backbone would see more padding at the right and lower border, and give
     slightly different values there.
 
     Args:
@@ -72,7 +72,7 @@ class FrozenFeatures:
             canvas = tv_tensors.BoundingBoxes(torch.zeros(1, 4), format="XYXY", canvas_size=(image.height, image.width))
             return tuple(-(-side // stride) * cells for side in resize(canvas).canvas_size)
 
-        key = "\n".join([layers_key(frozen), str((stride, detector.backbone.mean, detector.backbone.std)), repr(resize), self.precision])
+        key = "\n".join([layers_key(frozen), str((detector.backbone.mean, detector.backbone.std)), repr(resize), self.precision])
         split.features = FeatureCache(self.cache_dir, key, sample.shape[1])
         split.features.prepare(split.records, flips, size, compute)
 

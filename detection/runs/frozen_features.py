@@ -24,8 +24,8 @@ class FrozenFeatures:
     """Lets the splits of a data module give feature maps, which are computed where the files in `cache_dir` do not have them.
 
     A map is the output of the layers before the first one that is trained. It is that of the image alone, padded with zeros to a multiple
-    of the stride, so that strides which pad it to the same size share a map. In a batch of images of different sizes the backbone would see more padding at the right and lower border, and give
-    slightly different values there.
+    of the stride, so that strides which pad it to the same size share a map. In a batch of images of different sizes the backbone would
+    see more padding at the right and lower border, and give slightly different values there.
 
     Args:
         cache_dir: folder of the files (see `FeatureCache`): about 2 MB for an image of 600 x 800 pixels at stride 16 with 512 channels.

@@ -133,6 +133,32 @@ def estimate_over_seeds(values: Mapping[str, Mapping[int, float]], combination: 
     return Estimate(estimate.value, estimate.low, estimate.high, estimate.standard_error, math.nan, estimate.n)
 
 
+def estimate_over_seeds_and_images(seeds: Estimate, images: Estimate, confidence: float = 0.95) -> Estimate:
+    """Combine the intervals over seeds and over images of the same number into one for new trainings *and* new images.
+
+    The variances add up, and Student's t has the degrees of freedom of their sum (Satterthwaite, "An approximate distribution of
+    estimates of variance components", 1946). What varies with a training and an image together is counted in both, so the
+    interval is rather too wide than too narrow.
+
+    Args:
+        seeds: by `estimate_over_seeds`.
+        images: by `bootstrap_over_images`, of the mean over the same seeds.
+        confidence: level of the interval.
+
+    Returns:
+        The estimate, with the p-value of the t-test against 0 and the number of seeds. NaN where there is a single seed.
+    """
+    parts = [(one.standard_error**2, one.n - 1) for one in (seeds, images)]
+    variance = math.fsum(part for part, _ in parts)
+    if math.isnan(variance) or variance == 0:
+        return Estimate(seeds.value, n=seeds.n)
+    freedom = variance**2 / math.fsum(part**2 / n for part, n in parts if part)
+    error = math.sqrt(variance)
+    low, high = stats.t.interval(confidence, freedom, seeds.value, error)
+    p_value = 2 * stats.t.sf(abs(seeds.value) / error, freedom)
+    return Estimate(seeds.value, float(low), float(high), error, float(p_value), seeds.n)
+
+
 def is_comparison(combination: Combination) -> bool:
     """Return whether the weights add up to 0, so that a sum of 0 means "no effect"."""
     return math.isclose(math.fsum(combination.values()), 0, abs_tol=1e-12)

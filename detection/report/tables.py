@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from roi_quantization.detection.evaluation.localisation import EDGES
-from roi_quantization.detection.evaluation.statistics import Estimate, holm
+from roi_quantization.detection.evaluation.statistics import Estimate, estimate_over_seeds_and_images, holm
 from roi_quantization.detection.report.findings import METRIC, METRICS, Findings
 
 Cell = str | int | float | Estimate
@@ -138,16 +138,20 @@ def images_table(findings: Findings) -> Table | None:
     """Return the differences with intervals over images. None for one seed, where all intervals are over images already."""
     if findings.varies_over == "images" or not findings.other_arms:
         return None
-    changes = findings.differences_over_images
-    rows = [(arm, *(changes[metric][arm] for metric in METRICS)) for arm in changes["AP"]]
+    changes, over_seeds = findings.differences_over_images, findings.differences[METRIC]
+    both = {arm: estimate_over_seeds_and_images(over_seeds[arm], change) for arm, change in changes[METRIC].items()}
+    rows = [(arm, *(changes[metric][arm] for metric in METRICS), both[arm], both[arm].p_value) for arm in both]
+    columns = [Column("operator"), *(Column(metric, format_estimate(signed=True)) for metric in METRICS)]
+    columns += [Column(f"{METRIC}, new seeds and images", format_estimate(signed=True)), Column("p", format_p_value)]
     return Table(
         "images",
         f"Paired differences to {findings.reference}, with intervals over images",
-        (Column("operator"), *(Column(metric, format_estimate(signed=True)) for metric in METRICS)),
+        tuple(columns),
         tuple(rows),
         f"Points of AP, mean over the same runs. In brackets the 95 % interval over the {len(findings.image_ids)} images, "
         "by a bootstrap that resamples all operators and seeds together: how the difference of these trained weights varies with the "
-        "images. The intervals above are over seeds: how it varies from one training to the next on the same images.",
+        "images. The intervals above are over seeds: how it varies from one training to the next on the same images. The last is over "
+        "both: their variances are added, so that it speaks of new trainings on new images.",
     )
 
 

@@ -118,6 +118,8 @@ def test_differences_have_an_interval_over_images_as_well(sweep):
         change = {end: float(images[arm][f"AP{end}"]) for end in ("", " low", " high")}
         assert change[""] == pytest.approx(float(main[arm]["AP - align"]))
         assert change[" low"] < change[""] < change[" high"], "also where one seed is shared"
+    assert float(images["pool"]["AP, new seeds and images low"]) < float(images["pool"]["AP low"])
+    assert images["prroi"]["AP, new seeds and images low"] == "", "one seed is shared"
     assert images["pool"]["AP n"] == "30"
     assert "with intervals over images" in text(sweep, "report.md") and "with intervals over images" in text(sweep, "report.html")
 

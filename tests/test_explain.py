@@ -176,6 +176,7 @@ def test_an_image_that_is_not_there_or_no_image(composed, tmp_path):
         explain(composed(f"image={tmp_path / 'text.png'}"))
 
 
+@pytest.mark.slow
 def test_every_shipped_operator_can_be_explained(composed, capsys):
     names = sorted(path.stem for path in (ROOT / "configs" / "roi").glob("*.yaml"))
     assert list(load_operators(names)) == names

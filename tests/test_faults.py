@@ -49,7 +49,14 @@ def test_without_a_checkpoint_the_same_command_reaches_the_batch_again(tmp_path)
         watch.on_before_backward(trainer, model, torch.tensor(float("nan")))
 
 
-@pytest.mark.parametrize("file", ["step_0000003.ckpt", "best.ckpt", "metrics.csv", "last.ckpt", "results.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "step_0000003.ckpt",
+        "results.json",
+        *(pytest.param(file, marks=pytest.mark.slow) for file in ("best.ckpt", "metrics.csv", "last.ckpt")),
+    ],
+)
 def test_a_full_disk_loses_nothing_and_the_run_goes_on(uninterrupted, data, tmp_path, monkeypatch, file):
     """The disk is full while this file is written; metrics.csv is Lightning's, the others are written atomically."""
     folder = tmp_path / "run"

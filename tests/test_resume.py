@@ -114,10 +114,10 @@ def test_a_checkpoint_with_damaged_bytes_is_skipped(uninterrupted, data, tmp_pat
 @pytest.mark.parametrize(
     "knobs",
     [
-        ["average=ema"],
+        pytest.param(["average=ema"], marks=pytest.mark.slow),
         ["data.batch_size=2", "trainer.accumulate_grad_batches=2"],
-        ["data.batch_size=2", "+trainer.limit_train_batches=2"],
-        ["data.batch_size=2", "+trainer.reload_dataloaders_every_n_epochs=1"],
+        pytest.param(["data.batch_size=2", "+trainer.limit_train_batches=2"], marks=pytest.mark.slow),
+        pytest.param(["data.batch_size=2", "+trainer.reload_dataloaders_every_n_epochs=1"], marks=pytest.mark.slow),
         ["trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=3"],
     ],
     ids=["averaged", "accumulated", "limited", "reloaded", "validated by steps"],
@@ -133,8 +133,15 @@ def test_what_a_step_leaves_behind_goes_on_in_the_middle_of_an_epoch(data, tmp_p
     assert run_outcome(tmp_path / "killed") == run_outcome(tmp_path / "uninterrupted")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("number", "status", "step"),
+    [
+        (signal.SIGTERM, 143, 3),
+        (signal.SIGINT, 130, 2),
+        *(pytest.param(signal.SIGTERM, 143, step, marks=pytest.mark.slow) for step in (2, 5)),
+        *(pytest.param(signal.SIGINT, 130, step, marks=pytest.mark.slow) for step in (3, 5)),
+    ],
+)
 def test_sigterm_and_ctrl_c_leave_a_checkpoint(uninterrupted, data, tmp_path, inject_fault, number, status, step):
     """Step 2 is the first of its epoch; step 3 the last, so that its validation is run before the run ends; step 5 the last of all."""
     inject_fault(step, lambda: signal.raise_signal(number))

@@ -45,6 +45,7 @@ def output_and_log(path: Path, code: str = SMALL, **environment: str) -> tuple[s
     return done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_change_in_a_shared_function_recompiles_the_kernels(package):
     """`lattice_windows` puts a position beyond the map onto its last cell by `clamp`, which is in another file."""
     call = partial(output_and_log, package.parent, WITH_SHARED_FUNCTION)

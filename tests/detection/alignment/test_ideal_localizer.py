@@ -45,7 +45,10 @@ def test_a_rounded_roi_leaves_its_offset_in_the_box():
     assert centres == pytest.approx(np.array([[6.3, 6.0], [5.6, 6.0]]), abs=0.04)
 
 
-@pytest.mark.parametrize("name", ["warp", "pool", "pool_exclusive", "pool_bins", "pool_floor", "align"])
+@pytest.mark.parametrize(
+    "name",
+    ["warp", "pool_bins", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pool", "pool_exclusive", "pool_floor", "align"))],
+)
 def test_the_target_is_the_mean_over_rois_with_the_same_sampled_region(name):
     """Brute force along one axis: many RoIs, uniform in place and nearly so in size, grouped by their bins."""
     rng = np.random.default_rng(1)

@@ -53,7 +53,7 @@ def assert_detections(heads, boxes, scores, expected):
     torch.testing.assert_close(scores[kept], expected["scores"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("roi", ["pool_floor", "align_max", "prroi"])
+@pytest.mark.parametrize("roi", ["align_max", *(pytest.param(roi, marks=pytest.mark.slow) for roi in ("pool_floor", "prroi"))])
 def test_torch_export_takes_every_operator(roi, image, proposals):
     detector = detector_with(roi)
     program = export_program(detector)
@@ -67,6 +67,7 @@ def session(path):
     return pytest.importorskip("onnxruntime", reason="needs onnxruntime").InferenceSession(path)
 
 
+@pytest.mark.slow
 def test_onnxruntime_finds_the_same_boxes(image, proposals, tmp_path):
     pytest.importorskip("onnxscript", reason="needs onnx and onnxscript")
     detector = detector_with("align")
@@ -92,7 +93,10 @@ class Pooling(torch.nn.Module):
         return self.operator(features, [boxes], 7, 1 / 16)
 
 
-@pytest.mark.parametrize("roi", ["align", "align_1_sample", "align_adaptive", "align_no_half_pixel", "pool"])
+@pytest.mark.parametrize(
+    "roi",
+    ["align_adaptive", "pool", *(pytest.param(roi, marks=pytest.mark.slow) for roi in ("align", "align_1_sample", "align_no_half_pixel"))],
+)
 def test_the_operator_of_onnx_is_ours(roi, proposals, tmp_path):
     """Inside the map and beyond it, where values are negative, for boxes without area and turned around."""
     pytest.importorskip("onnxscript", reason="needs onnx and onnxscript")

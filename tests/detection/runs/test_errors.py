@@ -46,7 +46,12 @@ def test_the_log_file_has_the_traceback(tmp_path, error, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [["recall.py", "split=nope,never"], ["explain.py", "stride=0,-1"], ["predict_cost.py", "split=nope,never"]]
+    "command",
+    [
+        ["recall.py", "split=nope,never"],
+        pytest.param(["explain.py", "stride=0,-1"], marks=pytest.mark.slow),
+        pytest.param(["predict_cost.py", "split=nope,never"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_sweep_of_any_script_tries_all_runs_and_ends_with_an_error(command, tmp_path):
     script, *overrides = command

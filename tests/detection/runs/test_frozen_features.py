@@ -60,7 +60,7 @@ def test_an_item_has_the_map_and_the_boxes_of_its_pixels(root, tmp_path):
     assert flips == {("train", True), ("train", False), ("test", False)}
 
 
-@pytest.mark.parametrize("frozen", [5, 3])
+@pytest.mark.parametrize("frozen", [5, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_training_has_the_numbers_of_one_on_pixels(tmp_path, frozen):
     options = [f"backbone.frozen_blocks={frozen}", "threads=1", "trainer.max_epochs=2", "optim.groups.lr=5e-3"]
     (tmp_path / "pixels").mkdir()

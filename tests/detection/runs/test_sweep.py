@@ -141,6 +141,7 @@ def at_work():
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_worker_whose_sweep_was_gone_before_it_asked_ends(monkeypatch):
     """Its parent is then another process, which adopted it, and stays."""
     gone = subprocess.Popen(["true"])

@@ -1,9 +1,10 @@
-"""What does `accelerate_torchvision()` gain in torchvision's own detectors? Inference and a training step, with it and without.
+"""What do this package's operators gain in torchvision's detectors? Inference and a training step: torchvision's own operators, the same
+with `accelerate_torchvision()`, and RoIAlign in the extractor that `detector=torchvision` puts in the place of torchvision's.
 
     python benchmarks/torchvision_detectors.py                        # Faster and Mask R-CNN, 2 images of 800 x 1066
     python benchmarks/torchvision_detectors.py --size 320 --rounds 1 # quicker
 
-Weights are random, and every score counts, so that masks are pooled as in a trained detector. Both ways take turns in one process on the
+Weights are random, and every score counts, so that masks are pooled as in a trained detector. The ways take turns in one process on the
 same images and proposals; the times are medians. The operators' share is theirs in PyTorch's profiler, forward and backward.
 """
 
@@ -11,8 +12,9 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from meters import describe_machine, set_up_device
@@ -22,11 +24,39 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resne
 from tqdm import tqdm
 
 from roi_quantization.detection.common.files import atomic_write
+from roi_quantization.ops import roi_align
 from roi_quantization.ops.acceleration import accelerate_torchvision
+from roi_quantization.roi_heads.extractor import MultiScaleRoIExtractor
 
 BUILDERS = {"fasterrcnn_resnet50_fpn": fasterrcnn_resnet50_fpn, "maskrcnn_resnet50_fpn": maskrcnn_resnet50_fpn}
-OPERATORS = ("torchvision::roi_align", "torchvision::_roi_align_backward")
-WAYS: dict[str, Callable[[], AbstractContextManager]] = {"torchvision": nullcontext, "accelerated": accelerate_torchvision}
+OPERATORS = tuple(
+    f"{library}::{name}"
+    for library, name in (
+        ("torchvision", "roi_align"),
+        ("torchvision", "_roi_align_backward"),
+        ("roi_quantization", "lattice_pool"),
+        ("roi_quantization", "lattice_pool_backward"),
+    )
+)
+
+
+@contextmanager
+def extractors(detector: nn.Module) -> Iterator[None]:
+    """With torchvision's settings of RoIAlign."""
+    heads = detector.roi_heads
+    poolers = {name: pooler for name in ("box_roi_pool", "mask_roi_pool") if (pooler := getattr(heads, name)) is not None}
+    for name, pooler in poolers.items():
+        setattr(heads, name, MultiScaleRoIExtractor(partial(roi_align, sampling_ratio=pooler.sampling_ratio), pooler))
+    yield
+    for name, pooler in poolers.items():
+        setattr(heads, name, pooler)
+
+
+WAYS: dict[str, Callable[[nn.Module], AbstractContextManager]] = {
+    "torchvision": nullcontext,
+    "accelerated": lambda _: accelerate_torchvision(),
+    "roi=align": extractors,
+}
 
 
 def main() -> None:
@@ -45,7 +75,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Torchvision's detectors with and without accelerate_torchvision().")
+    parser = argparse.ArgumentParser(description="Torchvision's detectors with its own RoI operators and with this package's.")
     parser.add_argument("--size", type=int, default=800, help="shorter side of the images in pixels (800)")
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of each way, after one that is not counted (3)")
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch (2)")
@@ -98,17 +128,17 @@ class TrainingStep:
 
 
 def measure(name: str, call: Inference | TrainingStep, rounds: int) -> dict:
-    """Seconds and the operators' share both ways, and how far the results are from each other."""
+    """Seconds and the operators' share in each way, and how far the results are from torchvision's."""
     seconds, share, results = {way: [] for way in WAYS}, {}, {}
     for way, context in WAYS.items():
-        with context(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with context(call.detector), profile(activities=[ProfilerActivity.CPU]) as profiler:
             begin = time.perf_counter()
             results[way] = call()
             whole = time.perf_counter() - begin
         share[way] = sum(event.cpu_time_total for event in profiler.key_averages() if event.key in OPERATORS) / 1e6 / whole
     for _ in range(rounds):
         for way, context in WAYS.items():
-            with context():
+            with context(call.detector):
                 begin = time.perf_counter()
                 call()
                 seconds[way].append(time.perf_counter() - begin)
@@ -118,8 +148,8 @@ def measure(name: str, call: Inference | TrainingStep, rounds: int) -> dict:
         "what": call.label,
         "seconds": medians,
         "share": share,
-        "gain": medians["torchvision"] / medians["accelerated"],
-        "largest_difference": largest_difference(*results.values()),
+        "gain": {way: medians["torchvision"] / medians[way] for way in WAYS},
+        "largest_difference": {way: largest_difference(results["torchvision"], found) for way, found in results.items()},
     }
 
 
@@ -131,12 +161,12 @@ def largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:
 
 
 def format_rows(rows: list[dict]) -> str:
-    lines = [f"{'':42}{'torchvision':>20}{'accelerated':>20}{'gain':>8}{'differs by':>12}"]
+    lines = [f"{'':42}{'':14}{'seconds':>10}{'share':>8}{'gain':>8}{'differs by':>12}"]
     for row in rows:
-        times = [f"{row['seconds'][way]:.2f} s, {row['share'][way]:.1%}" for way in WAYS]
-        lines.append(
-            f"{row['detector'] + ', ' + row['what']:42}{times[0]:>20}{times[1]:>20}{row['gain']:7.2f}x{row['largest_difference']:12.1e}"
-        )
+        for way in WAYS:
+            what = f"{row['detector']}, {row['what']}"
+            seconds, share, gain, apart = (row[key][way] for key in ("seconds", "share", "gain", "largest_difference"))
+            lines.append(f"{what:42}{way:14}{seconds:10.2f}{share:8.1%}{gain:7.2f}x{apart:12.1e}")
     return "\n".join(lines)
 
 

@@ -68,7 +68,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     objects = 0 if data.val is None else data.val.num_objects
     coco_eval = instantiate(cfg.coco_eval)
     detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=cfg.init_from is None)
-    mode = check_metric(cfg.optimized_metric, data.val is not None, objects, has_losses=detector.has_evaluation_losses)
+    mode = check_metric(cfg.optimized_metric, data.val is not None, objects, detector.has_evaluation_losses, data.masks)
     if cfg.init_from is not None and resumed is None:
         initialize_from(detector, path_setting(cfg.init_from, "init_from"), data.categories)
     if cfg.get("features") is not None:

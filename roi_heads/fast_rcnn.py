@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from roi_quantization.roi_heads.extractor import RoIExtractor
@@ -17,10 +17,10 @@ IGNORED = -1  # the label that torchvision's sampler passes over
 
 
 class FastRCNNHeads(RoIHeads):
-    """RoI features, two-FC head, sampling, losses and post-processing.
+    """RoI features, two-FC head, sampling, losses and post-processing; and Mask R-CNN's branch for masks where its three parts are given.
 
-    Matching, box coding, sampling and per-class NMS are torchvision's. Added here: a lower bound on the IoU of background, crowd regions,
-    sampling that a seed alone decides, the smooth L1 of the paper, and losses in evaluation as well.
+    Matching, box coding, sampling, per-class NMS, and loss and choice of the masks are torchvision's. Added here: a lower bound on the IoU
+    of background, crowd regions, sampling that a seed alone decides, the smooth L1 of the paper, and losses in evaluation as well.
 
     Args:
         extractor: `(features, boxes, image_shapes) -> [K, C, P, P]`.
@@ -36,6 +36,9 @@ class FastRCNNHeads(RoIHeads):
         box_weights: factors of the targets (dx, dy, dw, dh); (10, 10, 5, 5) divides by the deviations (0.1, 0.1, 0.2, 0.2).
         smooth_l1_beta: where the loss turns from square to linear, on the scaled targets; 1 in the paper.
         score_threshold, nms_threshold, detections_per_image: of the post-processing; NMS is per class.
+        mask_extractor: as `extractor`, with an output size of its own, such as 14.
+        mask_head: `[K, C, P, P] -> [K, hidden, P, P]`, such as torchvision's `MaskRCNNHeads`.
+        mask_predictor: `[K, hidden, P, P] -> [K, C + 1, M, M]`, logits for each class, such as torchvision's `MaskRCNNPredictor`.
         seed: with `epoch` (an attribute that the training loop sets) and a target's `image_id` it decides which RoIs are sampled.
     """
 
@@ -56,6 +59,9 @@ class FastRCNNHeads(RoIHeads):
         nms_threshold: float = 0.5,
         detections_per_image: int = 100,
         seed: int = 0,
+        mask_extractor: RoIExtractor | None = None,
+        mask_head: nn.Module | None = None,
+        mask_predictor: nn.Module | None = None,
     ):
         low, high = background_iou
         if not 0 <= low < high <= foreground_iou:
@@ -74,6 +80,9 @@ class FastRCNNHeads(RoIHeads):
             score_thresh=score_threshold,
             nms_thresh=nms_threshold,
             detections_per_img=detections_per_image,
+            mask_roi_pool=mask_extractor,
+            mask_head=mask_head,
+            mask_predictor=mask_predictor,
         )
         self.background_low = low
         self.crowd_overlap = crowd_overlap
@@ -90,13 +99,15 @@ class FastRCNNHeads(RoIHeads):
             features: `[N, C, H, W]`.
             proposals: one `[L, 4]` an image, pixels.
             image_shapes: (height, width) in pixels of each image without its padding; boxes are clipped to it.
-            targets: one dict an image with `boxes` [G, 4], `labels` [G] (1..C), `image_id` and, where there are any, `crowd` [M, 4].
+            targets: one dict an image with `boxes` [G, 4], `labels` [G] (1..C), `image_id` and, where there are any, `crowd` [M, 4]; and
+                `masks` [G, height, width] where masks are learnt. In evaluation there is no loss of masks without them.
 
         Returns:
             `(detections, losses)`. In training the detections are empty and targets are needed. In evaluation each detection is a dict of
-            `boxes` [D, 4], `scores` [D], `labels` [D] and `proposals` [D, 4], from which the boxes were regressed; and with targets there
-            are losses too: on RoIs sampled as in training, with the same draw each time and without the ground truth among the proposals,
-            so that nothing of the targets reaches the detections.
+            `boxes` [D, 4], `scores` [D], `labels` [D] and `proposals` [D, 4], from which the boxes were regressed, and of
+            `mask_probabilities` [D, M, M] inside the boxes where masks are learnt; and with targets there are losses too: on RoIs sampled
+            as in training, with the same draw each time and without the ground truth among the proposals, so that nothing of the targets
+            reaches the detections.
         """
         if self.training:
             if targets is None:
@@ -105,16 +116,25 @@ class FastRCNNHeads(RoIHeads):
                 proposals = self.add_gt_proposals(proposals, [target["boxes"] for target in targets])
             proposals, labels, regression_targets = self.sample(proposals, targets, self.epoch)
             scores, deltas = self.predict(features, proposals, image_shapes)
-            return [], self.losses(scores, deltas, torch.cat(labels), torch.cat(regression_targets))
+            losses = self.losses(scores, deltas, torch.cat(labels), torch.cat(regression_targets))
+            if self.has_mask():
+                losses |= self.mask_losses(features, proposals, labels, image_shapes, targets)
+            return [], losses
 
         scores, deltas = self.predict(features, proposals, image_shapes)
         detections = self.detect(scores, deltas, proposals, image_shapes)
+        if self.has_mask():
+            self.detect_masks(features, detections, image_shapes)
         if targets is None:
             return detections, {}
         labels, matched, masks = self.match_and_sample(proposals, targets, epoch=0)
         regression_targets = self.box_coder.encode(matched, proposals)
         chosen = torch.cat(masks)
-        return detections, self.losses(scores[chosen], deltas[chosen], torch.cat(labels)[chosen], torch.cat(regression_targets)[chosen])
+        losses = self.losses(scores[chosen], deltas[chosen], torch.cat(labels)[chosen], torch.cat(regression_targets)[chosen])
+        if self.has_mask() and all("masks" in target for target in targets):
+            sampled = ([x[keep] for x, keep in zip(xs, masks, strict=True)] for xs in (proposals, labels))
+            losses |= self.mask_losses(features, *sampled, image_shapes, targets)
+        return detections, losses
 
     def predict(self, features: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Class scores `[K, C + 1]` (before softmax) and deltas `[K, 4 (C + 1)]` of all proposals, always in float32."""
@@ -136,6 +156,37 @@ class FastRCNNHeads(RoIHeads):
                 source = own[same.int().argmax(0)]
             detections.append({"boxes": boxes, "scores": sure, "labels": labels, "proposals": source})
         return detections
+
+    def detect_masks(self, features: Tensor, detections: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]]) -> None:
+        """Give each detection the `mask_probabilities` [D, M, M] of its class, in its box."""
+        logits = self.predict_masks(features, [detection["boxes"] for detection in detections], image_shapes)
+        found = maskrcnn_inference(logits, [detection["labels"] for detection in detections])
+        for detection, probabilities in zip(detections, found, strict=True):
+            detection["mask_probabilities"] = probabilities[:, 0]
+
+    def predict_masks(self, features: Tensor, boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """Logits `[K, C + 1, M, M]` of each class in each box, always in float32."""
+        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))).float()
+
+    def mask_losses(
+        self,
+        features: Tensor,
+        proposals: list[Tensor],
+        labels: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[Target],
+    ) -> dict[str, Tensor]:
+        """Mask R-CNN's loss on the foreground of sampled proposals `[L, 4]` with `labels` [L]: the mean over pixels of their class."""
+        if not all("masks" in target for target in targets):
+            raise ValueError("targets: this head learns masks, and those of the objects are not there. Set detector.masks=true")
+        boxes = [of_image[label > 0] for of_image, label in zip(proposals, labels, strict=True)]
+        objects = [
+            box_iou(target["boxes"], of_image).max(dim=0).indices if len(of_image) else of_image.new_zeros(0, dtype=torch.int64)
+            for of_image, target in zip(boxes, targets, strict=True)
+        ]
+        logits = self.predict_masks(features, boxes, image_shapes)
+        masks, classes = ([target[name] for target in targets] for name in ("masks", "labels"))
+        return {"loss_mask": maskrcnn_loss(logits, boxes, masks, classes, objects)}
 
     def sample(self, proposals: list[Tensor], targets: list[Target], epoch: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The RoIs of a training step: `(proposals, labels, regression targets)` of each image."""

@@ -61,6 +61,18 @@ def test_backbone_and_head(backbone, head, stride):
     assert detector.roi_heads.box_predictor.cls_score.out_features == 6
 
 
+@pytest.mark.parametrize("mask_head", choices("mask_head"))
+@pytest.mark.parametrize("detector", ["fast_rcnn", "faster_rcnn"])
+def test_mask_head(mask_head, detector):
+    """Masks of each class have 28 pixels a side, and the data read them."""
+    cfg = composed(f"mask_head={mask_head}", f"detector={detector}", "roi=pool", *SMALL)
+    detector = build_detector(cfg, num_classes=6).eval()
+    assert cfg.data.masks and not composed(*SMALL).data.masks
+    logits = detector.roi_heads.predict_masks(torch.rand(1, 32, 4, 4), [torch.tensor([[0.0, 0.0, 60.0, 40.0]])], [(64, 64)])
+    assert logits.shape == (1, 6, 28, 28)
+    assert str(detector.roi_heads.mask_roi_pool.operator) == str(detector.roi_heads.box_roi_pool.operator)
+
+
 @pytest.mark.parametrize(("backbone", "stride", "channels"), [("resnet50_c4", 16, 1024), ("resnet50_c5", 32, 2048)])
 def test_resnet(backbone, stride, channels, monkeypatch):
     """Mask R-CNN's tables 2c and 2d. The head's weights are not VGG16's."""

@@ -13,6 +13,7 @@ import roi_quantization
 from roi_quantization.detection.runs.checkpoint import forget_parts, load_checkpoint, register_parts
 from roi_quantization.scripts import eval as eval_script
 from roi_quantization.scripts.eval import evaluate
+from roi_quantization.scripts.predict import predict
 from roi_quantization.scripts.train import train
 from tests.configuration import composed
 from tests.detection.model.test_torchvision_detector import random_model
@@ -153,6 +154,48 @@ def test_a_network_that_proposes(data, tmp_path, caplog):
     assert set(detector(next((data / "test").iterdir()))) == {"boxes", "scores", "labels", "names", "proposals"}
     with pytest.raises(ValueError, match="a FasterRCNN cannot be exported: it finds its own proposals"):
         detector.export_program()
+
+
+def test_masks(data, tmp_path, capsys):
+    """Learnt, evaluated beside the boxes, with another operator too, and found in a picture."""
+    run = tmp_path / "run"
+    small = ["head.mask_head.layers=[8]", "head.mask_predictor.in_channels=8", "head.mask_predictor.dim_reduced=8"]
+    words = ["detector=faster_rcnn", "mask_head=two_conv_small", *small, *TINY, f"data.root={data}", "trainer.max_epochs=1"]
+    metrics = train(composed("train", *words, f"run_dir={run}", "optimized_metric=val/segm_AP"))
+    assert {"test/segm_AP", "test/segm_AP75", "test/segm_AP90", "test/segm_AP_small", "val/segm_AP"} <= set(metrics)
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(any(row[name] for row in rows) for name in ("train/loss_mask", "val/loss_mask", "val/segm_AP90", "test/loss_mask"))
+    results = json.loads((run / "results.json").read_text())
+    assert results and all(result["segmentation"]["size"] == [96, 96] for result in results)
+
+    again = run_eval(run / "best.ckpt", tmp_path / "eval", "cross=[pool]")
+    assert again["test/segm_AP"] == metrics["test/segm_AP"]
+    assert json.loads((tmp_path / "eval/results.json").read_text()) == results
+    differences = json.loads((tmp_path / "eval/differences.json").read_text())["differences"]
+    assert list(differences["pool"]) == ["AP", "AP50", "AP75", "segm_AP", "segm_AP50", "segm_AP75", "segm_AP90"]
+    assert len(re.findall(r"^  pool +segm_AP .*segm_AP90", capsys.readouterr().out, re.MULTILINE)) == 2, "values, and differences"
+    boxes = run_eval(run / "best.ckpt", tmp_path / "boxes", "detector.masks=false")
+    assert not any("segm" in name for name in boxes) and boxes["test/AP"] == metrics["test/AP"]
+
+    picture = next((data / "test").iterdir())
+    found = roi_quantization.load(run / "best.ckpt")(picture)
+    assert found["masks"].dtype == torch.bool and found["masks"].shape == (len(found["boxes"]), 96, 96)
+    register_parts(load_checkpoint(run / "best.ckpt")["config"], run / "best.ckpt")
+    words = ["trainer=cpu", "trainer.enable_progress_bar=false", f"ckpt={run / 'best.ckpt'}", f"run_dir={tmp_path / 'predict'}"]
+    predicted = predict(composed("predict", *words, f"image={picture}"))
+    assert predicted and all(result["segmentation"]["size"] == [96, 96] for result in predicted)
+    assert (tmp_path / "predict/pictures").is_dir()
+
+
+def test_masks_need_a_head_and_segmentations(data, tmp_path):
+    words = [*TINY, f"run_dir={tmp_path / 'run'}", f"data.root={data}", "trainer.max_steps=1"]
+    with pytest.raises(ValueError, match=r"detector\.masks=true: the head has no branch for masks\. Choose mask_head=two_conv_small"):
+        train(composed("train", *words, "detector.masks=true"))
+    with pytest.raises(ValueError, match=r"this head learns masks, .* Set detector\.masks=true"):
+        train(composed("train", *words, "mask_head=two_conv_small", "detector.masks=false"))
+    with pytest.raises(ValueError, match=r"optimized_metric=val/segm_AP: .* by one of val/AP, .*val/loss_box$"):
+        train(composed("train", *words, "optimized_metric=val/segm_AP"))
 
 
 @pytest.mark.parametrize("group", ["backbone", "head", "proposals"])

@@ -24,11 +24,13 @@ ADDED_SETTINGS = {
     "model.compile": False,
     "data.classes": None,
     "box_predictor.class_agnostic": False,
+    "detector.masks": False,
     "match_by": None,
     "coco_eval.iou_thresholds": [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95],
     "coco_eval.areas": [["small", 0, 32], ["medium", 32, 96], ["large", 96, None]],
 }
 
+FOLLOWING = {"data.masks"}  # settings that have the value of another
 _MISSING = "not there"
 
 
@@ -90,13 +92,13 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that decide a result, by their dotted keys."""
-    return {key: value for key, value in flatten(config) if not IGNORED_KEYS.intersection(key.split(".")) and not _names_library(key)}
+    return {key: value for key, value in flatten(config) if not IGNORED_KEYS.intersection(key.split(".")) and not _is_derived(key)}
 
 
-def _names_library(key: str) -> bool:
-    """Whether a setting says which library computes COCO's metrics. The metrics are the same."""
+def _is_derived(key: str) -> bool:
+    """Whether a setting follows another, or says which library computes COCO's metrics, which are the same."""
     group, _, rest = key.partition(".")
-    return group == "coco_eval" and rest not in ("iou_thresholds", "areas")
+    return key in FOLLOWING or (group == "coco_eval" and rest not in ("iou_thresholds", "areas"))
 
 
 def _values_of_earlier_versions(key: str) -> list[Any]:

@@ -16,6 +16,7 @@ from pycocotools.coco import COCO
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.garbage_collection import without_garbage_collection
 from roi_quantization.detection.data.images import check_size
+from roi_quantization.detection.data.masks import find_fault
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +36,14 @@ REQUIRED = {
 }
 
 
-def read_instances(path: Path | str) -> dict:
+def read_instances(path: Path | str, masks: bool = False) -> dict:
     """Read and check an instances json.
 
-    Missing `id`, `area` and `iscrowd` of annotations are filled in. Segmentations, which nothing here uses, are removed. Boxes without
-    area inside their image are dropped, counted and logged.
+    Missing `id`, `area` and `iscrowd` of annotations are filled in. Boxes without area inside their image are dropped, counted and logged.
+
+    Args:
+        path: the file.
+        masks: keep segmentations, of which each annotation needs one. They are removed else: they are most of the memory of COCO's json.
 
     Returns:
         `{"images": [...], "annotations": [...], "categories": [...]}`.
@@ -53,7 +57,7 @@ def read_instances(path: Path | str) -> dict:
         raise MissingFileError(f"{path} is not there.\n{LAYOUT}")
     try:
         with without_garbage_collection():
-            instances = json.loads(path.read_text("utf-8-sig"), object_hook=_without_segmentation)
+            instances = json.loads(path.read_text("utf-8-sig"), object_hook=None if masks else _without_segmentation)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a json file, or is truncated: {error}") from error
 
@@ -65,11 +69,13 @@ def read_instances(path: Path | str) -> dict:
         _check_annotation(path, number, annotation)
     _drop_boxes_without_area(path, instances)
     _fill_in(path, instances["annotations"])
+    if masks:
+        _check_masks(path, instances)
     return instances
 
 
 def _without_segmentation(entry: dict) -> dict:
-    """Drop segmentations while the file is parsed: they are most of the memory of COCO's json."""
+    """Drop segmentations while the file is parsed."""
     entry.pop("segmentation", None)
     return entry
 
@@ -294,3 +300,21 @@ def _fill_in(path: Path, annotations: list[dict]) -> None:
     for annotation in annotations:
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+
+
+def _check_masks(path: Path, instances: dict) -> None:
+    images, annotations = {image["id"]: image for image in instances["images"]}, instances["annotations"]
+
+    def name(annotation: dict) -> str:
+        return f"annotation {annotation['id']} of image {annotation['image_id']} ({images[annotation['image_id']]['file_name']})"
+
+    lacking = [annotation for annotation in annotations if not annotation.get("segmentation")]
+    if lacking:
+        raise InputError(
+            f"{path}: {len(lacking)} of {len(annotations)} annotations have a bbox only; the first is {name(lacking[0])}. "
+            "detector.masks=true needs a segmentation of each. Set detector.masks=false, or use annotations with masks"
+        )
+    for annotation in annotations:
+        image = images[annotation["image_id"]]
+        if fault := find_fault(annotation["segmentation"], image["height"], image["width"]):
+            raise InputError(f"{path}: the segmentation of {name(annotation)} {fault}.")

@@ -1,5 +1,6 @@
 """A detection data set in COCO's layout: a folder of images and an instances json."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -17,6 +18,7 @@ from roi_quantization.detection.common.errors import InputError, MissingFileErro
 from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.annotations import LAYOUT, as_coco, choose_classes, choose_images, read_instances, restrict
 from roi_quantization.detection.data.images import ImageRecord, read_image
+from roi_quantization.detection.data.masks import to_masks
 from roi_quantization.detection.data.proposals.provider import ProposalProvider
 from roi_quantization.detection.data.transforms import seeded_rng
 
@@ -31,6 +33,8 @@ class CocoDetection(Dataset):
         proposals  float32 [L, 4]   candidate windows
         image_id   int
         original_size  (height, width) of the file
+    and, with `masks`, the pixels of each object:
+        masks      uint8 [G, H, W]  1 inside
     and, where `features` is set, the cached map of a frozen backbone, for which the image has no pixels but its size:
         features   float16 [C, H, W]
     All boxes are `(x1, y1, x2, y2)` in pixels of the returned image, that is after `transform`.
@@ -48,6 +52,7 @@ class CocoDetection(Dataset):
         keep_empty: keep images without objects.
         seed: seeds, with the epoch (`set_epoch`) and the image id, the random transforms.
         classes: names of the categories to use; objects of others are background. None: all.
+        masks: read the segmentations too, of which each annotation needs one.
 
     Raises:
         FileNotFoundError: the folder, the json or an image is missing.
@@ -67,17 +72,18 @@ class CocoDetection(Dataset):
         keep_empty: bool = True,
         seed: int = 0,
         classes: Sequence[str] | None = None,
+        masks: bool = False,
     ):
         folder = Path(images)
         if not folder.is_dir():
             raise MissingFileError(f"{folder} is not a folder of images.\n{LAYOUT}")
-        instances = choose_classes(read_instances(annotations), classes)
+        instances = choose_classes(read_instances(annotations, masks), classes)
         self.image_ids = choose_images(instances, part, keep_empty, subset, ids, subset_seed)
         if not self.image_ids:
             raise InputError(f"{annotations} has no images to use.")
 
         instances = restrict(instances, self.image_ids)
-        self._annotations, self._classes = annotations, classes
+        self._annotations, self._classes, self.masks = annotations, classes, masks
         self.categories = sorted(({"id": c["id"], "name": c["name"]} for c in instances["categories"]), key=lambda c: c["id"])
         self.label_to_category_id = {label: category["id"] for label, category in enumerate(self.categories, start=1)}
         self.records = [
@@ -107,6 +113,9 @@ class CocoDetection(Dataset):
         self._labels = np.array([label_of[annotation["category_id"]] for annotation in annotations], dtype=np.int64)[order]
         self._is_crowd = np.array([annotation["iscrowd"] for annotation in annotations], dtype=bool)[order]
         self._starts = np.searchsorted(indices[order], np.arange(len(self.image_ids) + 1))
+        if self.masks:
+            texts = [json.dumps(annotations[row]["segmentation"]).encode() for row in order]
+            self._segmentations, self._segmentation_starts = b"".join(texts), np.cumsum([0, *map(len, texts)])
 
     def _judge(self, instances: dict, boxes: np.ndarray, indices: np.ndarray) -> None:
         """Log what is implausible in the annotations, or refuse them.
@@ -145,7 +154,7 @@ class CocoDetection(Dataset):
 
         Read on first access, because those of COCO's training set take 600 MB and training does not use them.
         """
-        return as_coco(restrict(choose_classes(read_instances(self._annotations), self._classes), self.image_ids))
+        return as_coco(restrict(choose_classes(read_instances(self._annotations, self.masks), self._classes), self.image_ids))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which seeds the random transforms together with `seed` and the image id."""
@@ -158,6 +167,12 @@ class CocoDetection(Dataset):
         arrays = self._boxes[rows][~crowd], self._labels[rows][~crowd], self._boxes[rows][crowd]
         return tuple(torch.from_numpy(array) for array in arrays)
 
+    def segmentations(self, index: int) -> list:
+        """Return the segmentations of the objects of an image, in the order of `ground_truth`. None are known without `masks`."""
+        rows = range(self._starts[index], self._starts[index + 1]) if self.masks else ()
+        spans = [slice(*self._segmentation_starts[row : row + 2]) for row in rows if not self._is_crowd[row]]
+        return [json.loads(self._segmentations[span]) for span in spans]
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -167,6 +182,8 @@ class CocoDetection(Dataset):
         boxes, labels, crowd = self.ground_truth(index)
         in_image = {"boxes": boxes, "crowd": crowd, "proposals": self.proposals(record)}
         target = {name: tv_tensors.BoundingBoxes(value, format="XYXY", canvas_size=size) for name, value in in_image.items()}
+        if self.masks:
+            target["masks"] = tv_tensors.Mask(to_masks(self.segmentations(index), *size))
         if self.features is None:
             image, target = self._transform(record, tv_tensors.Image(read_image(record, has_boxes=True)), target)
             image = image.as_subclass(Tensor)

@@ -24,7 +24,7 @@ from roi_quantization.detection.common.files import CACHE_REMEDY, NotWrittenErro
 log = logging.getLogger(__name__)
 
 STAMP = "complete.json"
-DRAWING_VERSION = 2  # increment it when the same settings write other files, so that existing sets are replaced
+DRAWING_VERSION = 3  # increment it when the same settings write other files, so that existing sets are replaced
 SUPERSAMPLING = 4
 
 
@@ -160,7 +160,8 @@ class EmbeddedSet:
         """Draw one image.
 
         Returns:
-            The image, uint8 `S x S x 3`, and its objects: dicts of category_id, bbox `[x, y, width, height]` and area of the shape.
+            The image, uint8 `S x S x 3`, and its objects: dicts of category_id, bbox `[x, y, width, height]`, and area and segmentation of
+            the shape.
         """
         canvas = self._draw_background(rng)
         self._draw_clutter(canvas, rng)
@@ -174,7 +175,8 @@ class EmbeddedSet:
             boxes.append(box)
             area = _area(polygons[0]) - sum(_area(hole) for hole in polygons[1:])
             bbox = [*box[:2], *(box[2:] - box[:2])]
-            objects.append({"category_id": category_id, "bbox": [round(float(v), 3) for v in bbox], "area": round(area, 3)})
+            entry = {"category_id": category_id, "bbox": [round(float(v), 3) for v in bbox], "area": round(area, 3)}
+            objects.append(entry | {"segmentation": [_one_polygon(polygons).ravel().round(3).tolist()]})
         canvas += self.noise * rng.standard_normal(canvas.shape, dtype=np.float32)
         return np.clip(canvas + 0.5, 0, 255).astype(np.uint8), objects
 
@@ -256,6 +258,12 @@ def _blend(canvas: np.ndarray, polygons: list[np.ndarray], colour: np.ndarray) -
 def _area(polygon: np.ndarray) -> float:
     x, y = polygon.T
     return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
+
+
+def _one_polygon(polygons: list[np.ndarray]) -> np.ndarray:
+    """Return the first polygon without the others as one, as COCO's polygons have no holes: a cut leads to each hole and back."""
+    outline, *holes = polygons
+    return np.concatenate([outline, *(np.concatenate([outline[:1], hole[:1], hole[::-1]]) for hole in holes)])
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:

@@ -95,6 +95,7 @@ class DetectionData(pl.LightningDataModule):
         keep_empty: keep training images without objects.
         source: called with `root` before anything is read; may write the data there.
         classes: names of the categories to use, in all splits; objects of others are background. None: all.
+        masks: targets have the masks of their objects.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class DetectionData(pl.LightningDataModule):
         keep_empty: bool = True,
         source: Callable[[Path], None] | None = None,
         classes: Sequence[str] | None = None,
+        masks: bool = False,
     ):
         super().__init__()
         if root is None:
@@ -131,9 +133,9 @@ class DetectionData(pl.LightningDataModule):
             "test": {"transform": eval_transform, "subset": subset, "ids": ids},
         }
         for options in self.options.values():
-            options["classes"] = classes
+            options["classes"], options["masks"] = classes, masks
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.seed, self.subset_seed, self.source = seed, subset_seed, source
+        self.seed, self.subset_seed, self.source, self.masks = seed, subset_seed, source, masks
         self.train: CocoDetection | None = None
         self.val: CocoDetection | None = None
         self.test: CocoDetection | None = None

@@ -1,6 +1,7 @@
 """Image transforms: torchvision's v2 transforms, with random draws that are reproducible per image.
 
-Boxes, crowd regions and proposals are `tv_tensors.BoundingBoxes`, so a transform applies to the image and to all of them alike.
+Boxes, crowd regions and proposals are `tv_tensors.BoundingBoxes` and masks are `tv_tensors.Mask`, so a transform applies to the image
+and to all of them alike.
 """
 
 from collections.abc import Iterator, Sequence

@@ -17,10 +17,11 @@ from scipy import stats
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.matching import indices_of, match
-from roi_quantization.detection.evaluation.protocol import ALL_SIZES, COCO_PROTOCOL, Protocol
+from roi_quantization.detection.evaluation.protocol import ALL_SIZES, COCO_PROTOCOL, SINGLE_THRESHOLDS, Protocol
 from roi_quantization.detection.evaluation.statistics import Combination, Estimate
 
 METRICS = ("AP", "AP50", "AP75")
+MASK_METRICS = (*METRICS, "AP90")  # the last is the most sensitive to where a boundary is
 MOST_IMAGES_FOR_BCA = 1000  # BCa evaluates AP once more per image
 _CHUNK = 2**22  # elements of the largest array, which bounds the memory
 
@@ -39,7 +40,7 @@ class MatchedDetections:
     """Detections matched to objects once, from which AP is computed for any weights of the images.
 
     Args:
-        coco_gt, results, image_ids, max_detections, protocol: see `roi_quantization.detection.evaluation.coco.evaluate`.
+        coco_gt, results, image_ids, max_detections, protocol, masks: see `roi_quantization.detection.evaluation.coco.evaluate`.
     """
 
     def __init__(
@@ -49,19 +50,21 @@ class MatchedDetections:
         image_ids: Sequence[int],
         max_detections: int = 100,
         protocol: Protocol = COCO_PROTOCOL,
+        masks: bool = False,
     ):
         thresholds = protocol.evaluated_thresholds
-        self._gather(match(coco_gt, results, image_ids, max_detections, {"all": ALL_SIZES}, iou_thresholds=thresholds), protocol)
+        matched = match(coco_gt, results, image_ids, max_detections, {"all": ALL_SIZES}, iou_thresholds=thresholds, masks=masks)
+        self._gather(matched, protocol, MASK_METRICS if masks else METRICS)
 
     @classmethod
     def of(cls, coco_eval: COCOeval) -> "MatchedDetections":
         """Return those of a COCOeval that has matched at COCO's thresholds, all sizes together."""
         matched = cls.__new__(cls)
-        matched._gather(coco_eval, COCO_PROTOCOL)
+        matched._gather(coco_eval, COCO_PROTOCOL, METRICS)
         return matched
 
-    def _gather(self, coco_eval: COCOeval, protocol: Protocol) -> None:
-        self.protocol, self.thresholds = protocol, np.asarray(coco_eval.params.iouThrs)
+    def _gather(self, coco_eval: COCOeval, protocol: Protocol, metrics: tuple[str, ...]) -> None:
+        self.protocol, self.metrics, self.thresholds = protocol, metrics, np.asarray(coco_eval.params.iouThrs)
         self.image_ids = tuple(int(image_id) for image_id in coco_eval.params.imgIds)
         self.recalls = np.asarray(coco_eval.params.recThrs)
         images = len(self.image_ids)
@@ -69,7 +72,7 @@ class MatchedDetections:
         self._classes = [_gather(matches) for matches in by_class if any(matches)]
 
     def average_precision(self, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Return AP, AP50 and AP75 in percent, each `[B]`. NaN where the images of positive weight have no object.
+        """Return AP, AP50 and AP75, and AP90 of masks, in percent, each `[B]`. NaN where the images of positive weight have no object.
 
         Args:
             weights: `[B, I]`, of the images in the order of `image_ids`. None: all 1.
@@ -79,8 +82,9 @@ class MatchedDetections:
         chunk = max(1, _CHUNK // max(widest, len(self.image_ids)))
         parts = [self._at_thresholds(weights[start : start + chunk]) for start in range(0, len(weights), chunk)]
         precision = 100 * np.concatenate(parts)
-        iou50, iou75, *averaged = indices_of(self.thresholds, (0.5, 0.75, *self.protocol.iou_thresholds))
-        return {"AP": precision[:, averaged].mean(axis=1), "AP50": precision[:, iou50], "AP75": precision[:, iou75]}
+        averaged = indices_of(self.thresholds, self.protocol.iou_thresholds)
+        single = zip(self.metrics[1:], indices_of(self.thresholds, SINGLE_THRESHOLDS), strict=False)
+        return {"AP": precision[:, averaged].mean(axis=1)} | {name: precision[:, index] for name, index in single}
 
     def _at_thresholds(self, weights: np.ndarray) -> np.ndarray:
         """Return AP as `[B, T]`, mean over the classes that have objects."""
@@ -118,8 +122,8 @@ def bootstrap_over_images(
             stays within 0 to 100. It evaluates once more per image, so "basic" is faster for thousands of images.
 
     Returns:
-        Name of the sum -> AP, AP50, AP75 -> estimate without p-value. A BCa interval is NaN where nothing varies, for
-        example where every object is found in every image.
+        Name of the sum -> metric of `MatchedDetections.average_precision` -> estimate without p-value. A BCa interval is NaN where nothing
+        varies, for example where every object is found in every image.
 
     Raises:
         ValueError: an arm without runs, or arms of different images.
@@ -132,19 +136,19 @@ def bootstrap_over_images(
     image_ids = {matched.image_ids for arm in used for matched in runs[arm]}
     if len(image_ids) != 1:
         raise InputError(f"{', '.join(used)} were evaluated on different images, so they cannot be resampled together")
-    images = len(image_ids.pop())
+    images, metrics = len(image_ids.pop()), runs[used[0]][0].metrics
     sums = np.array([[combination.get(arm, 0.0) for arm in used] for combination in combinations.values()])  # [sums, arms]
 
     def evaluate(weights: np.ndarray) -> np.ndarray:
-        """Evaluate image weights `[B, I]` -> `[3 * sums, B]`."""
+        """Evaluate image weights `[B, I]` -> `[metrics * sums, B]`."""
         averages = []
         for arm in used:
             precisions = [matched.average_precision(weights) for matched in runs[arm]]
-            averages.append([np.mean([p[metric] for p in precisions], axis=0) for metric in METRICS])
+            averages.append([np.mean([p[metric] for p in precisions], axis=0) for metric in metrics])
         return np.einsum("sa,amb->msb", sums, np.array(averages)).reshape(-1, len(weights))
 
     def of_drawn(places: np.ndarray, axis: int = -1) -> np.ndarray:
-        """Evaluate indices of drawn images `[..., n]` -> `[3 * sums, ...]`, the signature of a SciPy statistic."""
+        """Evaluate indices of drawn images `[..., n]` -> `[metrics * sums, ...]`, the signature of a SciPy statistic."""
         return evaluate(_counts(places.reshape(-1, places.shape[-1]), images)).reshape(-1, *places.shape[:-1])
 
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
@@ -157,7 +161,7 @@ def bootstrap_over_images(
     ends = result.confidence_interval
     numbers = zip(values, ends.low, ends.high, result.standard_error, strict=True)
     estimates = [Estimate(*map(float, number), n=images) for number in numbers]
-    return {name: dict(zip(METRICS, estimates[i :: len(combinations)], strict=True)) for i, name in enumerate(combinations)}
+    return {name: dict(zip(metrics, estimates[i :: len(combinations)], strict=True)) for i, name in enumerate(combinations)}
 
 
 def bootstrap_method(image_ids: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -22,6 +23,7 @@ from roi_quantization.detection.evaluation.protocol import (
     COCO_IOU_THRESHOLDS,
     COCO_MAX_DETECTIONS,
     COCO_PROTOCOL,
+    SEGM,
     Protocol,
 )
 
@@ -35,8 +37,9 @@ class Metrics:
     """COCO's numbers in percent, 0 to 100. NaN where there is no ground truth.
 
     stats: AP (mean over IoU 0.5:0.05:0.95, or over the thresholds of the protocol), AP50, AP75, AP_small, AP_medium, AP_large, AR_1,
-        AR_10, AR_100, AR_small, AR_medium, AR_large, or those of the size ranges of the protocol.
-    per_class: category name -> {AP, AP50, AP75}, in the order of the category ids.
+        AR_10, AR_100, AR_small, AR_medium, AR_large, or those of the size ranges of the protocol. Where masks were evaluated the same of
+        them, `segm_AP` and so on, and `segm_AP90`.
+    per_class: category name -> {AP, AP50, AP75}, in the order of the category ids; and the same of masks.
     image_ids: the evaluated images, ascending. None where the file that this was read from does not have them.
     of: number of images of the split. None where it is unknown.
     protocol: what they were computed of; COCO's unless it says otherwise.
@@ -121,9 +124,11 @@ class CocoEvaluation:
         self.library = library
         self.protocol = Protocol(tuple(iou_thresholds), tuple(tuple(area) if isinstance(area, Sequence) else area for area in areas))
 
-    def __call__(self, coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int, of: int) -> Metrics:
+    def __call__(
+        self, coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int, of: int, masks: bool = False
+    ) -> Metrics:
         """Return the metrics, see `evaluate`."""
-        return evaluate(coco_gt, results, image_ids, max_detections, self.library, of, self.protocol)
+        return evaluate(coco_gt, results, image_ids, max_detections, self.library, of, self.protocol, masks)
 
 
 def evaluate(
@@ -134,8 +139,9 @@ def evaluate(
     coco_eval: Evaluator = SilentCOCOeval,
     of: int | None = None,
     protocol: Protocol = COCO_PROTOCOL,
+    masks: bool = False,
 ) -> Metrics:
-    """Compute COCO's box metrics of `results` over the images `image_ids`. Without results AP is 0.
+    """Compute COCO's metrics of `results` over the images `image_ids`. Without results AP is 0.
 
     Args:
         coco_gt: the annotations, which are not modified. Crowd regions (`iscrowd`) absorb detections and are never
@@ -148,6 +154,7 @@ def evaluate(
         coco_eval: pycocotools' COCOeval, or a replacement such as `matching.faster_coco_eval()`.
         of: number of images of the split. None: `image_ids` are the whole split.
         protocol: IoU thresholds and size ranges; `max_detections` takes the place of its own.
+        masks: evaluate masks as well as boxes: `segmentation` of the annotations and of the results, which are RLEs.
 
     Raises:
         ValueError: a result or an image that `coco_gt` does not have, or a number that is not finite.
@@ -157,17 +164,26 @@ def evaluate(
     matched = match(coco_gt, results, image_ids, max_detections, areas, coco_eval, protocol.evaluated_thresholds)
     matched.accumulate()
     stats, per_class = _summarize(matched, protocol)
+    if masks:
+        matched = match(coco_gt, results, image_ids, max_detections, areas, coco_eval, protocol.evaluated_thresholds, masks=True)
+        matched.accumulate()
+        (iou90,) = indices_of(np.asarray(matched.params.iouThrs), (0.9,))
+        of_masks, of_classes = _summarize(matched, protocol)
+        of_masks["AP90"] = percent(matched.eval["precision"][iou90, :, :, _ALL, -1])
+        stats |= {f"{SEGM}{name}": value for name, value in of_masks.items()}
+        for name, values in of_classes.items():
+            per_class[name] |= {f"{SEGM}{metric}": value for metric, value in values.items()}
     evaluated = tuple(sorted(set(image_ids)))
     return Metrics(stats, per_class, evaluated, len(evaluated) if of is None else of, protocol)
 
 
-def to_coco_results(detections: Mapping[int, Mapping[str, Tensor]], label_to_category_id: Mapping[int, int]) -> list[dict]:
+def to_coco_results(detections: Mapping[int, Mapping[str, Any]], label_to_category_id: Mapping[int, int]) -> list[dict]:
     """Convert detections to COCO's results format.
 
     Args:
         detections: image id -> `boxes` [L, 4] xyxy in pixels of the original image, `scores` [L], `labels` [L] in 1..C,
-            and optionally `proposals` [L, 4], from which the boxes were regressed. These add a key `proposal`,
-            `[x, y, w, h]`, to each result.
+            and optionally `proposals` [L, 4], from which the boxes were regressed, and `masks`, a list of L RLEs. These
+            add keys `proposal`, `[x, y, w, h]`, and `segmentation` to each result.
         label_to_category_id: label -> category id of the annotations.
 
     Returns:
@@ -186,6 +202,9 @@ def to_coco_results(detections: Mapping[int, Mapping[str, Tensor]], label_to_cat
         more = [{}] * len(order)
         if "proposals" in detections[image_id]:
             more = [{"proposal": xywh} for xywh in _xywh(detections[image_id]["proposals"].detach().cpu()[order])]
+        if "masks" in detections[image_id]:
+            rles = [detections[image_id]["masks"][index] for index in order.tolist()]
+            more = [{**rest, "segmentation": rle} for rest, rle in zip(more, rles, strict=True)]
         columns = _xywh(boxes[order]), scores[order].double().tolist(), labels[order].tolist(), more
         for bbox, score, label, rest in zip(*columns, strict=True):
             if label not in label_to_category_id:
@@ -228,7 +247,11 @@ def format_table(metrics: Metrics) -> str:
     precision = [(name, metrics.stats[name]) for name in ("AP", "AP50", "AP75")] + [(name, metrics.stats[f"AP_{name}"]) for name in sizes]
     recall = [(f"AR@{k}", metrics.stats[f"AR_{k}"]) for k in (1, 10, 100)] + [(name, metrics.stats[f"AR_{name}"]) for name in sizes]
     lines = [line for label in metrics.labels for line in textwrap.wrap(label, 80)]
-    for title, numbers in (("average precision", precision), ("average recall", recall)):
+    rows = {"average precision": precision, "average recall": recall}
+    if f"{SEGM}AP" in metrics.stats:
+        names = ("AP", "AP50", "AP75", "AP90", *(f"AP_{name}" for name in sizes))
+        rows["AP of masks"] = [(name.removeprefix("AP_"), metrics.stats[f"{SEGM}{name}"]) for name in names]
+    for title, numbers in rows.items():
         for start in range(0, len(numbers), _COLUMNS):
             heads, values = zip(*numbers[start : start + _COLUMNS], strict=True)
             lines += [f"{'' if start else title:<18}" + _cells([_name(head, _WIDTH - 1) for head in heads], _WIDTH)]

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,10 +24,12 @@ from roi_quantization.detection.common.errors import InputError, MissingFileErro
 from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.images import ImageRecord, read_image
+from roi_quantization.detection.data.masks import decode
 from roi_quantization.detection.evaluation.fonts import plain_text
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 DPI = 130
+MASK_OPACITY = 0.45
 
 
 def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike) -> None:
@@ -86,17 +89,19 @@ def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike) -> None
 
 def plot_detection_sheet(
     dataset: CocoDetection,
-    detections: Mapping[int, Mapping[str, Tensor]],
+    detections: Mapping[int, Mapping[str, Any]],
     path: str | os.PathLike,
     count: int = 12,
     score_threshold: float = 0.5,
 ) -> None:
     """Draw `count` images, evenly spread over the data set, with ground truth (dashed) and detections (coloured by class).
 
+    Masks are drawn as areas where the detections have them.
+
     Args:
         dataset: the images and their annotations.
-        detections: image id -> `boxes` [L, 4] xyxy in pixels of the original image, `scores` [L], `labels` [L]. Images
-            may be missing.
+        detections: image id -> `boxes` [L, 4] xyxy in pixels of the original image, `scores` [L], `labels` [L], and perhaps
+            `masks`, a list of L RLEs. Images may be missing.
         path: of the figure.
         count: number of images.
         score_threshold: detections of lower score are not drawn.
@@ -109,11 +114,11 @@ def plot_detection_sheet(
 
 
 def _detection_sheet(
-    dataset: CocoDetection, detections: Mapping[int, Mapping[str, Tensor]], records: Sequence[ImageRecord], score_threshold: float
+    dataset: CocoDetection, detections: Mapping[int, Mapping[str, Any]], records: Sequence[ImageRecord], score_threshold: float
 ) -> Figure:
     drawn = {record.id: _above(detections.get(record.id), score_threshold) for record in records}
     truth = {record.id: dataset.coco.imgToAnns.get(record.id, []) for record in records}
-    labels = sorted({label for found in drawn.values() for _, _, label in found})
+    labels = sorted({label for found in drawn.values() for _, _, label, _ in found})
     colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
     names = {label: category["name"] for label, category in enumerate(dataset.categories, 1)}
 
@@ -127,8 +132,8 @@ def _detection_sheet(
         axes.imshow(read_image(record).permute(1, 2, 0).numpy())
         for annotation in truth[record.id]:
             _draw_ground_truth(axes, annotation)
-        for box, score, label in drawn[record.id]:
-            _draw_detection(axes, box, f"{names[label]} {score:.2f}", colour[label])
+        for box, score, label, mask in drawn[record.id]:
+            _draw_detection(axes, box, f"{names[label]} {score:.2f}", colour[label], mask)
         objects = sum(not annotation.get("iscrowd") for annotation in truth[record.id])
         axes.set_title(f"image {record.id}: {objects} annotated, {len(drawn[record.id])} detected", fontsize=8)
 
@@ -146,7 +151,7 @@ def _detection_sheet(
 
 def plot_detections(
     pixels: Tensor,
-    found: Mapping[str, Tensor],
+    found: Mapping[str, Any],
     names: Mapping[int, str],
     path: str | os.PathLike,
     score_threshold: float = 0.5,
@@ -157,7 +162,7 @@ def plot_detections(
 
     Args:
         pixels: uint8 RGB `[3, H, W]`.
-        found: `boxes` [L, 4] xyxy in pixels of the image, `scores` [L], `labels` [L].
+        found: `boxes` [L, 4] xyxy in pixels of the image, `scores` [L], `labels` [L], and perhaps `masks`, a list of L RLEs.
         names: label -> class name.
         path: of the picture.
         score_threshold: detections of lower score are not drawn.
@@ -170,12 +175,12 @@ def plot_detections(
         _save(figure, path)
 
 
-def _draw_picture(figure: Figure, pixels: Tensor, found: Mapping[str, Tensor], names: Mapping[int, str], score_threshold: float) -> None:
+def _draw_picture(figure: Figure, pixels: Tensor, found: Mapping[str, Any], names: Mapping[int, str], score_threshold: float) -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     axes.imshow(pixels.permute(1, 2, 0).numpy(), aspect="auto")
-    for box, score, label in _above(found, score_threshold):
-        _draw_detection(axes, box, f"{names[label]} {score:.2f}", COLOURS[int(label) % len(COLOURS)], fontsize=8)
+    for box, score, label, mask in _above(found, score_threshold):
+        _draw_detection(axes, box, f"{names[label]} {score:.2f}", COLOURS[int(label) % len(COLOURS)], mask, fontsize=8)
 
 
 def _read_columns(metrics_csv: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -197,12 +202,13 @@ def _spread(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
     return [records[i * len(records) // count] for i in range(count)]
 
 
-def _above(found: Mapping[str, Tensor] | None, threshold: float) -> list[tuple[list[float], float, int]]:
-    """Return (box, score, label) of the detections to draw by rising score, so that the highest is on top."""
+def _above(found: Mapping[str, Any] | None, threshold: float) -> list[tuple[list[float], float, int, dict | None]]:
+    """Return (box, score, label, mask) of the detections to draw by rising score, so that the highest is on top."""
     if found is None:
         return []
-    triples = zip(found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
-    return sorted((triple for triple in triples if triple[1] >= threshold), key=lambda triple: triple[1])
+    scores = found["scores"].tolist()
+    detections = zip(found["boxes"].tolist(), scores, found["labels"].tolist(), found.get("masks", [None] * len(scores)), strict=True)
+    return sorted((detection for detection in detections if detection[1] >= threshold), key=lambda detection: detection[1])
 
 
 def _draw_ground_truth(axes: Axes, annotation: Mapping) -> None:
@@ -213,7 +219,10 @@ def _draw_ground_truth(axes: Axes, annotation: Mapping) -> None:
     axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=1.2, linestyle=dashes))
 
 
-def _draw_detection(axes: Axes, box: Sequence[float], text: str, colour: str, fontsize: int = 6) -> None:
+def _draw_detection(axes: Axes, box: Sequence[float], text: str, colour: str, mask: dict | None, fontsize: int = 6) -> None:
+    if mask is not None:
+        (inside,) = decode([mask])
+        axes.imshow(np.where(inside[..., None], (*to_rgb(colour), MASK_OPACITY), 0.0), aspect=axes.get_aspect(), interpolation="nearest")
     x1, y1, x2, y2 = (edge - 0.5 for edge in box)
     axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6))
     inside = y1 < 0.06 * axes.get_ylim()[0]  # no room above the box (the y axis of an image points down)

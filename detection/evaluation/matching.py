@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -62,6 +63,7 @@ def match(
     areas: Areas | None = None,
     coco_eval: Evaluator = SilentCOCOeval,
     iou_thresholds: np.ndarray | None = None,
+    masks: bool = False,
 ) -> COCOeval:
     """Match detections to ground truth per class and image. The caller calls `accumulate()` on what is returned.
 
@@ -71,8 +73,9 @@ def match(
         image_ids: the images to evaluate.
         max_detections: per image and category.
         areas: size ranges by name in square pixels, both ends included. None: COCO's all, small, medium and large.
-        coco_eval: `(ground truth, detections, "bbox") -> COCOeval`.
+        coco_eval: `(ground truth, detections, "bbox" or "segm") -> COCOeval`.
         iou_thresholds: ascending. None: COCO's 0.5:0.05:0.95.
+        masks: match masks in the place of boxes: `segmentation` of the annotations and of the results, which are RLEs.
 
     Returns:
         A COCOeval whose `cocoGt` and `cocoDt` are copies with ids from 1.
@@ -86,8 +89,8 @@ def match(
         raise InputError("no images to evaluate: image_ids is empty")
     with without_garbage_collection():
         _check_results(coco_gt, results)
-        ground_truth = _ground_truth(coco_gt, image_ids)
-        matched = coco_eval(ground_truth, _detections(ground_truth, results), "bbox")
+        ground_truth = _ground_truth(coco_gt, image_ids, masks)
+        matched = coco_eval(ground_truth, _detections(ground_truth, results, masks), "segm" if masks else "bbox")
         matched.params.maxDets = sorted({min(k, max_detections) for k in (1, 10, 100)} | {max_detections})
         if areas is not None:
             matched.params.areaRngLbl = list(areas)
@@ -127,7 +130,7 @@ def _check_results(coco_gt: COCO, results: Sequence[Mapping]) -> None:
             )
 
 
-def _ground_truth(coco_gt: COCO, image_ids: Sequence[int]) -> COCO:
+def _ground_truth(coco_gt: COCO, image_ids: Sequence[int], masks: bool) -> COCO:
     """Copy the annotations of these images, numbered from 1 because COCOeval takes id 0 for "no match"."""
     unknown = [image_id for image_id in image_ids if image_id not in coco_gt.imgs]
     if unknown:
@@ -150,17 +153,20 @@ def _ground_truth(coco_gt: COCO, image_ids: Sequence[int]) -> COCO:
                     "area": area,
                     "iscrowd": int(annotation.get("iscrowd") or 0),
                 }
+                | ({"segmentation": annotation["segmentation"]} if masks else {})
             )
     if without_area:
         log.warning("%d annotations have no area. The areas of their boxes decide which are small, medium and large.", without_area)
     return _indexed([coco_gt.imgs[i] for i in sorted(set(image_ids))], list(coco_gt.cats.values()), annotations)
 
 
-def _detections(ground_truth: COCO, results: Sequence[Mapping]) -> COCO:
-    """Do as `COCO.loadRes`, for an empty list as well, and without modifying the results."""
+def _detections(ground_truth: COCO, results: Sequence[Mapping], masks: bool) -> COCO:
+    """Do as `COCO.loadRes`, for an empty list as well, and without modifying the results. The size of a mask is its own, not its box's."""
     kept = [result for result in results if result["image_id"] in ground_truth.imgs]
+    areas = [coco_mask.area(result["segmentation"]) if masks else result["bbox"][2] * result["bbox"][3] for result in kept]
     annotations = [
-        {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for number, result in enumerate(kept, 1)
+        {**result, "id": number, "area": float(area), "iscrowd": 0}
+        for number, (result, area) in enumerate(zip(kept, areas, strict=True), 1)
     ]
     return _indexed(ground_truth.dataset["images"], ground_truth.dataset["categories"], annotations)
 

@@ -13,6 +13,8 @@ COCO_IOU_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 COCO_AREAS = (("small", 0.0, 32.0), ("medium", 32.0, 96.0), ("large", 96.0, None))
 COCO_MAX_DETECTIONS = 100  # of an image and category
 ALL_SIZES = (0.0, 1e10)  # square pixels, COCO's
+SINGLE_THRESHOLDS = (0.5, 0.75, 0.9)  # of AP50, AP75 and AP90, whatever AP is a mean over
+SEGM = "segm_"  # before the names of the metrics of masks
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Protocol:
 
     @property
     def evaluated_thresholds(self) -> np.ndarray | None:
-        """The IoU thresholds to match at: those of AP, 0.5 and 0.75. None: COCO's."""
-        return None if self.has_coco_thresholds else np.array(sorted({*self.iou_thresholds, 0.5, 0.75}))
+        """The IoU thresholds to match at: those of AP and the `SINGLE_THRESHOLDS`. None: COCO's."""
+        return None if self.has_coco_thresholds else np.array(sorted({*self.iou_thresholds, *SINGLE_THRESHOLDS}))
 
     @property
     def square_pixels(self) -> dict[str, tuple[float, float]]:
@@ -101,7 +103,7 @@ class Protocol:
 
     def metric(self, name: str) -> str:
         """Return the name that loggers and callers get a metric by: `AP`, and `AP_iou0.3_0.5` over other thresholds than COCO's."""
-        if self.has_coco_thresholds or name.partition("_")[0] not in ("AP", "AR"):
+        if self.has_coco_thresholds or name.removeprefix(SEGM).partition("_")[0] not in ("AP", "AR"):
             return name
         return f"{name}_iou{self.thresholds_in_words.replace(':', '-').replace(', ', '_')}"  # characters that every logger takes
 

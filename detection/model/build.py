@@ -63,15 +63,21 @@ def build_detector(cfg: DictConfig, num_classes: int | None, pretrained: bool = 
     return detector
 
 
-def build_fast_rcnn(cfg: DictConfig, num_classes: int, pretrained: bool) -> FastRCNN:
-    """Build the detector of `cfg.backbone`, `cfg.roi` and `cfg.head`. See `build_detector`."""
+def build_fast_rcnn(cfg: DictConfig, num_classes: int, pretrained: bool, masks: bool = False) -> FastRCNN:
+    """Build the detector of `cfg.backbone`, `cfg.roi` and `cfg.head`. See `build_detector` and `build_parts`."""
     check_groups(cfg, ("proposals",))
-    return FastRCNN(*build_parts(cfg, num_classes, pretrained), channels_last=cfg.channels_last)
+    return FastRCNN(*build_parts(cfg, num_classes, pretrained, masks), channels_last=cfg.channels_last)
 
 
-def build_parts(cfg: DictConfig, num_classes: int, pretrained: bool) -> tuple[nn.Module, nn.Module]:
-    """Build the backbone, and the heads with the operator for it."""
+def build_parts(cfg: DictConfig, num_classes: int, pretrained: bool, masks: bool) -> tuple[nn.Module, nn.Module]:
+    """Build the backbone, and the heads with the operator for it.
+
+    Raises:
+        InputError: `masks` are wanted and the head has no branch for them, or a setting is wrong.
+    """
     check_groups(cfg, ("backbone", "head"))
+    if masks and "mask_predictor" not in cfg.head:
+        raise InputError("detector.masks=true: the head has no branch for masks. Choose mask_head=two_conv_small or four_conv")
     if not pretrained:
         cfg = copy.deepcopy(cfg)
         for part in (cfg.backbone, cfg.head.get("box_head", {})):
@@ -80,13 +86,19 @@ def build_parts(cfg: DictConfig, num_classes: int, pretrained: bool) -> tuple[nn
     with input_errors(cfg.backbone):
         backbone = instantiate(cfg.backbone)
     build_operator(cfg.roi)
+    known = {
+        "extractor": {"spatial_scale": 1 / backbone.stride},
+        "box_head": {"in_channels": backbone.out_channels},
+        "box_predictor": {"num_classes": num_classes},
+    }
+    if "mask_predictor" in cfg.head:
+        known |= {
+            "mask_extractor": {"spatial_scale": 1 / backbone.stride},
+            "mask_head": {"in_channels": backbone.out_channels},
+            "mask_predictor": {"num_classes": num_classes},
+        }
     with input_errors(cfg.head):
-        roi_heads = instantiate(
-            cfg.head,
-            extractor={"spatial_scale": 1 / backbone.stride},
-            box_head={"in_channels": backbone.out_channels},
-            box_predictor={"num_classes": num_classes},
-        )
+        roi_heads = instantiate(cfg.head, **known)
     return backbone, roi_heads
 
 

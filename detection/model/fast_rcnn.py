@@ -2,11 +2,13 @@
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import clip_boxes_to_image
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.roi_heads import FastRCNNHeads
 
+MASK_THRESHOLD = 0.5  # probability above which a pixel is inside
 CHANGES_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)  # whose output depends on the mode
 
 
@@ -35,13 +37,14 @@ class FastRCNN(nn.Module):
         Args:
             images: uint8 RGB `[3, H, W]`, of any sizes.
             targets: one dict an image with `proposals` [L, 4] in the image's pixels, `image_id`, `original_size` (height, width), and for
-                losses `boxes` [G, 4], `labels` [G] and, where there are any, `crowd` [M, 4]. With
-                `features` [C, h, w], what the frozen layers of the backbone make of an image, its pixels are not read.
+                losses `boxes` [G, 4], `labels` [G] and, where there are any, `crowd` [M, 4], and `masks` [G, H, W] where they are
+                learnt. With `features` [C, h, w], what the frozen layers of the backbone make of an image, its pixels are not read.
 
         Returns:
             `(detections, losses)`. In training there are no detections. In evaluation there is a dict for each image: `boxes` [D, 4] in
             pixels of the *original* image, `scores` [D], highest first, `labels` [D], and `proposals` [D, 4], from which the boxes were
-            regressed, in the same pixels; and losses where all targets have `boxes`.
+            regressed, in the same pixels; bool `masks` [D, height, width] of the original image where the heads have a branch for them; and
+            losses where all targets have `boxes`.
         """
         shapes = [(image.shape[1], image.shape[2]) for image in images]
         if "features" in targets[0]:
@@ -64,6 +67,9 @@ class FastRCNN(nn.Module):
         """Convert the detection of an image of `shape` to pixels of the original image."""
         for name in ("boxes", "proposals"):
             detection[name] = to_original(detection[name], shape, target["original_size"])
+        if "mask_probabilities" in detection:
+            probabilities = detection.pop("mask_probabilities")[:, None]
+            detection["masks"] = paste_masks_in_image(probabilities, detection["boxes"], target["original_size"])[:, 0] > MASK_THRESHOLD
 
     def batch(self, images: list[Tensor]) -> Tensor:
         """Normalise images and pad them into one `[N, 3, H, W]`: zeros (the mean colour) right and below, up to multiples of the stride."""

@@ -131,13 +131,15 @@ class FasterRCNN(FastRCNN):
             detection["best_overlap"] = best_overlaps(proposals, target["boxes"])
 
 
-def build_faster_rcnn(cfg: DictConfig, num_classes: int, pretrained: bool, rpn: Callable[..., ProposalNetwork]) -> FasterRCNN:
-    """Build the detector of `cfg.backbone`, `cfg.roi` and `cfg.head`, with a network that proposes. See `build_detector`.
+def build_faster_rcnn(
+    cfg: DictConfig, num_classes: int, pretrained: bool, rpn: Callable[..., ProposalNetwork], masks: bool = False
+) -> FasterRCNN:
+    """Build the detector of `cfg.backbone`, `cfg.roi` and `cfg.head`, with a network that proposes. See `build_detector`, `build_parts`.
 
     Raises:
         InputError: there are proposals in `cfg` as well, or a setting is wrong.
     """
     if cfg.get("proposals"):
         raise InputError("proposals: this detector finds its own, and would not use these. Set proposals=null")
-    backbone, roi_heads = build_parts(cfg, num_classes, pretrained)
+    backbone, roi_heads = build_parts(cfg, num_classes, pretrained, masks)
     return FasterRCNN(backbone, roi_heads, rpn(in_channels=backbone.out_channels), channels_last=cfg.channels_last)

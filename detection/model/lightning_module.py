@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.data.masks import encode
 from roi_quantization.detection.evaluation.coco import CocoEvaluation, Metrics, to_coco_results
 from roi_quantization.detection.evaluation.protocol import COCO_MAX_DETECTIONS
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 Batch = tuple[list[Tensor], list[dict]]
 LOGGED = ("AP", "AP50", "AP75", "loss", "loss_classifier", "loss_box")  # in each validation
+LOGGED_OF_MASKS = ("segm_AP", "segm_AP50", "segm_AP75", "segm_AP90", "loss_mask")  # where there are any
 
 
 class DetectionModule(pl.LightningModule):
@@ -63,7 +65,7 @@ class DetectionModule(pl.LightningModule):
         self.config = config or {}
         self.seed = seed
         self.coco_eval = coco_eval or CocoEvaluation()
-        self.detections: dict[int, dict[str, Tensor]] = {}
+        self.detections: dict[int, dict[str, Any]] = {}
         self.losses: dict[int, tuple[int, dict[str, float]]] = {}
         self.results: list[dict] = []
         self.metrics: Metrics | None = None
@@ -118,20 +120,17 @@ class DetectionModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._evaluate("test", self.trainer.test_dataloaders.dataset)
 
-    def predict_step(self, batch: Batch, _: int) -> dict[int, dict[str, Tensor]]:
-        """Return the detections of images without annotations, by image id."""
+    def predict_step(self, batch: Batch, _: int) -> dict[int, dict[str, Any]]:
+        """Return the detections of images without annotations, by image id. See `to_cpu`."""
         images, targets = batch
         detections, _ = self.evaluated(images, targets)
-        return {
-            int(target["image_id"]): {name: value.float().cpu() for name, value in detection.items()}
-            for target, detection in zip(targets, detections, strict=True)
-        }
+        return {int(target["image_id"]): to_cpu(detection) for target, detection in zip(targets, detections, strict=True)}
 
     def _step(self, batch: Batch) -> None:
         images, targets = batch
         detections, losses = self.evaluated(images, targets)
         for target, detection in zip(targets, detections, strict=True):
-            self.detections[int(target["image_id"])] = {name: value.float().cpu() for name, value in detection.items()}
+            self.detections[int(target["image_id"])] = to_cpu(detection)
         if losses:
             losses = {name: float(value) for name, value in losses.items()}
             self.losses[int(targets[0]["image_id"])] = len(images), losses | {"loss": sum(losses.values())}
@@ -159,6 +158,7 @@ class DetectionModule(pl.LightningModule):
             sorted(self.detections),
             max_detections=max(COCO_MAX_DETECTIONS, self.evaluated.roi_heads.detections_per_img),  # none that was kept is left out
             of=len(dataset.coco.imgs),
+            masks=dataset.masks,
         )
         recalled = [found["best_overlap"] for found in self.detections.values() if "best_overlap" in found]
         if recalled:
@@ -167,10 +167,15 @@ class DetectionModule(pl.LightningModule):
             log.info("%s: proposals with recall %s", split, ", ".join(f"{share:.3f} at IoU {iou}" for iou, share in recall.items()))
             losses |= {f"{split}/R{100 * iou:.0f}": 100 * share for iou, share in recall.items()}
         key_of = self.metrics.protocol.logged
-        shown = {key_of(f"{split}/{name}"): value for name, value in self.metrics.stats.items() if name in LOGGED}
+        shown = {key_of(f"{split}/{name}"): value for name, value in self.metrics.stats.items() if name in (*LOGGED, *LOGGED_OF_MASKS)}
         together = {"sync_dist": True, "reduce_fx": "max"}  # equal on all ranks, so their maximum is each; Lightning warns without it
         self.log_dict(losses, **together)
         self.log_dict(shown, prog_bar=True, **together)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"], checkpoint["categories"] = self.config, self.categories
+
+
+def to_cpu(detection: dict[str, Any]) -> dict[str, Any]:
+    """Return the detections of an image to keep: float32 on the CPU, and `masks` as a list of RLEs, see `encode`."""
+    return {name: encode(value) if name == "masks" else value.float().cpu() for name, value in detection.items()}

@@ -11,16 +11,18 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torchvision.models import detection, get_model_builder, list_models
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms.v2.functional import resize
 
 from roi_quantization.detection.common.configuration import path_setting
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.model.build import build_operator
-from roi_quantization.detection.model.fast_rcnn import check_images, to_original
+from roi_quantization.detection.model.fast_rcnn import MASK_THRESHOLD, check_images, to_original
 from roi_quantization.detection.model.torchvision_backbone import freeze_norm
 from roi_quantization.roi_heads.extractor import MultiScaleRoIExtractor, RoIOperator
 from roi_quantization.roi_heads.weights import read_state
@@ -40,12 +42,18 @@ class TorchvisionDetector(GeneralizedRCNN):
         operator: see `RoIExtractor`.
         channels_last: memory format of the backbone and its maps. It changes the speed, not the numbers.
         class_names: of the labels, the background first, where they are not those of the data. See `match_categories`.
+        masks: whether masks are learnt and returned.
     """
 
     has_evaluation_losses = False  # torchvision computes either losses or detections
 
     def __init__(
-        self, model: GeneralizedRCNN, operator: RoIOperator, channels_last: bool = False, class_names: Sequence[str] | None = None
+        self,
+        model: GeneralizedRCNN,
+        operator: RoIOperator,
+        channels_last: bool = False,
+        class_names: Sequence[str] | None = None,
+        masks: bool = False,
     ):
         super().__init__(model.backbone, model.rpn, model.roi_heads, model.transform)
         for name in ("box_roi_pool", "mask_roi_pool", "keypoint_roi_pool"):
@@ -53,7 +61,7 @@ class TorchvisionDetector(GeneralizedRCNN):
             if pooler is not None:
                 setattr(self.roi_heads, name, MultiScaleRoIExtractor(operator, pooler))
         self.backbone.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        self.class_names = class_names
+        self.class_names, self.masks = class_names, masks
         self.register_buffer("data_labels", None, persistent=False)
 
     def match_categories(self, categories: Sequence[Mapping[str, Any]]) -> None:
@@ -82,7 +90,8 @@ class TorchvisionDetector(GeneralizedRCNN):
         check_images(images)
         scaled = [image / 255 for image in images]
         if self.training:
-            return [], super().forward(scaled, [{name: target[name] for name in ("boxes", "labels")} for target in targets])
+            names = ("boxes", "labels", "masks") if self.masks else ("boxes", "labels")
+            return [], super().forward(scaled, [{name: target[name] for name in names} for target in targets])
         found = super().forward(scaled)
         return [self._finish(*of_image) for of_image in zip(found, images, targets, strict=True)], {}
 
@@ -92,7 +101,11 @@ class TorchvisionDetector(GeneralizedRCNN):
             labels = self.data_labels[labels]
         keep = labels > 0
         boxes = to_original(boxes[keep], tuple(image.shape[1:]), target["original_size"])
-        return {"boxes": boxes, "scores": scores[keep], "labels": labels[keep]}
+        detection = {"boxes": boxes, "scores": scores[keep], "labels": labels[keep]}
+        if self.masks:
+            probabilities = resize(found["masks"][keep, 0], list(target["original_size"]), antialias=False)  # most often of that size
+            detection["masks"] = probabilities > MASK_THRESHOLD
+        return detection
 
 
 def build_torchvision(
@@ -104,6 +117,7 @@ def build_torchvision(
     categories: str | Sequence[str] | None = None,
     weights_backbone: str | None = None,
     options: Mapping[str, Any] | None = None,
+    masks: bool = False,
 ) -> TorchvisionDetector:
     """Build a detector of torchvision with the operator of `cfg.roi`. See `build_detector`.
 
@@ -116,20 +130,24 @@ def build_torchvision(
         categories: of `weights` from a file: the names by label, the background first, or a name of torchvision's weights with the same.
         weights_backbone: a name of torchvision's weights of the backbone, where there are no `weights`.
         options: other arguments of the builder.
+        masks: whether masks are learnt and returned. False evaluates the boxes alone of a detector that has masks.
 
     Raises:
-        InputError: the detector has no RoI heads, weights or options are not known, or they do not go together.
+        InputError: the detector has no RoI heads, or no masks where they are wanted; weights or options are not known, or they do not go
+            together.
     """
     for group in GROUPS:
         if cfg.get(group):
             raise InputError(f"{group}: a detector of torchvision has its own, and would not use this one. Set {group}=null")
     options = _check_options(builder, options or {})
+    if masks and not issubclass(_model_class(builder), MaskRCNN):
+        raise InputError(f"detector.masks=true: {builder} has no branch for masks. Choose a detector.builder=maskrcnn_*")
     if weights is not None and weights_backbone is not None:
         raise InputError("detector.weights are of the whole detector. Remove detector.weights_backbone")
     operator, entry = build_operator(cfg.roi), None if weights is None else _entry(builder, "weights", weights)
     if num_classes is None:
         model, names = _build_trained(builder, weights, entry, categories, options)
-        return TorchvisionDetector(model, operator, cfg.channels_last, names)
+        return TorchvisionDetector(model, operator, cfg.channels_last, names, masks)
     if weights is not None and entry is None:
         raise InputError(f"detector.weights={weights}: a training starts from a name of torchvision's, or from init_from=<checkpoint>")
     if pretrained:
@@ -137,9 +155,11 @@ def build_torchvision(
     else:
         is_trained = weights is not None or weights_backbone is not None
         model = _build_plain(builder, num_classes, is_trained, entry is not None and EPS_0.get(builder) == entry.name, options)
-    if model.roi_heads.has_mask() or model.roi_heads.has_keypoint():
-        raise InputError(f"detector.builder={builder} learns masks or keypoints, and the data give boxes. Train a fasterrcnn_*")
-    return TorchvisionDetector(model, operator, cfg.channels_last)
+    if model.roi_heads.has_keypoint():
+        raise InputError(f"detector.builder={builder} learns keypoints, which the data do not give. Train a fasterrcnn_* or maskrcnn_*")
+    if pretrained and model.roi_heads.has_mask() and not masks:
+        raise InputError(f"detector.builder={builder} learns masks. Set detector.masks=true, or train a fasterrcnn_*")
+    return TorchvisionDetector(model, operator, cfg.channels_last, masks=masks)
 
 
 def builders_with_heads() -> list[str]:
@@ -229,6 +249,10 @@ def _build_for_training(
         model = get_model_builder(builder)(weights=entry, weights_backbone=None, **options)
         heads = model.roi_heads
         heads.box_predictor = FastRCNNPredictor(heads.box_predictor.cls_score.in_features, num_classes)
+        if heads.has_mask():
+            hidden = heads.mask_predictor.conv5_mask
+            heads.mask_predictor = MaskRCNNPredictor(hidden.in_channels, hidden.out_channels, num_classes)
+            log.info("The last layers of the masks start random")
         log.info("The last layers of the detector, class scores and box deltas, start random")
         return model
     if weights_backbone is None and options.get("trainable_backbone_layers") is not None:

@@ -17,11 +17,11 @@ from roi_quantization.detection.alignment.misalignment import Operator, is_suppo
 from roi_quantization.detection.common.config_security import check_targets_allowed
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.renamed_targets import rename_targets
-from roi_quantization.detection.evaluation.bootstrap import MatchedDetections, bootstrap_over_images
+from roi_quantization.detection.evaluation.bootstrap import MASK_METRICS, MatchedDetections, bootstrap_over_images
 from roi_quantization.detection.evaluation.coco import evaluate
 from roi_quantization.detection.evaluation.localisation import Localisation, localisation
 from roi_quantization.detection.evaluation.matching import match, percent
-from roi_quantization.detection.evaluation.protocol import ALL_SIZES
+from roi_quantization.detection.evaluation.protocol import ALL_SIZES, SEGM
 from roi_quantization.detection.evaluation.sizes import average_precision_by_cells
 from roi_quantization.detection.evaluation.statistics import Combination, Estimate, TwoByTwo, difference, estimate_over_seeds
 from roi_quantization.detection.report.predicted_cost import predicted_results
@@ -59,7 +59,8 @@ class Findings:
             raise InputError(f"{sweep.folder} has no finished run to report on{why}")
         self.sweep = sweep
         self.protocol = sweep.protocol
-        self.values = {metric: sweep.values(metric) for metric in (*METRICS, *(f"AP_{name}" for name in self.protocol.sizes))}
+        self.metrics = (*METRICS, *(f"{SEGM}{metric}" for metric in MASK_METRICS)) if sweep.has_masks else METRICS
+        self.values = {metric: sweep.values(metric) for metric in (*self.metrics, *(f"AP_{name}" for name in self.protocol.sizes))}
         self.arms = tuple(self.values["AP"])
         self.reference = reference if reference in self.arms else self.arms[0]
         self.seeds = sorted({run.seed for run in sweep.finished})
@@ -107,23 +108,34 @@ class Findings:
 
     def _estimates(self, combinations: Mapping[str, Combination], seeds: set[int] | None = None) -> dict[str, dict[str, Estimate]]:
         if not combinations:
-            return {metric: {} for metric in METRICS}
+            return {metric: {} for metric in self.metrics}
         if self.varies_over == "images":
-            found = bootstrap_over_images({arm: [self._matched[run.folder] for run in self.runs(arm)] for arm in self.arms}, combinations)
-            return {metric: {name: found[name][metric] for name in combinations} for metric in METRICS}
+            matched = {arm: [self._matched[run.folder] for run in self.runs(arm)] for arm in self.arms}
+            found = bootstrap_over_images(matched, combinations)
+            estimates = {metric: {name: found[name][metric] for name in combinations} for metric in METRICS}
+            if self.sweep.has_masks:
+                matched = {arm: [self._matched_masks[run.folder] for run in self.runs(arm)] for arm in self.arms}
+                found = bootstrap_over_images(matched, combinations)
+                estimates |= {f"{SEGM}{metric}": {name: found[name][metric] for name in combinations} for metric in MASK_METRICS}
+            return estimates
         values = {
             metric: {arm: {seed: v for seed, v in of_arm.items() if seeds is None or seed in seeds} for arm, of_arm in by_arm.items()}
             for metric, by_arm in self.values.items()
         }
-        return {metric: {name: estimate_over_seeds(values[metric], sums) for name, sums in combinations.items()} for metric in METRICS}
+        return {metric: {name: estimate_over_seeds(values[metric], sums) for name, sums in combinations.items()} for metric in self.metrics}
 
     @cached_property
     def _matched(self) -> dict[Path, MatchedDetections]:
+        return self._match(masks=False)
+
+    @cached_property
+    def _matched_masks(self) -> dict[Path, MatchedDetections]:
+        return self._match(masks=True)
+
+    def _match(self, masks: bool) -> dict[Path, MatchedDetections]:
+        truth, limit = self.sweep.annotations, self.protocol.max_detections
         return {
-            run.folder: MatchedDetections(
-                self.sweep.annotations, run.results(), self.image_ids, self.protocol.max_detections, self.protocol
-            )
-            for run in self.sweep.finished
+            run.folder: MatchedDetections(truth, run.results(), self.image_ids, limit, self.protocol, masks) for run in self.sweep.finished
         }
 
     @cached_property

@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.annotations import as_coco, choose_images, read_instances, restrict
 from roi_quantization.detection.evaluation.coco import Metrics
-from roi_quantization.detection.evaluation.protocol import Protocol
+from roi_quantization.detection.evaluation.protocol import SEGM, Protocol
 from roi_quantization.detection.evaluation.sizes import resize_scales
 
 _FOLDER = re.compile(r"(?P<arm>.+)_seed(?P<seed>\d+)")
@@ -139,7 +139,7 @@ class Sweep:
             which = "; ".join(f"{path} (part={part}, subset={subset}, ids={ids})" for path, part, subset, ids, _ in sorted(splits, key=str))
             raise InputError(f"{self.folder}: the runs were evaluated on different data: {which}")
         path, part, subset, ids, subset_seed = splits.pop()
-        instances = read_instances(path)
+        instances = read_instances(path, self.has_masks)
         chosen = choose_images(instances, part, subset=subset, ids=ids, seed=subset_seed)
         evaluated = [list(run.metrics.image_ids) if run.metrics.is_partial else chosen for run in self.finished]
         for run, image_ids in zip(self.finished, evaluated, strict=True):
@@ -149,6 +149,11 @@ class Sweep:
                     f"{self.folder}: the runs were evaluated on different images ({both}). Evaluate all runs on the same images."
                 )
         return as_coco(restrict(instances, evaluated[0]))
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks were evaluated in all finished runs."""
+        return all(f"{SEGM}AP" in run.metrics.stats for run in self.finished)
 
     @property
     def partial(self) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from roi_quantization.detection.evaluation.localisation import EDGES
+from roi_quantization.detection.evaluation.protocol import SEGM
 from roi_quantization.detection.evaluation.statistics import Estimate, estimate_over_seeds_and_images, holm
 from roi_quantization.detection.report.findings import METRIC, METRICS, Findings
 
@@ -115,6 +116,28 @@ def main_table(findings: Findings) -> Table:
         f"Percent. ± is the 95 % interval over {interval}. Differences are paired: within a seed all operators start from the same weights "
         "and see the same images, proposals and sampled RoIs. p is two-sided and of one comparison. Holm's p is corrected for the "
         f"{len(changes)} comparisons of this table.",
+    )
+
+
+def masks_table(findings: Findings) -> Table | None:
+    """Return AP, AP75 and AP90 of the masks, each with its difference to the reference's. None where none were evaluated."""
+    if not findings.sweep.has_masks:
+        return None
+    shown, columns = [f"{SEGM}{metric}" for metric in ("AP", "AP75", "AP90")], [Column("operator")]
+    for metric in shown:
+        columns += [Column(metric, format_estimate()), Column(f"{metric} - {findings.reference}", format_estimate(signed=True))]
+    rows = []
+    for arm in findings.arms:
+        missing = "" if arm == findings.reference else "-"
+        cells = ((findings.means[metric][arm], findings.differences[metric].get(arm, missing)) for metric in shown)
+        rows.append((arm, *(cell for pair in cells for cell in pair)))
+    return Table(
+        "masks",
+        "Accuracy of the masks",
+        tuple(columns),
+        tuple(rows),
+        "COCO's AP of masks, in percent, with intervals as above. segm_AP90 counts a mask as right from an IoU of 0.9 on: of the three it "
+        "depends most on where the boundary is.",
     )
 
 
@@ -293,6 +316,7 @@ def predicted_table(findings: Findings) -> Table | None:
 def make_tables(findings: Findings) -> dict[str, Table]:
     make = (
         main_table,
+        masks_table,
         costs_table,
         images_table,
         differences_table,

@@ -4,17 +4,24 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import atomic_write
-from roi_quantization.detection.evaluation.bootstrap import METRICS, MatchedDetections, bootstrap_method, bootstrap_over_images
+from roi_quantization.detection.evaluation.bootstrap import (
+    MASK_METRICS,
+    METRICS,
+    MatchedDetections,
+    bootstrap_method,
+    bootstrap_over_images,
+)
 from roi_quantization.detection.evaluation.coco import Metrics, format_table, write_metrics, write_results
 from roi_quantization.detection.evaluation.figures import plot_curves, plot_detection_sheet
-from roi_quantization.detection.evaluation.statistics import difference
+from roi_quantization.detection.evaluation.protocol import SEGM
+from roi_quantization.detection.evaluation.statistics import Estimate, difference
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.runs.errors import log_traceback
 from roi_quantization.detection.runs.training_checkpoints import FINISHED
@@ -68,13 +75,21 @@ def report_cross(cross: Mapping[str, Evaluation], run_dir: Path) -> None:
     write_cross(run_dir, {name: evaluation.metrics for name, evaluation in cross.items()})
     print("\nThe same weights with other operators:")
     for name, (metrics, _) in cross.items():
-        print(f"  {name:20}" + "  ".join(f"{metrics.protocol.metric(key)} {metrics.stats[key]:5.1f}" for key in METRICS))
+        for keys in names_in_lines(metrics.stats):
+            print(f"  {name:20}" + "  ".join(f"{metrics.protocol.metric(key)} {metrics.stats[key]:5.1f}" for key in keys))
+
+
+def names_in_lines(known: Container[str]) -> list[list[str]]:
+    """Return the metrics to print on a line each: those of boxes, and of masks where they are `known`."""
+    of_masks = [f"{SEGM}{name}" for name in MASK_METRICS]
+    return [list(METRICS), of_masks] if of_masks[0] in known else [list(METRICS)]
 
 
 def report_differences(cross: Mapping[str, Evaluation], dataset: Any, module: DetectionModule, own: str, run_dir: Path) -> None:
     """Print and write how AP changes with each operator of a cross-evaluation, with intervals over images.
 
-    Writes results_<operator>.json, and differences.json: operator -> AP, AP50 and AP75 minus those of `own`, the module's operator.
+    Writes results_<operator>.json, and differences.json: operator -> AP, AP50 and AP75, and `segm_AP` and so on of masks, minus
+    those of `own`, the module's operator.
     """
     others = {name: evaluation for name, evaluation in cross.items() if evaluation.results is not module.results}
     if not others:
@@ -85,12 +100,9 @@ def report_differences(cross: Mapping[str, Evaluation], dataset: Any, module: De
     if len(image_ids) < 2:
         log.warning("No intervals: there is one image, and intervals over images need at least two")
         return
-    matched = {
-        name: MatchedDetections(dataset.coco, results, image_ids, module.metrics.max_detections, module.metrics.protocol)
-        for name, results in {own: module.results, **{name: evaluation.results for name, evaluation in others.items()}}.items()
-    }
-    sums = {name: difference(name, own) for name in others}
-    estimates = bootstrap_over_images(matched, sums, method=bootstrap_method(image_ids))
+    estimates = _differences(
+        {own: module.results} | {name: evaluation.results for name, evaluation in others.items()}, own, dataset, module
+    )
     ends = ("value", "low", "high")
     plain = {
         name: {metric: {end: None if math.isnan(x := getattr(one, end)) else x for end in ends} for metric, one in of_name.items()}
@@ -101,7 +113,23 @@ def report_differences(cross: Mapping[str, Evaluation], dataset: Any, module: De
     metric_name = module.metrics.protocol.metric
     print(f"\nMinus {own}, with 95 % intervals of a paired bootstrap over {len(image_ids)} images:")
     for name, of_name in estimates.items():
-        print(f"  {name:20}" + "  ".join(f"{metric_name(metric)} {of_name[metric].text(signed=True)}" for metric in METRICS))
+        for metrics in names_in_lines(of_name):
+            print(f"  {name:20}" + "  ".join(f"{metric_name(metric)} {of_name[metric].text(signed=True)}" for metric in metrics))
+
+
+def _differences(results: Mapping[str, list[dict]], own: str, dataset: Any, module: DetectionModule) -> dict[str, dict[str, Estimate]]:
+    """Return operator -> metric -> difference to `own`; of masks too where they were evaluated."""
+    image_ids, protocol = module.metrics.image_ids, module.metrics.protocol
+    sums = {name: difference(name, own) for name in results if name != own}
+    estimates: dict[str, dict[str, Estimate]] = {name: {} for name in sums}
+    for masks, prefix in ((False, ""), (True, SEGM))[: 1 + dataset.masks]:
+        matched = {
+            name: MatchedDetections(dataset.coco, found, image_ids, module.metrics.max_detections, protocol, masks)
+            for name, found in results.items()
+        }
+        for name, of_name in bootstrap_over_images(matched, sums, method=bootstrap_method(image_ids)).items():
+            estimates[name] |= {f"{prefix}{metric}": one for metric, one in of_name.items()}
+    return estimates
 
 
 def report(module: DetectionModule, dataset: Any, run_dir: Path, title: str) -> None:

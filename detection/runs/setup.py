@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from roi_quantization.detection.common.configuration import CONFIGS, check_groups, flatten
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import atomic_write
-from roi_quantization.detection.model.lightning_module import LOGGED
+from roi_quantization.detection.model.lightning_module import LOGGED, LOGGED_OF_MASKS
 from roi_quantization.detection.runs.distributed import is_rank_zero
 
 MAX_SEED = 2**32 - 1
@@ -135,7 +135,7 @@ def check_precision(trainer: DictConfig) -> None:
         )
 
 
-def check_metric(name: str, validates: bool, objects: int = 1, has_losses: bool = True) -> str:
+def check_metric(name: str, validates: bool, objects: int = 1, has_losses: bool = True, masks: bool = False) -> str:
     """Return whether more or less of `optimized_metric` is better: "max" or "min", as `ModelCheckpoint` has it.
 
     Args:
@@ -143,11 +143,12 @@ def check_metric(name: str, validates: bool, objects: int = 1, has_losses: bool 
         validates: whether there is a val split.
         objects: number of objects on the val split.
         has_losses: whether the detector computes losses in evaluation.
+        masks: whether masks are evaluated.
 
     Raises:
         InputError: validations do not have this metric, or it is undefined in all of them.
     """
-    known = [f"val/{logged}" for logged in LOGGED]
+    known = [f"val/{logged}" for logged in (*LOGGED, *(LOGGED_OF_MASKS if masks else ()))]
     if validates and name not in known:
         raise InputError(f"optimized_metric={name}: the best checkpoint is chosen on the val split, by one of {', '.join(known)}")
     if validates and "loss" in name and not has_losses:

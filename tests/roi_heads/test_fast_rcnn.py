@@ -218,3 +218,68 @@ def test_a_detection_knows_the_proposal_it_was_regressed_from():
             of_label = (again["labels"] == label).nonzero().item()
             assert again["scores"][of_label].item() == pytest.approx(score.item(), rel=1e-5)
             assert again["boxes"][of_label].tolist() == pytest.approx(box.tolist(), abs=1e-3)
+
+
+class ConstantMasks(nn.Module):
+    """Gives every RoI the same logit in all pixels of the mask of each class."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, x):
+        return self.logits[None, :, None, None].expand(len(x), -1, 4, 4)
+
+
+def make_with_masks(logits, **knobs):
+    extractor = RoIExtractor(partial(roi_align, sampling_ratio=2, aligned=True), output_size=2, spatial_scale=1 / 16)
+    return make(mask_extractor=extractor, mask_head=nn.Identity(), mask_predictor=ConstantMasks(logits), **knobs)
+
+
+def masks(*columns):
+    """Of a 40 x 40 image: the columns from `low` to `high` are inside."""
+    drawn = torch.zeros(len(columns), 40, 40, dtype=torch.uint8)
+    for mask, (low, high) in zip(drawn, columns, strict=True):
+        mask[:, low:high] = 1
+    return drawn
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_of_masks_is_that_of_the_true_class_on_foreground(training):
+    """The object has label 2 and fills its box: log(1 + exp(-logit of class 2)). Two of PROPOSALS are foreground."""
+    heads = make_with_masks([9.0, -9.0, 0.5], append_ground_truth=False).train(training)
+    _, losses = heads(torch.zeros(1, 1, 4, 4), [PROPOSALS], [(40, 40)], [target(masks=masks((0, 40)))])
+    assert losses["loss_mask"].item() == pytest.approx(math.log(1 + math.exp(-0.5)), rel=1e-5)
+    losses["loss_mask"].backward()
+    assert (heads.mask_predictor.logits.grad != 0).tolist() == [False, False, True]
+
+
+def test_a_proposal_learns_the_mask_of_the_object_that_it_overlaps_most():
+    boxes, labels = ([20.0, 20.0, 30.0, 30.0], OBJECT), (1, 1)
+    heads = make_with_masks([0.0, -2.0, 0.0], append_ground_truth=False).train()
+    for columns, inside in [(((0, 40), (0, 0)), False), (((0, 0), (0, 40)), True)]:
+        _, losses = heads(torch.zeros(1, 1, 4, 4), [PROPOSALS[:2]], [(40, 40)], [target(boxes, labels, masks=masks(*columns))])
+        assert losses["loss_mask"].item() == pytest.approx(math.log(1 + math.exp(2.0 if inside else -2.0)), rel=1e-5)
+
+
+def test_images_without_objects_have_no_loss_of_masks():
+    heads = make_with_masks([0.0, 0.0, 0.0], background_iou=(0.0, 0.5)).train()
+    _, losses = heads(torch.zeros(1, 1, 4, 4), [PROPOSALS], [(40, 40)], [target((), (), masks=masks())])
+    assert losses["loss_mask"] == 0 and losses["loss_classifier"] > 0
+
+
+def test_masks_that_are_not_there_are_an_error_in_training_alone():
+    heads = make_with_masks([0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match=r"this head learns masks, .* Set detector\.masks=true"):
+        heads.train()(torch.zeros(1, 1, 4, 4), [PROPOSALS], [(40, 40)], [target()])
+    _, losses = heads.eval()(torch.zeros(1, 1, 4, 4), [PROPOSALS], [(40, 40)], [target()])
+    assert set(losses) == {"loss_classifier", "loss_box"}
+
+
+def test_a_detection_has_the_mask_of_its_class():
+    heads = make_with_masks([0.0, -1.0, 2.0], scores=(0.0, 1.0, 2.0)).eval()
+    ((found,), _) = heads(torch.zeros(1, 1, 4, 4), [PROPOSALS[:1]], [(40, 40)])
+    assert found["labels"].tolist() == [2, 1] and found["mask_probabilities"].shape == (2, 4, 4)
+    assert found["mask_probabilities"][:, 0, 0].tolist() == pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))])
+    ((nothing,), _) = heads(torch.zeros(1, 1, 4, 4), [PROPOSALS[:0]], [(40, 40)])
+    assert nothing["mask_probabilities"].shape == (0, 4, 4)

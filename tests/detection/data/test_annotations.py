@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.annotations import as_coco, choose_ids, read_instances, restrict
 
 
@@ -136,3 +137,23 @@ class TestChooseIds:
         (tmp_path / "ids.txt").write_text(json.dumps({"ids": [1]}))
         with pytest.raises(ValueError, match=r"ids\.txt: expected image ids"):
             choose_ids([1], ids=tmp_path / "ids.txt")
+
+
+def test_segmentations_are_kept_where_masks_are_asked_for(small_set):
+    corners = [[10.5, 5, 30.5, 5, 30.5, 15.25]]
+    for number in range(4):
+        small_set.change("annotations", number, segmentation=corners)
+    assert "segmentation" not in read_instances(small_set.annotations)["annotations"][0]
+    assert read_instances(small_set.annotations, masks=True)["annotations"][0]["segmentation"] == corners
+
+
+def test_boxes_alone_and_broken_segmentations_are_named_where_masks_are_asked_for(small_set):
+    with pytest.raises(
+        InputError, match=r"4 of 4 annotations have a bbox only; the first is annotation 1 of image 7 \(a\.png\)\. .*masks=false"
+    ):
+        read_instances(small_set.annotations, masks=True)
+    for number in range(4):
+        small_set.change("annotations", number, segmentation=[[0, 0, 9, 0, 9, 9]])
+    small_set.change("annotations", 3, segmentation=[[0, 0, 9, 0]])
+    with pytest.raises(InputError, match=r"json: the segmentation of annotation 4 of image 3 \(b\.png\) has a polygon of 4 numbers"):
+        read_instances(small_set.annotations, masks=True)

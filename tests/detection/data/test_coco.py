@@ -72,6 +72,20 @@ def test_the_flip_of_an_image_depends_on_seed_epoch_and_id_not_on_order(small_se
     assert len({tuple(flips(seed, 0).values()) for seed in range(10)}) > 1
 
 
+def test_masks_move_with_the_image_and_belong_to_the_objects_alone(small_set):
+    """Image 7 has two objects, whose masks are drawn left and right, and a crowd region."""
+    for number, (low, high) in enumerate([(10, 30), (50, 60), (0, 30), (0, 60)]):
+        small_set.change("annotations", number, segmentation=[[low, 0, high, 0, high, 40, low, 40]])
+    for flip, columns in ((0.0, [(20, 60), (100, 120)]), (1.0, [(60, 100), (0, 20)])):
+        dataset = CocoDetection(**small_set.paths, masks=True, transform=resize_and_flip(80, 120, flip=flip))
+        masks = dataset[2][1]["masks"]
+        assert masks.dtype == torch.uint8 and masks.shape == (2, 80, 120) and type(masks) is torch.Tensor
+        for mask, (low, high) in zip(masks, columns, strict=True):
+            assert mask.sum() == mask[:, low:high].sum() == 80 * (high - low)
+    assert dataset[1][1]["masks"].shape == (0, 80, 120), "an image without objects"
+    assert dataset.coco.anns[3]["segmentation"], "COCOeval is to see the crowd's"
+
+
 def test_collate_keeps_lists(small_set):
     dataset = CocoDetection(**small_set.paths)
     images, targets = collate([dataset[0], dataset[2]])

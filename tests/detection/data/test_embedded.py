@@ -7,11 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import binary_dilation
 
 from roi_quantization.detection.common.files import NotWrittenError
 from roi_quantization.detection.data import embedded
 from roi_quantization.detection.data.annotations import read_instances
 from roi_quantization.detection.data.embedded import SHAPES, EmbeddedSet
+from roi_quantization.detection.data.masks import to_masks
 from tests.faults import full_disk
 
 SMALL = EmbeddedSet(train=6, val=3, test=2)
@@ -31,6 +33,21 @@ def test_boxes_are_the_tight_boxes_of_what_is_seen():
         seen = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
         x, y, width, height = found["bbox"]
         assert np.abs(seen - [x, y, x + width, y + height]).max() < 1.25, found  # a corner may cover next to nothing of its pixel
+
+
+def test_masks_are_what_is_seen():
+    """As above: each pixel of the mask differs, and each that differs is of the mask or within two of it, where edges and tips are. Rings
+    have holes."""
+    kinds = set()
+    for number in range(20):
+        with_object, (found,) = drawn(PLAIN, number)
+        without, _ = drawn(replace(PLAIN, objects=(0, 0)), number)
+        seen = np.abs(with_object.astype(int) - without).max(axis=2) > 5
+        (mask,) = to_masks([found["segmentation"]], 256, 256).numpy().astype(bool)
+        assert seen[mask].all() and binary_dilation(mask, iterations=2)[seen].all()
+        assert mask.sum() == pytest.approx(found["area"], rel=0.03)
+        kinds.add(SHAPES[found["category_id"]][0])
+    assert "ring" in kinds
 
 
 def test_boxes_have_fractions():

@@ -12,7 +12,10 @@ import torch
 from pycocotools.coco import COCO
 from pytest import approx
 
+from roi_quantization.detection.data.masks import encode
+from roi_quantization.detection.evaluation.bootstrap import MatchedDetections
 from roi_quantization.detection.evaluation.coco import Metrics, evaluate, format_table, to_coco_results, write_metrics, write_results
+from roi_quantization.detection.evaluation.protocol import Protocol
 from tests.detection.evaluation.coco_sets import CAT, DOG, annotation, coco, result
 
 
@@ -207,6 +210,60 @@ def test_the_annotations_themselves_as_detections_are_ap_100(real_data):
     assert evaluate(gt, to_coco_results(detections, to_category), list(gt.imgs)).stats["AP"] == approx(100)
 
 
+# --- masks
+
+
+def columns(low, high):
+    """The polygon of the columns from `low` to `high` of a 480 x 640 image, in rows 0 to 100."""
+    return [[low, 0, high, 0, high, 100, low, 100]]
+
+
+def rle(low, high):
+    mask = torch.zeros(1, 480, 640)
+    mask[:, :100, low:high] = 1
+    return encode(mask)[0]
+
+
+def test_masks_are_evaluated_beside_their_boxes():
+    """Boxes are exact. The mask of the first image has an IoU of 0.82 and that of the second of 0.92; crowd absorbs the third's."""
+    gt = coco(annotation(1, segmentation=columns(0, 100)), annotation(2, segmentation=columns(0, 100)),
+              annotation(3, iscrowd=1, segmentation=columns(0, 100)))  # fmt: skip
+    results = [result(image_id, segmentation=rle(0, side)) for image_id, side in ((1, 82), (2, 92), (3, 60))]
+    metrics = evaluate(gt, results, [1, 2, 3], masks=True)
+    alone = evaluate(gt, results, [1, 2, 3])
+    assert {name: metrics.stats[name] for name in alone.stats} == approx(alone.stats, nan_ok=True)
+    assert not any(name.startswith("segm") for name in alone.stats)
+    assert metrics.stats["AP75"] == metrics.stats["segm_AP50"] == metrics.stats["segm_AP75"] == approx(100)
+    # at 0.85 and 0.9 the second one alone is right, and both have the same score: a recall of 1/2 at a precision of 1/2
+    half = 51 / 101 / 2
+    assert metrics.stats["segm_AP90"] == approx(100 * half)
+    assert metrics.stats["segm_AP"] == approx(100 * (7 + 2 * half) / 10)
+    assert metrics.stats["segm_AR_100"] == approx(100 * (7 + 2 * 0.5) / 10)
+    assert metrics.per_class["cat"]["segm_AP75"] == approx(100) and set(metrics.per_class["dog"]) == set(metrics.per_class["cat"])
+    assert metrics.named("test")["test/segm_AP90"] == metrics.stats["segm_AP90"]
+    assert "AP of masks" in format_table(metrics) and "AP of masks" not in format_table(alone)
+    matched = MatchedDetections(gt, results, [1, 2, 3], masks=True).average_precision()
+    assert {f"segm_{name}": value.item() for name, value in matched.items()} == approx(
+        {f"segm_{n}": metrics.stats[f"segm_{n}"] for n in matched}
+    )
+
+
+def test_the_size_of_a_mask_is_its_own():
+    """A mask of 20 x 100 pixels is of medium size; its box, of 100 x 100, is large."""
+    gt = coco(annotation(1, segmentation=columns(0, 20)) | {"area": 2000})
+    stats = evaluate(gt, [result(1, segmentation=rle(0, 20)), result(1, score=0.95, segmentation=rle(300, 310))], [1], masks=True).stats
+    assert stats["segm_AP_medium"] == approx(100), "the false one is small, and does not count here"
+
+
+def test_no_results_and_other_thresholds():
+    gt = coco(annotation(1, segmentation=columns(0, 100)))
+    assert evaluate(gt, [], [1], masks=True).stats["segm_AP"] == 0
+    loose = Protocol(iou_thresholds=(0.3,))
+    stats = evaluate(gt, [result(1, segmentation=rle(0, 40))], [1], protocol=loose, masks=True)
+    assert (stats.stats["segm_AP"], stats.stats["segm_AP50"], stats.stats["segm_AP90"]) == approx((100, 0, 0))
+    assert stats.named("val")["val/segm_AP_iou0.3"] == approx(100)
+
+
 # --- results, files, table
 
 
@@ -245,6 +302,16 @@ def test_a_result_names_the_proposal_it_comes_from():
     }
     found = to_coco_results(detections, {1: 7})
     assert [(result["bbox"], result["proposal"]) for result in found] == [([1, 2, 3, 6], [2, 2, 2, 7]), ([0, 0, 5, 5], [0, 1, 6, 4])]
+
+
+def test_a_result_has_the_mask_of_its_detection():
+    found = {
+        "boxes": torch.zeros(2, 4),
+        "scores": torch.tensor([0.25, 0.5]),
+        "labels": torch.tensor([1, 1]),
+        "masks": [rle(0, 1), rle(0, 2)],
+    }
+    assert [result["segmentation"] for result in to_coco_results({4: found}, {1: CAT})] == [rle(0, 2), rle(0, 1)]
 
 
 def test_results_are_read_back_as_they_were_written(tmp_path):

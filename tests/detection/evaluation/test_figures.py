@@ -13,6 +13,7 @@ from PIL import Image
 from pytorch_lightning.loggers import CSVLogger
 
 from roi_quantization.detection.data.coco import CocoDetection
+from roi_quantization.detection.data.masks import encode
 from roi_quantization.detection.data.proposals.grid import Grid
 from roi_quantization.detection.evaluation.figures import COLOURS, plot_curves, plot_detection_sheet, plot_detections
 from roi_quantization.detection.evaluation.fonts import plain_text
@@ -55,6 +56,18 @@ def test_the_sheet_shows_every_image(dataset, tmp_path):
 def test_a_short_sheet_spreads_over_the_data_set(dataset, tmp_path):
     plot_detection_sheet(dataset, {}, tmp_path / "sheet.png", count=2)
     assert [share(tmp_path / "sheet.png", colour) > 0.1 for colour in PAPER] == [True, False, True, False, False]
+
+
+def test_masks_are_drawn_in_the_colour_of_their_class(tmp_path):
+    """On white, under the line of the box: the colour of label 1, mixed with white. The mask has a third of the picture."""
+    mask = torch.zeros(1, 60, 60)
+    mask[:, :20] = 1
+    plain, masked = found(0.9), found(0.9) | {"masks": encode(mask)}
+    for name, detections in (("plain", plain), ("masked", masked)):
+        plot_detections(torch.full((3, 60, 60), 255, dtype=torch.uint8), detections, {1: "disc"}, tmp_path / f"{name}.png")
+    colour = np.array([int(COLOURS[1][i : i + 2], 16) for i in (1, 3, 5)])
+    mixed = tuple(int(value) for value in (0.45 * colour + 0.55 * 255).round())
+    assert share(tmp_path / "masked.png", mixed) == pytest.approx(1 / 3, abs=0.04) and share(tmp_path / "plain.png", mixed) == 0
 
 
 def test_detections_are_drawn_from_the_threshold_on(dataset, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import roi_align
 
 from roi_quantization.detection.model.fast_rcnn import FastRCNN, to_original
@@ -114,3 +115,21 @@ def test_an_image_is_detected_alike_alone_and_in_a_batch_of_its_size():
 def test_channels_last_gives_the_same_numbers():
     detections = [make(channels_last, score_threshold=0.0).eval()(*batch((64, 64)))[0] for channels_last in (False, True)]
     torch.testing.assert_close(*detections)
+
+
+def test_masks_are_pasted_into_the_original_image():
+    """Where the mask of every class is inside, the mask of a detection is its box, to the pixels that its edges go through."""
+    extractor = RoIExtractor(partial(roi_align, sampling_ratio=2, aligned=True), 14, spatial_scale=1 / 16)
+    head, predictor = MaskRCNNHeads(32, [4], 1), MaskRCNNPredictor(4, 4, 3)
+    nn.init.constant_(predictor.mask_fcn_logits.bias, 9.0)
+    detector = make(score_threshold=0.0, mask_extractor=extractor, mask_head=head, mask_predictor=predictor).eval()
+    images, targets = batch((48, 64), (64, 40))
+    detections, losses = detector(images, targets)
+    assert "loss_mask" not in losses, "the targets have no masks"
+    for found, target in zip(detections, targets, strict=True):
+        assert found["masks"].dtype == torch.bool and found["masks"].shape == (len(found["boxes"]), *target["original_size"])
+        assert len(found["masks"]) > 0 and "mask_probabilities" not in found
+        for mask, (x1, y1, x2, y2) in zip(found["masks"], found["boxes"].tolist(), strict=True):
+            rows, columns = mask.nonzero().T
+            edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert [edge.item() for edge in edges] == pytest.approx([x1, y1, x2, y2], abs=2)

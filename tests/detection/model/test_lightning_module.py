@@ -31,6 +31,7 @@ class Oracle(nn.Module):
 class TwoImages(list):
     """Image 4 with one object of category 30, label 2, and image 9 with none; image 4 comes twice, as from a distributed sampler."""
 
+    masks = False
     label_to_category_id = {1: 10, 2: 30}  # noqa: RUF012
 
     def __init__(self):
@@ -63,6 +64,7 @@ def test_each_image_counts_once(split, tmp_path):
 class ManyObjects(list):
     """One image with 300 objects of one class."""
 
+    masks = False
     label_to_category_id = {1: 10}  # noqa: RUF012
 
     def __init__(self):

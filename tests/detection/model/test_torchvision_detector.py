@@ -7,7 +7,8 @@ import torch
 from omegaconf import open_dict
 from torch import nn
 from torchvision.models import detection, get_model_builder
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.model.build import build_detector
@@ -217,13 +218,50 @@ def test_errors_of_training(tiny, tmp_path, overrides, message):  # noqa: F811
         build_detector(cfg, 3)
 
 
-def test_masks_and_keypoints_are_not_trained(monkeypatch):
+def test_keypoints_are_not_trained_and_masks_where_they_are_asked_for(monkeypatch):
     assert "keypointrcnn_resnet50_fpn" in builders_with_heads()
     model = random_model(num_classes=3)
-    model.roi_heads.mask_roi_pool = model.roi_heads.mask_head = model.roi_heads.mask_predictor = nn.Identity()
     monkeypatch.setattr("roi_quantization.detection.model.torchvision_detector._build_for_training", lambda *_: model)
-    with pytest.raises(InputError, match=r"learns masks or keypoints, and the data give boxes\. Train a fasterrcnn_\*"):
+    model.roi_heads.mask_roi_pool = model.roi_heads.mask_head = model.roi_heads.mask_predictor = nn.Identity()
+    with pytest.raises(InputError, match=r"learns masks\. Set detector\.masks=true, or train a fasterrcnn_\*"):
         build_detector(configuration(builder="maskrcnn_resnet50_fpn"), 3)
+    model.roi_heads.keypoint_roi_pool = model.roi_heads.keypoint_head = model.roi_heads.keypoint_predictor = nn.Identity()
+    with pytest.raises(InputError, match=r"learns keypoints, which the data do not give\. Train a fasterrcnn_\* or maskrcnn_\*"):
+        build_detector(configuration(builder="keypointrcnn_resnet50_fpn"), 3)
+    with pytest.raises(InputError, match=r"masks=true: fasterrcnn_resnet50_fpn has no branch for masks\. .*builder=maskrcnn_\*"):
+        build_detector(configuration("detector.masks=true", builder="fasterrcnn_resnet50_fpn"), 3)
+
+
+def model_with_masks():
+    """A Mask R-CNN: the same network with torchvision's branch for masks."""
+    model = random_model(num_classes=5)
+    model.roi_heads.mask_roi_pool = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=14, sampling_ratio=2, canonical_scale=64)
+    model.roi_heads.mask_head, model.roi_heads.mask_predictor = MaskRCNNHeads(8, [8], 1), MaskRCNNPredictor(8, 8, 5)
+    return model
+
+
+def test_masks_of_align_without_half_pixels_are_torchvisions():
+    model = model_with_masks()
+    images, targets = images_and_targets()
+    with torch.no_grad():
+        expected = copy.deepcopy(model)([image / 255 for image in images])
+        found, _ = TorchvisionDetector(copy.deepcopy(model), torch_operator("align_no_half_pixel"), masks=True).eval()(images, targets)
+        assert_same_detections(found, expected)
+        for mine, its in zip(found, expected, strict=True):
+            assert mine["masks"].dtype == torch.bool
+            assert (mine["masks"] != (its["masks"][:, 0] > 0.5)).float().mean() < 1e-4
+        targets[0]["original_size"] = (140, 200)
+        larger = TorchvisionDetector(copy.deepcopy(model), torch_operator("pool"), masks=True).eval()(images, targets)[0][0]
+        assert larger["masks"].shape == (len(larger["boxes"]), 140, 200)
+
+
+def test_masks_are_learnt():
+    images, targets = images_and_targets()
+    masks = [torch.ones(1, *image.shape[1:], dtype=torch.uint8) for image in images]
+    detector = TorchvisionDetector(model_with_masks(), torch_operator("pool"), masks=True).train()
+    _, losses = detector(images, [target | {"masks": mask} for target, mask in zip(targets, masks, strict=True)])
+    losses["loss_mask"].backward()
+    assert detector.roi_heads.mask_predictor.conv5_mask.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from pycocotools import mask as coco_mask
 
 from roi_quantization.detection.data.annotations import as_coco
 from roi_quantization.detection.evaluation.coco import Metrics, evaluate, write_metrics, write_results
@@ -41,15 +42,19 @@ def write_fake_sweep(
     overrides: Sequence[str] = (),
     evaluated: int | None = None,
     protocol: Protocol = COCO_PROTOCOL,
+    masks: bool = False,
 ) -> Path:
     """Writes runs of all `arms` (name -> scatter) and `seeds` below `folder`; `failed` and `missing` name runs such as "pool_seed1".
 
     evaluated: the runs were stopped after so many images; None: they were evaluated on all.
+    masks: of objects and detections, which fill their boxes, are evaluated too.
     """
     rng = np.random.default_rng(0)
     root = folder.parent / f"{folder.name}_data"
     truth = {split: _instances(rng, images if split == "test" else 4) for split in ("train", "val", "test")}
     for split, instances in truth.items():
+        if masks:
+            _fill(instances["annotations"])
         path = root / "annotations" / f"instances_{split}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(instances))
@@ -71,14 +76,23 @@ def write_fake_sweep(
                 (run / "failed.txt").write_text("Traceback (most recent call last):\n  ...\nRuntimeError: no memory left\n")
                 continue
             found = [one for one in _detect(truth["test"], scatter, seed) if one["image_id"] <= (evaluated or images)]
+            if masks:
+                _fill(found)
             write_results(run / "results.json", found)
             cross = {
                 other: _metrics(truth["test"], _detect(truth["test"], scatter + 2 * (other != arm), seed), protocol).as_json()
                 for other in CROSS
             }
             (run / "cross.json").write_text(json.dumps(cross))
-            write_metrics(run / "metrics.json", _metrics(truth["test"], found, protocol, evaluated))
+            write_metrics(run / "metrics.json", _metrics(truth["test"], found, protocol, evaluated, masks))
     return folder
+
+
+def _fill(entries: Sequence[dict]) -> None:
+    """Give annotations or results the mask of their box."""
+    for entry in entries:
+        (entry["segmentation"],) = coco_mask.frPyObjects(np.array([entry["bbox"]]), 256, 256)
+        entry["segmentation"]["counts"] = entry["segmentation"]["counts"].decode()
 
 
 @cache
@@ -124,9 +138,9 @@ def _result(image_id: int, category_id: int, box: np.ndarray, score: float, prop
     return {"image_id": image_id, "category_id": category_id, "bbox": xywh(box), "score": round(score, 6), "proposal": xywh(proposal)}
 
 
-def _metrics(instances: dict, results: list[dict], protocol: Protocol, evaluated: int | None = None) -> Metrics:
+def _metrics(instances: dict, results: list[dict], protocol: Protocol, evaluated: int | None = None, masks: bool = False) -> Metrics:
     image_ids = [image["id"] for image in instances["images"]]
-    return evaluate(as_coco(instances), results, image_ids[:evaluated], of=len(image_ids), protocol=protocol)
+    return evaluate(as_coco(instances), results, image_ids[:evaluated], of=len(image_ids), protocol=protocol, masks=masks)
 
 
 if __name__ == "__main__":

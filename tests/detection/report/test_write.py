@@ -45,6 +45,20 @@ def test_an_operator_of_somebody_else_is_in_the_report(tmp_path, undrawn):
     assert list(table(folder, "misalignment")) == ["align", "pool"]
 
 
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_masks_have_a_table(tmp_path, undrawn, seeds):
+    """Those of this sweep fill their boxes, so that their accuracy is the boxes' but for pixels."""
+    folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "pool": 7.5}, seeds=seeds, images=10, masks=True)
+    write_report(folder)
+    masks, main = table(folder, "masks"), table(folder, "main")
+    assert list(masks) == ["align", "pool"]
+    assert float(masks["pool"]["segm_AP"]) == pytest.approx(float(main["pool"]["AP"]), abs=3)
+    assert float(masks["pool"]["segm_AP - align"]) == pytest.approx(float(masks["pool"]["segm_AP"]) - float(masks["align"]["segm_AP"]))
+    assert float(masks["pool"]["segm_AP90"]) < float(masks["pool"]["segm_AP75"])
+    assert float(masks["pool"]["segm_AP75 - align low"]) < float(masks["pool"]["segm_AP75 - align"]), "an interval"
+    assert "## Accuracy of the masks" in (folder / "report/report.md").read_text()
+
+
 def test_a_run_from_elsewhere_calls_nothing(tmp_path, caplog, undrawn):
     """The operator of a run is a call written in a file. Only what configurations name is called."""
     folder, trace = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "warp": 6.0}, seeds=(0,), images=10), tmp_path / "trace"

@@ -4,7 +4,8 @@
     python benchmarks/training_step.py --device cuda --precision bf16 --json step.json
 
 Both steps have the same backbone, fully connected layers, images, proposals and optimizer (SGD with momentum). Theirs has torchvision's
-`RoIHeads` with torchvision's `roi_align` or `roi_pool`. The steps alternate, and the ratio is that of the medians. Loading is not included.
+`RoIHeads` with torchvision's `roi_align` or `roi_pool`, and samples on the device. The steps alternate, and the
+ratio is that of the medians. Loading is not included.
 
 Each part is measured alone, forward and backward, on the inputs that it has in the step, so the parts need not add up to the step. They do
 not include matching, sampling, losses and the normalization of images.
@@ -69,7 +70,7 @@ class TorchvisionDetector(nn.Module):
 
 
 def make_batch(height: int, width: int, device: str) -> tuple[list[Tensor], list[dict]]:
-    """Make two images of noise with five objects each, and 2000 proposals, 200 of them near the objects."""
+    """Make two images of noise on a device with five objects each, and 2000 proposals on the CPU, 200 of them near the objects."""
     generator = torch.Generator().manual_seed(0)
     images, targets = [], []
     for image_id in range(2):
@@ -77,9 +78,7 @@ def make_batch(height: int, width: int, device: str) -> tuple[list[Tensor], list
         near = objects.repeat(40, 1) + 0.1 * (objects[:, 2:] - objects[:, :2]).repeat(40, 2) * torch.randn(200, 4, generator=generator)
         proposals = torchvision.ops.clip_boxes_to_image(torch.cat([near, random_boxes(1800, height, width, generator)]), (height, width))
         target = {"boxes": objects, "labels": torch.randint(1, 21, (5,), generator=generator), "proposals": proposals}
-        targets.append(
-            {name: value.to(device) for name, value in target.items()} | {"image_id": image_id, "original_size": (height, width)}
-        )
+        targets.append(target | {"image_id": image_id, "original_size": (height, width)})
         images.append(torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8).to(device))
     return images, targets
 
@@ -116,7 +115,8 @@ def step_parts(
     heads = detector.roi_heads
     with torch.no_grad(), precision():
         pixels = detector.batch(images)
-        proposals, _, _ = heads.sample([target["proposals"] for target in targets], targets, epoch=0)
+        sampled = heads.sample([target["proposals"] for target in targets], targets, epoch=0)
+        proposals = [rois.proposals.to(pixels.device) for rois in sampled]
         features = detector.backbone(pixels)
         pooled = heads.box_roi_pool(features, proposals)
     features.requires_grad_()
@@ -147,15 +147,16 @@ def measure(roi: str, size: tuple[int, int], device: str, precision: Callable[[]
         cfg = compose("train", [*DETECTOR, f"roi={roi}"])
     ours = build_detector(cfg, num_classes=21).to(device).train()
     theirs = TorchvisionDetector(copy.deepcopy(ours), TORCHVISION_OPERATORS[roi](7, 1 / 16)).train()
-    inputs = make_batch(*size, device)
+    images, targets = make_batch(*size, device)
+    on_device = [{name: value.to(device) if isinstance(value, Tensor) else value for name, value in target.items()} for target in targets]
     optimizers = [instantiate(cfg.optim).optimizer(instantiate(cfg.optim).groups(model)) for model in (ours, theirs)]
     calls = {
-        name: partial(train_step, model, optimizer, precision, *inputs)
-        for name, model, optimizer in zip(("ours", "theirs"), (ours, theirs), optimizers, strict=True)
+        name: partial(train_step, model, optimizer, precision, images, given)
+        for name, model, optimizer, given in zip(("ours", "theirs"), (ours, theirs), optimizers, (targets, on_device), strict=True)
     }
     for call in calls.values():
         call()  # compiles, and allocates the momenta
-    calls |= step_parts(ours, optimizers[0], precision, *inputs)
+    calls |= step_parts(ours, optimizers[0], precision, images, targets)
     for name in list(calls)[2:]:
         calls[name]()
     taken = {name: [] for name in calls}

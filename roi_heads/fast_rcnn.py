@@ -1,7 +1,8 @@
 """Fast R-CNN's heads on torchvision's `RoIHeads`: what the paper has and torchvision lacks, and nothing else."""
 
 from collections.abc import Callable
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,25 @@ from roi_quantization.roi_heads.extractor import RoIExtractor
 
 Target = dict[str, Any]
 """Of one image: see `FastRCNNHeads.forward`."""
+ANNOTATIONS = ("boxes", "labels", "crowd")  # tensors of a target that RoIs are matched with
 IGNORED = -1  # the label that torchvision's sampler passes over
+
+
+class SampledRoIs(NamedTuple):
+    """The RoIs of an image that losses are computed of."""
+
+    rows: Tensor  # [K]: which of the proposals they are
+    proposals: Tensor  # [K, 4], pixels
+    labels: Tensor  # [K], 0 is background
+    regression_targets: Tensor  # [K, 4]
+    foreground: Tensor  # [F]: which of the K have a label above 0
+    objects: Tensor  # [F]: the object that each of these overlaps most
+
+    def to(self, device: torch.device) -> "SampledRoIs":
+        """Copy to a device. The CPU goes on meanwhile where that is a GPU."""
+        if device.type != "cuda":
+            return SampledRoIs(*(tensor.to(device) for tensor in self))
+        return SampledRoIs(*((x if x.is_cuda else x.pin_memory()).to(device, non_blocking=True) for x in self))
 
 
 class FastRCNNHeads(RoIHeads):
@@ -100,7 +119,8 @@ class FastRCNNHeads(RoIHeads):
             proposals: one `[L, 4]` an image, pixels.
             image_shapes: (height, width) in pixels of each image without its padding; boxes are clipped to it.
             targets: one dict an image with `boxes` [G, 4], `labels` [G] (1..C), `image_id` and, where there are any, `crowd` [M, 4]; and
-                `masks` [G, height, width] where masks are learnt. In evaluation there is no loss of masks without them.
+                `masks` [G, height, width] where masks are learnt. In evaluation there is no loss of masks without them. In training there
+                may be `sampled`, what `sample_for_training` gives for the image, instead of `boxes` and `crowd`.
 
         Returns:
             `(detections, losses)`. In training the detections are empty and targets are needed. In evaluation each detection is a dict of
@@ -112,13 +132,13 @@ class FastRCNNHeads(RoIHeads):
         if self.training:
             if targets is None:
                 raise ValueError("targets: training needs those of each image, got None. Call eval() to detect without targets")
-            if self.append_ground_truth:
-                proposals = self.add_gt_proposals(proposals, [target["boxes"] for target in targets])
-            proposals, labels, regression_targets = self.sample(proposals, targets, self.epoch)
-            scores, deltas = self.predict(features, proposals, image_shapes)
-            losses = self.losses(scores, deltas, torch.cat(labels), torch.cat(regression_targets))
+            given = "sampled" in targets[0]
+            sampled = [target["sampled"] for target in targets] if given else self.sample_for_training(proposals, targets)
+            sampled = [rois.to(features.device) for rois in sampled]
+            scores, deltas = self.predict(features, [rois.proposals for rois in sampled], image_shapes)
+            losses = self.losses(scores, deltas, sampled)
             if self.has_mask():
-                losses |= self.mask_losses(features, proposals, labels, image_shapes, targets)
+                losses |= self.mask_losses(features, sampled, image_shapes, targets)
             return [], losses
 
         scores, deltas = self.predict(features, proposals, image_shapes)
@@ -127,13 +147,11 @@ class FastRCNNHeads(RoIHeads):
             self.detect_masks(features, detections, image_shapes)
         if targets is None:
             return detections, {}
-        labels, matched, masks = self.match_and_sample(proposals, targets, epoch=0)
-        regression_targets = self.box_coder.encode(matched, proposals)
-        chosen = torch.cat(masks)
-        losses = self.losses(scores[chosen], deltas[chosen], torch.cat(labels)[chosen], torch.cat(regression_targets)[chosen])
+        sampled = [rois.to(features.device) for rois in self.sample(proposals, targets, epoch=0)]
+        chosen = concatenate_indices([rois.rows for rois in sampled], [len(boxes) for boxes in proposals])
+        losses = self.losses(scores[chosen], deltas[chosen], sampled)
         if self.has_mask() and all("masks" in target for target in targets):
-            sampled = ([x[keep] for x, keep in zip(xs, masks, strict=True)] for xs in (proposals, labels))
-            losses |= self.mask_losses(features, *sampled, image_shapes, targets)
+            losses |= self.mask_losses(features, sampled, image_shapes, targets)
         return detections, losses
 
     def predict(self, features: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -169,30 +187,35 @@ class FastRCNNHeads(RoIHeads):
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))).float()
 
     def mask_losses(
-        self,
-        features: Tensor,
-        proposals: list[Tensor],
-        labels: list[Tensor],
-        image_shapes: list[tuple[int, int]],
-        targets: list[Target],
+        self, features: Tensor, sampled: list[SampledRoIs], image_shapes: list[tuple[int, int]], targets: list[Target]
     ) -> dict[str, Tensor]:
-        """Mask R-CNN's loss on the foreground of sampled proposals `[L, 4]` with `labels` [L]: the mean over pixels of their class."""
+        """Mask R-CNN's loss on the foreground of the sampled RoIs: the mean over pixels of their class."""
         if not all("masks" in target for target in targets):
             raise ValueError("targets: this head learns masks, and those of the objects are not there. Set detector.masks=true")
-        boxes = [of_image[label > 0] for of_image, label in zip(proposals, labels, strict=True)]
-        objects = [
-            box_iou(target["boxes"], of_image).max(dim=0).indices if len(of_image) else of_image.new_zeros(0, dtype=torch.int64)
-            for of_image, target in zip(boxes, targets, strict=True)
-        ]
+        boxes = [rois.proposals[rois.foreground] for rois in sampled]
         logits = self.predict_masks(features, boxes, image_shapes)
         masks, classes = ([target[name] for target in targets] for name in ("masks", "labels"))
-        return {"loss_mask": maskrcnn_loss(logits, boxes, masks, classes, objects)}
+        return {"loss_mask": maskrcnn_loss(logits, boxes, masks, classes, [rois.objects for rois in sampled])}
 
-    def sample(self, proposals: list[Tensor], targets: list[Target], epoch: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The RoIs of a training step: `(proposals, labels, regression targets)` of each image."""
-        labels, matched, chosen = self.match_and_sample(proposals, targets, epoch)
-        proposals, labels, matched = ([x[keep] for x, keep in zip(xs, chosen, strict=True)] for xs in (proposals, labels, matched))
-        return proposals, labels, list(self.box_coder.encode(matched, proposals))
+    def sample_for_training(self, proposals: list[Tensor], targets: list[Target]) -> list[SampledRoIs]:
+        """The RoIs of a training step, on the CPU. They need no features: called before the backbone, it lets no GPU wait."""
+        if self.append_ground_truth:
+            proposals = self.add_gt_proposals([boxes.cpu() for boxes in proposals], [target["boxes"].cpu() for target in targets])
+        return self.sample(proposals, targets, self.epoch)
+
+    def sample(self, proposals: list[Tensor], targets: list[Target], epoch: int) -> list[SampledRoIs]:
+        """The RoIs of each image that losses are computed of, matched and sampled on the CPU."""
+        proposals = [boxes.cpu() for boxes in proposals]
+        targets = [{name: x.cpu() if name in ANNOTATIONS else x for name, x in target.items()} for target in targets]
+        of_images = self.match_and_sample(proposals, targets, epoch)
+        rows = [chosen.nonzero()[:, 0] for chosen in of_images[2]]
+        labels, matched, boxes = ([x[chosen] for x, chosen in zip(xs, rows, strict=True)] for xs in (*of_images[:2], proposals))
+        foreground = [(label > 0).nonzero()[:, 0] for label in labels]
+        objects = [
+            box_iou(target["boxes"], of_image[of_objects]).max(dim=0).indices if len(of_objects) else of_objects
+            for target, of_image, of_objects in zip(targets, boxes, foreground, strict=True)
+        ]
+        return list(map(SampledRoIs, rows, boxes, labels, self.box_coder.encode(matched, boxes), foreground, objects))
 
     def match_and_sample(
         self, proposals: list[Tensor], targets: list[Target], epoch: int
@@ -228,13 +251,20 @@ class FastRCNNHeads(RoIHeads):
         """Mask of the RoIs sampled."""
         return draw(self.fg_bg_sampler, labels, self.seed, epoch, int(image_id))
 
-    def losses(self, scores: Tensor, deltas: Tensor, labels: Tensor, regression_targets: Tensor) -> dict[str, Tensor]:
-        """Fast R-CNN's losses, both averaged over all sampled RoIs; 0 where none was sampled."""
+    def losses(self, scores: Tensor, deltas: Tensor, sampled: list[SampledRoIs]) -> dict[str, Tensor]:
+        """Fast R-CNN's losses of the sampled RoIs, whose scores and deltas these are: means over all of them; 0 where there are none."""
+        labels = torch.cat([rois.labels for rois in sampled])
+        regression_targets = torch.cat([rois.regression_targets for rois in sampled])
+        foreground = concatenate_indices([rois.foreground for rois in sampled], [len(rois.labels) for rois in sampled])
         count = max(len(labels), 1)
-        (foreground,) = torch.where(labels > 0)
         predicted = deltas.view(len(labels), scores.shape[1], 4)[foreground, labels[foreground]]
         box_loss = F.smooth_l1_loss(predicted, regression_targets[foreground], beta=self.smooth_l1_beta, reduction="sum")
         return {"loss_classifier": F.cross_entropy(scores, labels, reduction="sum") / count, "loss_box": box_loss / count}
+
+
+def concatenate_indices(indices: list[Tensor], lengths: list[int]) -> Tensor:
+    """Indices into the concatenation of sequences of these lengths, from those into each."""
+    return torch.cat([of_one + start for of_one, start in zip(indices, accumulate(lengths, initial=0), strict=False)])
 
 
 def draw(sampler: Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]], labels: Tensor, *key: int) -> Tensor:

@@ -39,6 +39,7 @@ class FastRCNN(nn.Module):
             targets: one dict an image with `proposals` [L, 4] in the image's pixels, `image_id`, `original_size` (height, width), and for
                 losses `boxes` [G, 4], `labels` [G] and, where there are any, `crowd` [M, 4], and `masks` [G, H, W] where they are
                 learnt. With `features` [C, h, w], what the frozen layers of the backbone make of an image, its pixels are not read.
+                In training `sample_rois` may have been called on them, while they were on the CPU.
 
         Returns:
             `(detections, losses)`. In training there are no detections. In evaluation there is a dict for each image: `boxes` [D, 4] in
@@ -47,6 +48,8 @@ class FastRCNN(nn.Module):
             losses where all targets have `boxes`.
         """
         shapes = [(image.shape[1], image.shape[2]) for image in images]
+        if self.training and "sampled" not in targets[0]:
+            targets = self.sample_rois(targets)
         if "features" in targets[0]:
             _, trained = frozen_and_trained(self.backbone)
             features = trained(self.batch_maps([target["features"] for target in targets]))
@@ -58,6 +61,14 @@ class FastRCNN(nn.Module):
         for of_image in zip(detections, targets, shapes, proposals, strict=not self.training):
             self.finish(*of_image)
         return detections, losses | proposal_losses
+
+    def sample_rois(self, targets: list[dict]) -> list[dict]:
+        """Add to each target `sampled`, the RoIs of a training step: sampled on the CPU, and on the detector's device already.
+
+        A GPU is not waited for, if the targets are on the CPU and the call comes before the step.
+        """
+        sampled = self.roi_heads.sample_for_training([target["proposals"] for target in targets], targets)
+        return [target | {"sampled": rois.to(self.mean.device)} for target, rois in zip(targets, sampled, strict=True)]
 
     def propose(self, features: Tensor, shapes: list[tuple[int, int]], targets: list[dict]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Return the proposals `[L, 4]` of each image, in its pixels, and losses of what proposes."""

@@ -118,6 +118,10 @@ class FasterRCNN(FastRCNN):
         super().__init__(backbone, roi_heads, channels_last)
         self.rpn = rpn.to(memory_format=self.memory_format)
 
+    def sample_rois(self, targets: list[dict]) -> list[dict]:
+        """Leave the targets as they are: the proposals are known after the backbone only."""
+        return targets
+
     def propose(self, features: Tensor, shapes: list[tuple[int, int]], targets: list[dict]) -> tuple[list[Tensor], Losses]:
         self.rpn.epoch = self.roi_heads.epoch if self.training else 0
         height, width = (cells * self.backbone.stride for cells in features.shape[2:])

@@ -29,7 +29,8 @@ class DetectionModule(pl.LightningModule):
     """Trains a detector. After each pass over a validation or test set it has the detections and COCO's metrics of them.
 
     Args:
-        detector: `(images, targets) -> (detections, losses)`, see `FastRCNN`. Losses in evaluation are logged where it has them.
+        detector: `(images, targets) -> (detections, losses)`, see `FastRCNN`. Losses in evaluation are logged where it has them. Where it
+            has a method `sample_rois`, this gets the targets of a training step before they leave the CPU.
         groups: `model -> parameter groups`.
         optimizer: `groups -> Optimizer`.
         schedule: `(optimizer, total_steps) -> LRScheduler`, stepped once a training step; None keeps the rate.
@@ -86,9 +87,17 @@ class DetectionModule(pl.LightningModule):
         scheduler = self.schedule(optimizer, total_steps=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Let the detector sample its RoIs on the CPU, while a GPU is still at the step before."""
+        images, targets = batch
+        if self.trainer.training:
+            self.detector.roi_heads.epoch = self.current_epoch
+            if hasattr(self.detector, "sample_rois"):
+                targets = self.detector.sample_rois(targets)
+        return images, targets
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
-        self.detector.roi_heads.epoch = self.current_epoch
         # the draws of a step (dropout) depend on its position, not on earlier draws: a run that goes on draws the same
         torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)))
         _, losses = self.detector(images, targets)

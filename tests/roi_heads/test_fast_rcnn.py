@@ -88,8 +88,9 @@ def test_an_image_without_objects_is_background_or_nothing():
 def test_sampling_takes_a_quarter_of_foreground_at_most():
     heads = make(rois_per_image=8, background_iou=(0.0, 0.5))
     proposals = torch.cat([PROPOSALS[:1].repeat(20, 1), PROPOSALS[5:].repeat(20, 1)])
-    (kept,), (labels,), _ = heads.sample([proposals], [target()], epoch=0)
-    assert (len(kept), (labels == 2).sum().item(), (labels == 0).sum().item()) == (8, 2, 6)
+    (sampled,) = heads.sample([proposals], [target()], epoch=0)
+    assert sampled.labels.tolist() == [2] * 2 + [0] * 6 and sampled.foreground.tolist() == [0, 1]
+    assert torch.equal(sampled.proposals, proposals[sampled.rows])
 
 
 def test_seed_epoch_and_image_decide_the_sample_and_nothing_else(monkeypatch):
@@ -142,8 +143,8 @@ def test_targets_are_divided_by_their_deviations():
     """The proposal must move by 5 of its 10 pixels: 0.5 / 0.1 = 5; and double in height: ln 2 / 0.2."""
     moved = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
     heads = make(foreground_iou=0.1, background_iou=(0.0, 0.1))
-    _, _, (targets,) = heads.sample([moved], [target(boxes=([5.0, -5.0, 15.0, 15.0],))], epoch=0)
-    assert targets[0].tolist() == pytest.approx([5.0, 0.0, 0.0, math.log(2) / 0.2])
+    (sampled,) = heads.sample([moved], [target(boxes=([5.0, -5.0, 15.0, 15.0],))], epoch=0)
+    assert sampled.regression_targets[0].tolist() == pytest.approx([5.0, 0.0, 0.0, math.log(2) / 0.2])
 
 
 def test_training_without_targets_is_refused():

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import roi_align
 
+from roi_quantization import ops
 from roi_quantization.detection.model.fast_rcnn import FastRCNN, to_original
 from roi_quantization.detection.model.vgg16 import VGG16
 from roi_quantization.roi_heads import BoxPredictor, FastRCNNHeads, RoIExtractor, TwoFCHead
@@ -93,6 +94,31 @@ def test_nothing_in_a_step_of_training_lacks_a_deterministic_kernel_on_a_gpu(nor
         sum(losses.values()).backward()
     assert {"convolution_backward", "max_pool2d_with_indices_backward", "nll_loss_backward"} <= called
     assert not [name for name in called if name.startswith(REFUSED_ON_GPU)]
+
+
+@pytest.mark.parametrize("operator", [roi_align, ops.roi_align, ops.roi_pool])
+def test_a_step_reads_nothing_back_from_the_device(operator):
+    """A tensor without content takes the place of a GPU's: `item`, `nonzero`, an index of booleans and a copy to the CPU raise."""
+    detector = make()
+    detector.roi_heads.box_roi_pool.operator = operator
+    images, targets = batch((64, 64), (48, 80))
+    optimizer = torch.optim.AdamW(detector.to("meta").parameters())
+    _, losses = detector([image.to("meta") for image in images], targets)
+    sum(losses.values()).backward()
+    optimizer.step()
+    assert losses["loss_box"].is_meta
+
+
+def test_rois_that_were_sampled_before_the_step_are_those_of_the_step():
+    images, targets = batch((64, 64), (48, 80))
+    detector = make(rois_per_image=2)
+    sampled = detector.sample_rois(targets)
+    detector.roi_heads.seed = 1  # another would be drawn now
+    _, losses = detector(images, sampled)
+    detector.roi_heads.seed = 0
+    assert losses == detector(images, targets)[1]
+    blind = [{"proposals": target["proposals"], "sampled": target["sampled"]} for target in sampled]
+    assert losses == detector(images, blind)[1], "nothing else of a target is read"
 
 
 def test_evaluation_has_losses_where_there_are_boxes():

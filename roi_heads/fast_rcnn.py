@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from roi_quantization.roi_heads.extractor import RoIExtractor
+from roi_quantization.roi_heads.masks import mask_loss
 
 Target = dict[str, Any]
 """Of one image: see `FastRCNNHeads.forward`."""
@@ -38,8 +39,8 @@ class SampledRoIs(NamedTuple):
 class FastRCNNHeads(RoIHeads):
     """RoI features, two-FC head, sampling, losses and post-processing; and Mask R-CNN's branch for masks where its three parts are given.
 
-    Matching, box coding, sampling, per-class NMS, and loss and choice of the masks are torchvision's. Added here: a lower bound on the IoU
-    of background, crowd regions, sampling that a seed alone decides, the smooth L1 of the paper, and losses in evaluation as well.
+    Matching, box coding, sampling and per-class NMS are torchvision's. Added here: a lower bound on the IoU of background, crowd regions,
+    sampling that a seed alone decides, the smooth L1 of the paper, losses in evaluation as well, and masks that are cut out exactly.
 
     Args:
         extractor: `(features, boxes, image_shapes) -> [K, C, P, P]`.
@@ -195,7 +196,7 @@ class FastRCNNHeads(RoIHeads):
         boxes = [rois.proposals[rois.foreground] for rois in sampled]
         logits = self.predict_masks(features, boxes, image_shapes)
         masks, classes = ([target[name] for target in targets] for name in ("masks", "labels"))
-        return {"loss_mask": maskrcnn_loss(logits, boxes, masks, classes, [rois.objects for rois in sampled])}
+        return {"loss_mask": mask_loss(logits, boxes, masks, classes, [rois.objects for rois in sampled])}
 
     def sample_for_training(self, proposals: list[Tensor], targets: list[Target]) -> list[SampledRoIs]:
         """The RoIs of a training step, on the CPU. They need no features: called before the backbone, it lets no GPU wait."""

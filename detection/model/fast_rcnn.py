@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import clip_boxes_to_image
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.roi_heads import FastRCNNHeads
+from roi_quantization.roi_heads.masks import paste_masks
 
 MASK_THRESHOLD = 0.5  # probability above which a pixel is inside
 CHANGES_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)  # whose output depends on the mode
@@ -79,8 +79,8 @@ class FastRCNN(nn.Module):
         for name in ("boxes", "proposals"):
             detection[name] = to_original(detection[name], shape, target["original_size"])
         if "mask_probabilities" in detection:
-            probabilities = detection.pop("mask_probabilities")[:, None]
-            detection["masks"] = paste_masks_in_image(probabilities, detection["boxes"], target["original_size"])[:, 0] > MASK_THRESHOLD
+            probabilities = detection.pop("mask_probabilities")
+            detection["masks"] = paste_masks(probabilities, detection["boxes"], target["original_size"]) > MASK_THRESHOLD
 
     def batch(self, images: list[Tensor]) -> Tensor:
         """Normalise images and pad them into one `[N, 3, H, W]`: zeros (the mean colour) right and below, up to multiples of the stride."""

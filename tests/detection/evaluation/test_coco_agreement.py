@@ -10,10 +10,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
+from roi_quantization.detection.data.annotations import as_coco, read_instances
+from roi_quantization.detection.data.masks import encode
 from roi_quantization.detection.evaluation.coco import evaluate
 from roi_quantization.detection.evaluation.matching import SilentCOCOeval, faster_coco_eval, match
 from tests.detection.evaluation.coco_sets import annotation, coco, result
@@ -128,6 +131,27 @@ def test_faster_coco_eval_on_coco(faster, real_data):
     assert fast.stats == approx(plain.stats, rel=1e-12, nan_ok=True)
     for name, values in plain.per_class.items():
         assert fast.per_class[name] == approx(values, rel=1e-12, nan_ok=True), name
+
+
+def test_masks_on_coco(faster, real_data):
+    """Polygons, and run lengths of crowds; detections are masks moved by a few pixels. As plain pycocotools has it."""
+    gt = as_coco(read_instances(real_data / "coco/annotations/instances_val2017.json", masks=True))
+    draw, results = random.Random(0), []
+    for a in gt.dataset["annotations"]:
+        moved = np.roll(gt.annToMask(a), draw.randint(-4, 4), axis=1)
+        (segmentation,) = encode(torch.from_numpy(moved)[None])
+        results.append(result(a["image_id"], a["bbox"], draw.random(), a["category_id"], segmentation=segmentation))
+    image_ids = sorted(gt.imgs)
+    metrics = evaluate(gt, results, image_ids, masks=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        plain = COCOeval(gt, gt.loadRes([{key: value for key, value in one.items() if key != "bbox"} for one in results]), "segm")
+        plain.evaluate()
+        plain.accumulate()
+        plain.summarize()
+    names = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"]
+    assert {name: metrics.stats[f"segm_{name}"] for name in names} == approx(dict(zip(names, 100 * plain.stats, strict=True)))
+    assert 0 < metrics.stats["segm_AP90"] < metrics.stats["segm_AP75"] < 100
+    assert evaluate(gt, results, image_ids, coco_eval=faster, masks=True).stats == approx(metrics.stats, rel=1e-12)
 
 
 def test_without_faster_coco_eval_the_error_says_what_to_install(monkeypatch):

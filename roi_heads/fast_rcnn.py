@@ -192,7 +192,9 @@ class FastRCNNHeads(RoIHeads):
     ) -> dict[str, Tensor]:
         """Mask R-CNN's loss on the foreground of the sampled RoIs: the mean over pixels of their class."""
         if not all("masks" in target for target in targets):
-            raise ValueError("targets: this head learns masks, and those of the objects are not there. Set detector.masks=true")
+            raise ValueError(
+                "targets: this head learns masks, and has none of the objects. Set detector.masks=true, which data.masks follows"
+            )
         boxes = [rois.proposals[rois.foreground] for rois in sampled]
         logits = self.predict_masks(features, boxes, image_shapes)
         masks, classes = ([target[name] for target in targets] for name in ("masks", "labels"))

@@ -14,13 +14,14 @@ from roi_quantization.detection.runs.checkpoint import check_weights, detector_w
 log = logging.getLogger(__name__)
 
 PREDICTOR = "roi_heads.box_predictor."
+PER_CLASS = (f"{PREDICTOR}cls_score.", "roi_heads.mask_predictor.mask_fcn_logits.")  # weights with a row for each class
 
 
 def initialize_from(detector: nn.Module, path: str | Path, categories: Sequence[dict]) -> None:
     """Load the weights of a checkpoint into a detector of perhaps other classes.
 
-    Rows of the classifier and of the box regressor are kept for the background and for classes of the same name; those of other classes
-    stay as they are. A regressor that is shared by all classes is kept whole. The log says which classes are which.
+    Rows of the classifier, of the box regressor and of the masks are kept for the background and for classes of the same name; those of
+    other classes stay as they are. A regressor that is shared by all classes is kept whole. The log says which classes are which.
 
     Args:
         detector: as built for the new classes.
@@ -59,7 +60,7 @@ def initialize_from(detector: nn.Module, path: str | Path, categories: Sequence[
 
 def _rows_of_a_class(key: str, value: Tensor, num_classes: int) -> int:
     """Return how many rows of a weight each class has; 0 where classes share it."""
-    if key.startswith(f"{PREDICTOR}cls_score."):
+    if key.startswith(PER_CLASS):
         return 1
     is_per_class = key.startswith(f"{PREDICTOR}bbox_pred.") and value.shape[0] == 4 * num_classes
     return 4 if is_per_class else 0

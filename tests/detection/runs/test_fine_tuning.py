@@ -25,7 +25,8 @@ def saved(path, trained, names):
 
 
 def test_rows_of_known_classes_are_kept_and_others_are_new(tmp_path, caplog):
-    trained, fresh = detector(3), detector(4)
+    masks = ["mask_head=two_conv_small", "head.mask_head.layers=[4]", "head.mask_predictor.in_channels=4"]
+    trained, fresh = detector(3, *masks), detector(4, *masks)
     before, made = trained.state_dict(), {key: value.clone() for key, value in fresh.state_dict().items()}
     path = saved(tmp_path / "best.ckpt", trained, ["cat", "cow", "dog"])
     with caplog.at_level("INFO"):
@@ -33,7 +34,7 @@ def test_rows_of_known_classes_are_kept_and_others_are_new(tmp_path, caplog):
     assert "rows of dog, cat are kept, those of zebra, ant are new" in caplog.text
     after, kept = fresh.state_dict(), {0: 0, 2: 3, 3: 1}
     for key, value in after.items():
-        if not key.startswith("roi_heads.box_predictor."):
+        if not key.startswith(("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")):
             assert torch.equal(value, before[key]), key
             continue
         rows = (value.unflatten(0, (5, -1)), made[key].unflatten(0, (5, -1)), before[key].unflatten(0, (4, -1)))

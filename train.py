@@ -87,7 +87,8 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     best = ModelCheckpoint(run_dir, filename="best", monitor=monitor, mode=mode, save_weights_only=True, enable_version_counter=False)
     periodic = PeriodicCheckpoint(run_dir, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep)
     fingerprint = DataFingerprint(data, required=cfg.checkpoint.same_data)
-    callbacks = [fingerprint, periodic, GracefulStop(), TerminateOnNonFiniteLoss(run_dir, cfg.seed), LoadingTimeMonitor()]
+    stop = GracefulStop()
+    callbacks = [fingerprint, periodic, stop, TerminateOnNonFiniteLoss(run_dir, cfg.seed, stop), LoadingTimeMonitor()]
     if data.val is not None:
         callbacks.append(best)
     trainer = build_trainer(cfg.trainer, callbacks, [AtomicCheckpointIO()], build_loggers(cfg.get("logger")))

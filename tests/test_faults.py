@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from contextlib import contextmanager, nullcontext
@@ -16,8 +17,9 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from roi_quantization.detection.common import files
 from roi_quantization.detection.common.files import NotWrittenError
 from roi_quantization.detection.runs.checkpoint import load_checkpoint
-from roi_quantization.detection.runs.interruption import TerminateOnNonFiniteLoss, explain_errors, reraise_signal
+from roi_quantization.detection.runs.interruption import GracefulStop, TerminateOnNonFiniteLoss, explain_errors, reraise_signal
 from roi_quantization.detection.runs.setup import check_metric
+from roi_quantization.detection.runs.step_flags import StepFlags
 from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
 from roi_quantization.scripts.train import train
 from tests.faults import full_disk, power_cut
@@ -40,13 +42,60 @@ def test_a_non_finite_loss_ends_the_run_and_names_the_batch(data, tmp_path):
     assert json.loads((tmp_path / "nan_loss.json").read_text()) == found, "it reaches the same batch again"
 
 
-def test_without_a_checkpoint_the_same_command_reaches_the_batch_again(tmp_path):
-    model, trainer = torch.nn.Linear(1, 1), SimpleNamespace(global_step=0, current_epoch=0, global_rank=0, world_size=1, optimizers=[])
-    trainer.optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1))
-    watch = TerminateOnNonFiniteLoss(tmp_path, seed=0)
+class LateFlags(StepFlags):
+    """Are read as a GPU's."""
+
+    def _start_copy(self, flags):
+        return flags.clone(), SimpleNamespace(synchronize=lambda: None)
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """The callback, the model and the trainer of a training of one weight that has come to the batch of image 7."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    trainer = SimpleNamespace(global_step=0, current_epoch=0, global_rank=0, world_size=1, optimizers=[], precision_plugin=None)
+    trainer.optimizers.append(torch.optim.AdamW(model.parameters(), lr=0.1, fused=True))
+    watch = TerminateOnNonFiniteLoss(tmp_path, 0, GracefulStop())
     watch.on_train_batch_start(trainer, model, ([], [{"image_id": 7}]), 0)
+    return watch, model, trainer
+
+
+def test_without_a_checkpoint_the_same_command_reaches_the_batch_again(watched):
+    watch, model, trainer = watched
     with pytest.raises(FloatingPointError, match=r"images \[7\]\).* and the same command comes to this batch again\. If"):
         watch.on_before_backward(trainer, model, torch.tensor(float("nan")))
+
+
+def late_step(watch, model, trainer, factor):
+    """A step on a device that is not waited for, with this factor of its loss."""
+    loss = factor * model(torch.ones(1, 1)).sum()
+    watch.on_before_backward(trainer, model, loss)
+    model.zero_grad()
+    loss.backward()
+    trainer.optimizers[0].step()
+    trainer.global_step += 1
+
+
+READERS = {
+    "the next step": lambda watch, trainer, model: watch.on_before_backward(trainer, model, torch.tensor(1.0)),
+    "a checkpoint": lambda watch, trainer, model: watch.on_save_checkpoint(trainer, model, {}),
+    "a validation": lambda watch, trainer, model: watch.on_validation_start(trainer, model),
+    "the end": lambda watch, trainer, model: watch.on_train_end(trainer, model),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_device_that_is_not_waited_for_drops_the_update_and_tells_before_anything_is_kept(watched, reader):
+    watch, model, trainer = watched
+    watch.flags = LateFlags()
+    late_step(watch, model, trainer, 1.0)
+    weight = model.weight.item()
+    late_step(watch, model, trainer, float("inf"))
+    assert model.weight.item() == weight
+    watch.on_train_batch_start(trainer, model, ([], [{"image_id": 8}]), 1)
+    largest = re.escape(f"the largest weight {abs(weight):.3g}")
+    with pytest.raises(FloatingPointError, match=rf"the loss is -?inf in step 1 \(epoch 0, batch 0, images \[7\]\), {largest}"):
+        READERS[reader](watch, trainer, model)
 
 
 @pytest.mark.parametrize(

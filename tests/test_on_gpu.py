@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
 from roi_quantization.scripts.train import train
 from tests.faults import power_cut
 from tests.trainings import configuration, run_outcome
@@ -27,3 +28,11 @@ def test_a_rerun_and_a_run_that_was_killed_end_as_the_first(data, tmp_path, inje
     train(configuration(tmp_path / "killed", data, *knobs, "resume=auto"))
     assert run_outcome(tmp_path / "again") == run_outcome(tmp_path / "uninterrupted")
     assert run_outcome(tmp_path / "killed") == run_outcome(tmp_path / "uninterrupted")
+
+
+@pytest.mark.parametrize("fused", ["null", "false"])
+def test_weights_of_a_non_finite_loss_are_in_no_checkpoint(data, tmp_path, fused):
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf)"):
+        train(configuration(tmp_path, data, "trainer=gpu", "optim.groups.lr=1e20", f"optim.optimizer.fused={fused}"))
+    weights = torch.load(periodic_checkpoints(tmp_path)[0], weights_only=True)["state_dict"]
+    assert all(value.isfinite().all() for name, value in weights.items() if name.endswith((".weight", ".bias")))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class LoadingTimeMonitor(pl.Callback):
         waiting, step = self._waiting_since_last_step(trainer.train_dataloader), time.perf_counter() - self.step_start
         self.waiting_time, self.step_time = self.waiting_time + waiting, self.step_time + step
         self.recent.append((waiting, step))
-        pl_module.log("train/waiting", waiting_share(*map(sum, zip(*self.recent, strict=True))))
+        share = waiting_share(*map(sum, zip(*self.recent, strict=True)))
+        pl_module.log("train/waiting", torch.tensor(share))  # a float would be copied to the device, which waits for it
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.step_time:

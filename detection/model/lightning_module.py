@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,6 +18,7 @@ from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.masks import encode
 from roi_quantization.detection.evaluation.coco import CocoEvaluation, Metrics, to_coco_results
 from roi_quantization.detection.evaluation.protocol import COCO_MAX_DETECTIONS
+from roi_quantization.detection.model.optim import build_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class DetectionModule(pl.LightningModule):
         return self.detector if self.averaged is None else self.averaged.module
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.groups(self.detector))
+        optimizer = build_optimizer(self.optimizer, self.groups(self.detector), self._may_fuse())
         if self.schedule is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -86,6 +88,15 @@ class DetectionModule(pl.LightningModule):
             )
         scheduler = self.schedule(optimizer, total_steps=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _may_fuse(self) -> bool:
+        """Lightning's mixed precision clips no gradients for a fused optimizer, and float16 scales them."""
+        precision = self.trainer.precision_plugin
+        return not isinstance(precision, MixedPrecision) or (precision.scaler is None and not self.trainer.gradient_clip_val)
+
+    def on_train_start(self) -> None:
+        if self.averaged is not None and self.trainer.world_size == 1:  # DDP takes buffers of one device
+            self.averaged.n_averaged = self.averaged.n_averaged.cpu()  # it asks in each step whether this is 0
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Let the detector sample its RoIs on the CPU, while a GPU is still at the step before."""
@@ -103,8 +114,8 @@ class DetectionModule(pl.LightningModule):
         _, losses = self.detector(images, targets)
         loss = sum(losses.values())
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(images))
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
-        self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(images))
+        self.log("train/loss", loss, batch_size=len(images))  # with prog_bar Lightning would read it in each step
+        self.log("train/lr", torch.as_tensor(self.optimizers().param_groups[0]["lr"]), batch_size=len(images))  # stays on the CPU
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,8 @@
 A schedule is a callable `(optimizer, total_steps) -> LRScheduler`, stepped once a training step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -51,6 +52,24 @@ def parameter_groups(
             {"params": norms, "lr": rate, "weight_decay": other_decay},
         ]
     return [group for group in groups if group["params"]]
+
+
+def build_optimizer(optimizer: Callable[..., Optimizer], groups: Iterable[dict], may_fuse: bool) -> Optimizer:
+    """Build an optimizer, a fused one where its `fused` is None, it may be, and all parameters are on a GPU.
+
+    Args:
+        optimizer: `groups -> Optimizer`; a `functools.partial` where it leaves `fused` open.
+        groups: see `parameter_groups`.
+        may_fuse: whether nothing else in the training forbids it.
+    """
+    groups = list(groups)
+    is_open = isinstance(optimizer, partial) and optimizer.keywords.get("fused", False) is None
+    is_on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return optimizer(groups, fused=True) if may_fuse and is_open and is_on_gpu else optimizer(groups)
+
+
+def is_fused(optimizer: Optimizer) -> bool:
+    return all(group.get("fused") for group in optimizer.param_groups)
 
 
 class _OneCycle(OneCycleLR):

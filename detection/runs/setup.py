@@ -56,6 +56,7 @@ def silence_lightning() -> None:
     known = ("exists and is not empty", "LeafSpec", "does not have many workers", "smaller than the logging interval", "DistributedSampler")
     known += ("Total length of `list` across ranks is zero",)  # of validation batches where there is no val split
     known += ("in eval mode at the start of training",)  # frozen blocks
+    known += ("You have overridden `on_before_batch_transfer` in `LightningModule`",)  # DetectionData has none
     known += ("You're resuming from a checkpoint that ended before the epoch ended",)  # DetectionData skips what was seen
     for message in known:
         warnings.filterwarnings("ignore", f".*{message}")

@@ -1,10 +1,12 @@
 from collections import OrderedDict
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from roi_quantization.detection.model.optim import one_cycle, parameter_groups, step_decay
+from roi_quantization.detection.model.optim import build_optimizer, is_fused, one_cycle, parameter_groups, step_decay
 
 
 def detector(*head):
@@ -92,3 +94,27 @@ def test_a_cycle_goes_on_with_another_length():
     step(*long, 12)
     assert resumed[0].param_groups[0]["lr"] == pytest.approx(long[0].param_groups[0]["lr"])
     step(*resumed, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "may_fuse", "on_gpu", "fused"),
+    [
+        ({"fused": None}, True, True, True),
+        ({"fused": None}, True, False, None),
+        ({"fused": None}, False, True, None),
+        ({"fused": False}, True, True, False),
+        ({}, True, True, None),  # an optimizer that may not know the word
+    ],
+)
+def test_an_optimizer_is_fused_on_a_gpu_where_it_is_left_open(given, may_fuse, on_gpu, fused):
+    groups = [{"params": [SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=on_gpu)]}]
+
+    def optimizer(groups, fused=None):
+        return fused
+
+    assert build_optimizer(partial(optimizer, **given), groups, may_fuse) is fused
+
+
+@pytest.mark.parametrize("fused", [True, False, None])
+def test_whether_an_optimizer_is_fused_is_asked_of_all_groups(fused):
+    assert is_fused(torch.optim.AdamW([{"params": [torch.ones(1)]}], fused=fused)) == bool(fused)

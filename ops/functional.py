@@ -8,24 +8,23 @@ on a CUDA GPU. On other devices, and for float64 on a GPU, plain PyTorch runs (`
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import astuple
 from functools import cache
-from types import FunctionType
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from roi_quantization.ops import eager, library
-from roi_quantization.ops.geometry import IntegralRule, LatticeRule, smallest_winners_dtype
+from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule, smallest_winners_dtype
 from roi_quantization.ops.inputs import check_boxes, mask_invalid_boxes, prepare
 
 log = logging.getLogger(__name__)
 
 Boxes = Tensor | Sequence[Tensor]
 Size = int | Sequence[int]
-T_co = TypeVar("T_co", covariant=True)  # Axis or Bounds
 
 
 def lattice_pool(
@@ -107,7 +106,7 @@ def _pool_lattice(rule: LatticeRule, features: Tensor, boxes: Boxes, output_size
     dtype = None  # of the winners, which a gradient needs
     if reduce == "max" and torch.is_grad_enabled() and (features.requires_grad or y.first.requires_grad):
         dtype = smallest_winners_dtype(rule.most_samples(features.shape[2]) * rule.most_samples(features.shape[3]))
-    out, _ = library.lattice_pool(features, image, *y, *x, reduce, dtype)
+    out, _ = library.lattice_pool(features, image, *y, *x, reduce, dtype, rule.quantize_bins != "none")
     return out
 
 
@@ -180,49 +179,43 @@ def prroi_pool(input: Tensor, boxes: Boxes, output_size: Size, spatial_scale: fl
     return library.integral_pool(input, image, *y, *x)
 
 
-class _Rule(Protocol[T_co]):
-    @property
-    def has_box_gradient(self) -> bool: ...
-
-    def axis(self, x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, size: int) -> T_co: ...
-    def __hash__(self) -> int: ...
-
-
-def place_bins(rule: _Rule[T_co], features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float) -> tuple[Tensor, T_co, T_co]:
+def place_bins(
+    rule: LatticeRule | IntegralRule, features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float
+) -> tuple[Tensor, Any, Any]:
     """The image of each box, and where its bins look along y and along x."""
     image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=rule.has_box_gradient)
     if not 0 < spatial_scale < math.inf:
         raise ValueError(f"spatial_scale={spatial_scale!r}: expected cells a pixel, above 0, such as 1/16")
-    # a compiled function supports one backward pass alone, and retain_graph=True asks for more
-    wants_gradient = box.requires_grad and torch.is_grad_enabled()
-    fuse = features.is_cuda and library.supports(features) and not wants_gradient and not torch.compiler.is_compiling()
-    geometry = fused(rule, spatial_scale) if fuse else _geometry(rule, spatial_scale)
+    images, _, height, width = features.shape
+    if places_by_kernel(features, box):
+        return place_by_kernel(rule, image.detach(), box.detach(), spatial_scale, images, bins, (height, width))
     if features.is_cpu:
         image = check_boxes(image, box.detach(), features.detach())
-    images, _, height, width = features.shape
-    return geometry(image, box, images, *bins, height, width)
+    image, box = mask_invalid_boxes(image, box, images)
+    y = rule.axis(box[:, 1], box[:, 3], spatial_scale, bins[0], height)
+    return image, y, rule.axis(box[:, 0], box[:, 2], spatial_scale, bins[1], width)
 
 
-def _geometry(rule: _Rule[T_co], spatial_scale: float) -> Callable[..., tuple[Tensor, T_co, T_co]]:
-    def place(image: Tensor, box: Tensor, images: int, bins_y: int, bins_x: int, height: int, width: int) -> tuple[Tensor, T_co, T_co]:
-        image, box = mask_invalid_boxes(image, box, images)
-        y = rule.axis(box[:, 1], box[:, 3], spatial_scale, bins_y, height)
-        return image, y, rule.axis(box[:, 0], box[:, 2], spatial_scale, bins_x, width)
-
-    return place
+def places_by_kernel(features: Tensor, box: Tensor) -> bool:
+    """Whether a kernel places the bins: on a GPU, unless the boxes need a gradient, which autograd computes through `rule.axis`."""
+    return features.is_cuda and library.supports(features) and not (box.requires_grad and torch.is_grad_enabled())
 
 
-@cache
-def fused(rule: _Rule[T_co], spatial_scale: float) -> Callable[..., tuple[Tensor, T_co, T_co]]:
-    """The geometry as a kernel or two in the place of some seventy, which would take a GPU longer than pooling does.
-
-    Compiled when first called, for any number of boxes, bins and cells; never with fused multiply-adds, whose rounding differs.
-    """
-    log.info("compiling the geometry of %s at scale %g", rule, spatial_scale)
-    place = _geometry(rule, spatial_scale)
-    # PyTorch keeps what it compiled, eight variants of it, with the code object: each geometry has one of its own
-    place = FunctionType(place.__code__.replace(), place.__globals__, place.__name__, closure=place.__closure__)
-    return torch.compile(place, dynamic=True, options={"emulate_precision_casts": True})
+def place_by_kernel(
+    rule: LatticeRule | IntegralRule,
+    image: Tensor,
+    box: Tensor,
+    spatial_scale: float,
+    images: int,
+    bins: Sequence[int],
+    size: Sequence[int],
+) -> tuple[Tensor, Any, Any]:
+    """The same by one kernel, in the place of some seventy that a GPU takes longer to start than to run. It has no gradient."""
+    if isinstance(rule, IntegralRule):
+        image, low_high_y, low_high_x = library.place_edges(image, box, spatial_scale, images, bins, rule.half_pixel)
+        return image, Bounds(*low_high_y), Bounds(*low_high_x)
+    image, y, visited_y, x, visited_x = library.place_lattice(image, box, spatial_scale, images, bins, size, *astuple(rule))
+    return image, Axis(y[0], y[1], visited_y, y[2]), Axis(x[0], x[1], visited_x, x[2])
 
 
 def _has_kernels(features: Tensor) -> bool:

@@ -1,4 +1,6 @@
-"""Where every operator of the family looks: boxes in pixels -> lattices of samples in cells. All rounding of the project is in this file.
+"""Where every operator of the family looks: boxes in pixels -> lattices of samples in cells. It defines all rounding of the project.
+
+On a GPU one kernel computes the same (`ops/cuda/geometry.py`); a test holds it to the bits of this file, for every rule.
 
 Coordinates, stated once. A box `(x1, y1, x2, y2)` is in image pixels and continuous: it covers the area between its edges. On the feature
 map, cell `i` covers `[i, i + 1)` and its centre is `i + 0.5`; the projection of an edge is `spatial_scale * x`. Interpolation works in
@@ -74,6 +76,16 @@ class LatticeRule:
         """Whether the output changes with the boxes other than in steps."""
         return self.quantize_bins == "none"
 
+    @property
+    def smallest_extent(self) -> float | None:
+        """Of a RoI, in cells: `min_extent`, or torchvision's where it is None."""
+        return self.min_extent if self.min_extent is not None else (None if self.half_pixel else 1.0)
+
+    @property
+    def tests_each_sample(self) -> bool:
+        """Whether a bin has so few samples that each is tested for being on the map."""
+        return 0 < self.sampling_ratio <= MOST_SAMPLES_TESTED
+
     def axis(self, x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, size: int) -> Axis:
         """Lattice of `bins` bins a RoI on an axis of `size` cells.
 
@@ -82,9 +94,8 @@ class LatticeRule:
         """
         start = self._project(x1, spatial_scale)
         extent = self._project(x2, spatial_scale) - start + (1 if self.inclusive_end else 0)
-        min_extent = self.min_extent if self.min_extent is not None else (None if self.half_pixel else 1.0)
-        if min_extent is not None:
-            extent = extent.clamp(min=min_extent)
+        if self.smallest_extent is not None:
+            extent = extent.clamp(min=self.smallest_extent)
         axis = self._sample(start, extent, bins, size) if self.quantize_bins == "none" else self._cells(start, extent, bins, size)
         return _propagate_nan(axis)
 
@@ -126,7 +137,7 @@ class LatticeRule:
         lattice over a huge box finite.
         """
         low, high = -self.border, size - 1 + self.border
-        if 0 < self.sampling_ratio <= MOST_SAMPLES_TESTED:
+        if self.tests_each_sample:
             i = torch.arange(self.sampling_ratio, dtype=bin_start.dtype, device=bin_start.device)
             at = self._position(bin_start[..., None], bin_size[..., None], ratio[..., None], i)
             on_map = (at >= low) & (at <= high)  # neighbours, because positions are in order

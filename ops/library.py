@@ -1,19 +1,23 @@
 """The operators as PyTorch knows them: `torch.library` operators with shapes for tracing and gradients, and the kernels behind them.
 
-`roi_quantization::lattice_pool` and `roi_quantization::integral_pool` take lattices, never boxes: all rounding is in `ops/geometry.py`.
+`roi_quantization::lattice_pool` and `roi_quantization::integral_pool` take lattices, never boxes.
 A traced or exported file names its operators, so that their namespace is the import that such a file needs.
 """
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic as _deterministic
 
-from roi_quantization.ops.geometry import Axis, Bounds
+from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule
 
+deterministic: Any = _deterministic  # a module with a property, which mypy does not know
 _DEVICES = ("cpu", "cuda")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -23,9 +27,83 @@ def kernels(device: torch.device) -> ModuleType:
     return importlib.import_module(f"roi_quantization.ops.{device.type}.kernels")
 
 
+@contextmanager
+def unfilled_memory() -> Iterator[None]:
+    """Allocate without the fill of PyTorch's deterministic mode: kernels write every element of what they return."""
+    before = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        deterministic.fill_uninitialized_memory = before
+
+
 def supports(features: Tensor) -> bool:
     """Whether there are kernels for this device and dtype. A meta tensor has shapes alone, for which none is needed."""
     return features.is_cpu or features.is_meta or (features.is_cuda and _HAS_TRITON and features.dtype != torch.float64)
+
+
+@torch.library.custom_op("roi_quantization::place_lattice", mutates_args=(), device_types="cuda")
+def place_lattice(
+    image: Tensor,
+    box: Tensor,
+    spatial_scale: float,
+    images: int,
+    bins: list[int],
+    size: list[int],
+    quantize_roi: str,
+    inclusive_end: bool,
+    half_pixel: bool,
+    min_extent: float | None,
+    quantize_bins: str,
+    sampling_ratio: int,
+    sample_offset: float,
+    border: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the lattices of boxes by one kernel, for which there is no gradient; the knobs are those of `LatticeRule`, in its order.
+
+    Returns:
+        As `place_boxes` of `ops/cuda/kernels.py`.
+    """
+    roi, cut = cast(Any, quantize_roi), cast(Any, quantize_bins)  # an operator of PyTorch takes strings, not literals
+    rule = LatticeRule(roi, inclusive_end, half_pixel, min_extent, cut, sampling_ratio, sample_offset, border)
+    with unfilled_memory():
+        placed: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels(box.device).place_boxes(
+            rule, image, box, spatial_scale, images, bins, size
+        )
+    return placed
+
+
+@place_lattice.register_fake
+def _(
+    image: Tensor, box: Tensor, spatial_scale: float, images: int, bins: list[int], size: list[int], *knobs: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rois, (bins_y, bins_x) = image.shape[0], bins
+    counts = (image.new_empty(rois, of_side, dtype=torch.int32) for of_side in bins)
+    return (
+        image.new_empty(rois, dtype=torch.int64),
+        box.new_empty(3, rois, bins_y),
+        next(counts),
+        box.new_empty(3, rois, bins_x),
+        next(counts),
+    )
+
+
+@torch.library.custom_op("roi_quantization::place_edges", mutates_args=(), device_types="cuda")
+def place_edges(
+    image: Tensor, box: Tensor, spatial_scale: float, images: int, bins: list[int], half_pixel: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the edges of the bins of boxes by one kernel, for which there is no gradient: images `[K]`, y and x `[2, K, P]`."""
+    rule = IntegralRule(half_pixel)
+    with unfilled_memory():
+        image, y, _, x, _ = kernels(box.device).place_boxes(rule, image, box, spatial_scale, images, bins, [1, 1])
+    return image, y, x
+
+
+@place_edges.register_fake
+def _(image: Tensor, box: Tensor, spatial_scale: float, images: int, bins: list[int], half_pixel: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rois, (bins_y, bins_x) = image.shape[0], bins
+    return image.new_empty(rois, dtype=torch.int64), box.new_empty(2, rois, bins_y), box.new_empty(2, rois, bins_x)
 
 
 @torch.library.custom_op("roi_quantization::lattice_pool", mutates_args=(), device_types=_DEVICES)
@@ -42,6 +120,7 @@ def lattice_pool(
     x_total: Tensor,
     reduce: str,
     winners_dtype: torch.dtype | None,
+    whole_cells: bool,
 ) -> tuple[Tensor, Tensor]:
     """Reduce each bin's samples.
 
@@ -51,12 +130,14 @@ def lattice_pool(
         y_first, ..., x_total: `Axis` along y and along x, each `[K, P]`.
         reduce: `mean` or `max`.
         winners_dtype: of the numbers of the samples that won, for `max`; None where no gradient needs them.
+        whole_cells: whether the lattices are known to be whole cells, one apart, which need no interpolation.
 
     Returns:
         `[K, C, P, P]` in the dtype of the features, contiguous, and which sample won, in the kernels' own order, or an empty tensor.
     """
     y, x = Axis(y_first, y_step, y_visited, y_total), Axis(x_first, x_step, x_visited, x_total)
-    out, winners = kernels(features.device).lattice_forward(features, image, y, x, reduce, winners_dtype)
+    with unfilled_memory():
+        out, winners = kernels(features.device).lattice_forward(features, image, y, x, reduce, winners_dtype, whole_cells)
     return out, winners
 
 
@@ -74,6 +155,7 @@ def _(
     x_total: Tensor,
     reduce: str,
     winners_dtype: torch.dtype | None,
+    whole_cells: bool,
 ) -> tuple[Tensor, Tensor]:
     rois, channels, bins = image.shape[0], features.shape[1], (y_first.shape[1], x_first.shape[1])
     winners = rois * channels * bins[0] * bins[1] if reduce == "max" and winners_dtype else 0
@@ -95,6 +177,7 @@ def lattice_pool_backward(
     x_visited: Tensor,
     x_total: Tensor,
     reduce: str,
+    whole_cells: bool,
     shape: list[int],
     channels_last: bool,
     of_features: bool,
@@ -106,16 +189,17 @@ def lattice_pool_backward(
         grad: `[K, C, P, P]`.
         features: the map. None where no gradient that is asked for reads it.
         winners: as the forward gave them. Where it was not asked for them, the forward runs once more.
-        image, ..., reduce: as of the forward.
+        image, ..., reduce, whole_cells: as of the forward.
         shape, channels_last: of the features, and of their gradient.
         of_features, of_lattice: which gradients are asked for.
     """
-    device = kernels(grad.device)
     y, x = Axis(y_first, y_step, y_visited, y_total), Axis(x_first, x_step, x_visited, x_total)
-    if reduce == "max" and winners.numel() != grad.numel():
-        winners = device.lattice_forward(features, image, y, x, reduce, torch.int32)[1]
-    out = _empty_map(grad, shape, channels_last) if of_features else None
-    of_edges = device.lattice_backward(grad, features, winners, image, y, x, reduce, out, of_lattice)
+    with unfilled_memory():
+        device = kernels(grad.device)
+        if reduce == "max" and winners.numel() != grad.numel():
+            winners = device.lattice_forward(features, image, y, x, reduce, torch.int32, whole_cells)[1]
+        out = _empty_map(grad, shape, channels_last) if of_features else None
+        of_edges = device.lattice_backward(grad, features, winners, image, y, x, reduce, out, of_lattice, whole_cells)
     return _all_gradients(grad, y_first, out, of_edges)
 
 
@@ -134,6 +218,7 @@ def _(
     x_visited: Tensor,
     x_total: Tensor,
     reduce: str,
+    whole_cells: bool,
     shape: list[int],
     channels_last: bool,
     of_features: bool,
@@ -144,7 +229,7 @@ def _(
 
 
 def _lattice_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    features, image, *lattice, ctx.reduce, winners_dtype = inputs
+    features, image, *lattice, ctx.reduce, winners_dtype, ctx.whole_cells = inputs
     ctx.shape, ctx.channels_last = features.shape, _is_channels_last(features)
     # Only these gradients read the map. For the others it is not saved, so that it can be changed in place.
     needs_map = any(ctx.needs_input_grad[i] for i in (2, 3, 6, 7)) or (ctx.reduce == "max" and winners_dtype is None)
@@ -155,13 +240,15 @@ def _lattice_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _lattice_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
+        return (None,) * 13
     of_features, of_lattice = ctx.needs_input_grad[0], any(ctx.needs_input_grad[i] for i in (2, 3, 6, 7))
-    out = lattice_pool_backward(grad, *ctx.saved_tensors, ctx.reduce, ctx.shape, ctx.channels_last, of_features, of_lattice)
+    out = lattice_pool_backward(
+        grad, *ctx.saved_tensors, ctx.reduce, ctx.whole_cells, ctx.shape, ctx.channels_last, of_features, of_lattice
+    )
     of_map, y_first, y_step, x_first, x_step = (
         g if asked else None for g, asked in zip(out, [of_features] + [of_lattice] * 4, strict=True)
     )
-    return of_map, None, y_first, y_step, None, None, x_first, x_step, None, None, None, None
+    return of_map, None, y_first, y_step, None, None, x_first, x_step, None, None, None, None, None
 
 
 lattice_pool.register_autograd(_lattice_backward, setup_context=_lattice_setup)
@@ -170,7 +257,8 @@ lattice_pool.register_autograd(_lattice_backward, setup_context=_lattice_setup)
 @torch.library.custom_op("roi_quantization::integral_pool", mutates_args=(), device_types=_DEVICES)
 def integral_pool(features: Tensor, image: Tensor, y_low: Tensor, y_high: Tensor, x_low: Tensor, x_high: Tensor) -> Tensor:
     """Take the mean of the interpolated map over each bin: `[K, C, P, P]` in the dtype of the features, contiguous."""
-    out: Tensor = kernels(features.device).integral_forward(features, image, Bounds(y_low, y_high), Bounds(x_low, x_high))
+    with unfilled_memory():
+        out: Tensor = kernels(features.device).integral_forward(features, image, Bounds(y_low, y_high), Bounds(x_low, x_high))
     return out
 
 
@@ -195,8 +283,9 @@ def integral_pool_backward(
 ) -> list[Tensor]:
     """Gradients of features, y_low, y_high, x_low and x_high; arguments as of `lattice_pool_backward`."""
     y, x = Bounds(y_low, y_high), Bounds(x_low, x_high)
-    out = _empty_map(grad, shape, channels_last) if of_features else None
-    of_edges = kernels(grad.device).integral_backward(grad, features, image, y, x, out, of_bounds)
+    with unfilled_memory():
+        out = _empty_map(grad, shape, channels_last) if of_features else None
+        of_edges = kernels(grad.device).integral_backward(grad, features, image, y, x, out, of_bounds)
     return _all_gradients(grad, y_low, out, of_edges)
 
 

@@ -37,7 +37,7 @@ class Windows(NamedTuple):
 
 
 def lattice_forward(
-    features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, winners_dtype: torch.dtype | None
+    features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, winners_dtype: torch.dtype | None, whole_cells: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The mean or the largest sample of each bin, `[K, C, P, P]`; and which won, `[K * C * P * P]` (without a dtype: empty)."""
     _check_finite(y.first, x.first)
@@ -60,6 +60,7 @@ def lattice_backward(
     reduce: str,
     of_features: Tensor | None,
     of_lattice: bool,
+    whole_cells: bool = False,
 ) -> list[Tensor] | None:
     """Write the gradient of the features to `of_features`, unless it is None; gradients of `first` and `step`, of y and then of x.
 

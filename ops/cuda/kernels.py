@@ -6,6 +6,7 @@ Nothing here waits for the device, so CUDA graphs can capture all of it. The ker
 once a call, which costs far less than reading its cells one channel at a time. The gradient of the features is laid out as the map is.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,36 +14,70 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from roi_quantization.ops.cuda.geometry import place
 from roi_quantization.ops.cuda.integral import integral_forward as _integral_forward
 from roi_quantization.ops.cuda.integral import integral_slopes
-from roi_quantization.ops.cuda.lattice import lattice_forward as _lattice_forward
-from roi_quantization.ops.cuda.lattice import lattice_slopes
-from roi_quantization.ops.cuda.tiles import list_rois_by_tile, max_backward, mean_backward
-from roi_quantization.ops.geometry import Axis, Bounds
+from roi_quantization.ops.cuda.lattice import lattice_slopes, max_forward, mean_forward
+from roi_quantization.ops.cuda.scatter import clear_and_find_largest, scatter_max, write_sums
+from roi_quantization.ops.cuda.tiles import mark_rois_by_tile, mean_backward
+from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule
 
 # Sizes of programs: no register spills on sm_80, sm_90, sm_100 (tests/ops/compile_kernels.py)
-BINS = 64  # 7 x 7 in one
-MOST_BINS = 256  # a side, of the backward: a row of bins lies in shared memory
-TILE = {"TILE_Y": 4, "TILE_X": 8}  # cells of a program of the backward
-OPTIONS = {"enable_fp_fusion": True}
-NARROW, WIDE = {"num_warps": 4, "maxnreg": 168, **OPTIONS}, {"num_warps": 8, "maxnreg": 128, **OPTIONS}
+BINS_PLACED = 256  # of a program of the geometry
+ROW_OF_BINS = 8  # of a program of the forward, and of the gradient of boxes
+TILE = {"TILE_Y": 8, "TILE_X": 8}  # cells of a program of the backward of a mean: the 64 rows of a product of tensor cores
+MOST_PROGRAMS = 512  # that look for the largest gradient
+MOST_SUMS = 2**25  # 64-bit sums of a maximum's gradient, 256 MiB; a larger map takes some channels after others
+
+
+def place_boxes(
+    rule: LatticeRule | IntegralRule, image: Tensor, box: Tensor, spatial_scale: float, images: int, bins: list[int], size: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute `mask_invalid_boxes` and `rule.axis` of y and x in one launch.
+
+    Returns:
+        The image of each box `[K]`, int64; first, step and total of y `[3, K, P]` (of an integral low and high `[2, K, P]`) and the visited
+        samples `[K, P]`, int32; the same of x.
+    """
+    is_integral = isinstance(rule, IntegralRule)
+    knobs = LatticeRule() if isinstance(rule, IntegralRule) else rule
+    rois, kinds = len(image), 2 if is_integral else 3
+    of_axis = [torch.empty(kinds, rois, of_side, device=box.device) for of_side in bins]
+    counts = [torch.empty(0 if is_integral else rois, of_side, dtype=torch.int32, device=box.device) for of_side in bins]
+    image_out = torch.empty(rois, dtype=torch.int64, device=box.device)
+    if rois:
+        with torch.cuda.device_of(box):
+            place[triton.cdiv(rois * max(bins), BINS_PLACED), 2](
+                *(image, box, image_out, of_axis[0], counts[0], of_axis[1], counts[1]),
+                *(rois, image.stride(0), *box.stride(), images, *size, *(knobs.most_samples(side) for side in size)),
+                *(float(spatial_scale), float(knobs.smallest_extent or 0), float(knobs.sample_offset)),
+                *(-float(knobs.border), *(side - 1 + float(knobs.border) for side in size), *bins),
+                INTEGRAL=is_integral,
+                QUANTIZE_ROI=knobs.quantize_roi,
+                INCLUSIVE_END=knobs.inclusive_end,
+                HALF_PIXEL=rule.half_pixel,
+                HAS_MIN_EXTENT=knobs.smallest_extent is not None,
+                QUANTIZE_BINS=knobs.quantize_bins,
+                RATIO=max(int(knobs.sampling_ratio), 0),
+                TESTED=knobs.tests_each_sample,
+                BINS=BINS_PLACED,
+                enable_fp_fusion=False,  # a fused multiply-add rounds otherwise
+            )
+    return image_out, of_axis[0], counts[0], of_axis[1], counts[1]
 
 
 def lattice_forward(
-    features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, winners_dtype: torch.dtype | None
+    features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, winners_dtype: torch.dtype | None, whole_cells: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The mean or the largest sample of each bin, `[K, C, P, P]`; and which won, `[K * C * P * P]` (without a dtype: empty)."""
-    bins = y.first.shape[1], x.first.shape[1]
-    out = features.new_empty(len(image), features.shape[1], *bins)
+    out = features.new_empty(len(image), features.shape[1], y.first.shape[1], x.first.shape[1])
     remembered = out.numel() if reduce == "max" and winners_dtype else 0
     winners = torch.empty(remembered, dtype=winners_dtype or torch.int8, device=features.device)
-    if out.numel():
-        features = features.contiguous(memory_format=torch.channels_last)
-        sizes, blocks = _sizes(features, bins), _blocks(features, bins)
-        with torch.cuda.device_of(features):
-            _lattice_forward[_grid(out, blocks)](
-                features, image, *_dense(y), *_dense(x), out, winners, *sizes, MAX=reduce == "max", REMEMBER=winners.numel() > 0, **blocks
-            )
+    lattice = image, *_dense(y), *_dense(x)
+    if reduce == "max":
+        _forward(max_forward, features, lattice, out, winners, CHANNELS=128, REMEMBER=remembered > 0, CELLS=whole_cells)
+    else:
+        _forward(mean_forward, features, lattice, out, CHANNELS=256, CELLS=whole_cells)
     return out, winners
 
 
@@ -56,26 +91,24 @@ def lattice_backward(
     reduce: str,
     of_features: Tensor | None,
     of_lattice: bool,
+    whole_cells: bool = False,
 ) -> list[Tensor] | None:
     """Write the gradient of the features to `of_features`, unless it is None; gradients of `first` and `step`, of y and then of x.
 
     The map itself is read for `of_lattice` alone.
     """
     grad, y, x = grad.contiguous(), Axis(*_dense(y)), Axis(*_dense(x))
-    if of_features is not None:
-        _gather(grad, of_features, image, y, x, reduce, winners)
+    if of_features is not None and reduce == "max":
+        _scatter(grad, of_features, image, y, x, winners, whole_cells)
+    elif of_features is not None:
+        _gather(grad, of_features, image, y, x, is_integral=False)
     return _slopes(lattice_slopes, grad, features, (winners, image, *y, *x), MAX=reduce == "max") if of_lattice else None
 
 
 def integral_forward(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> Tensor:
     """The mean of the interpolated map over each bin, `[K, C, P, P]`."""
-    bins = y.low.shape[1], x.low.shape[1]
-    out = features.new_empty(len(image), features.shape[1], *bins)
-    if out.numel():
-        features = features.contiguous(memory_format=torch.channels_last)
-        blocks = _blocks(features, bins)
-        with torch.cuda.device_of(features):
-            _integral_forward[_grid(out, blocks)](features, image, *_dense(y), *_dense(x), out, *_sizes(features, bins), **blocks)
+    out = features.new_empty(len(image), features.shape[1], y.low.shape[1], x.low.shape[1])
+    _forward(_integral_forward, features, (image, *_dense(y), *_dense(x)), out, CHANNELS=256)
     return out
 
 
@@ -88,44 +121,82 @@ def integral_backward(
     """
     grad, y, x = grad.contiguous(), Bounds(*_dense(y)), Bounds(*_dense(x))
     if of_features is not None:  # edges for first and step; an integral has no count and no total, which are not read
-        _gather(grad, of_features, image, Axis(*y, y.low, y.low), Axis(*x, x.low, x.low), "integral")
+        _gather(grad, of_features, image, Axis(*y, y.low, y.low), Axis(*x, x.low, x.low), is_integral=True)
     return _slopes(integral_slopes, grad, features, (image, *y, *x)) if of_bounds else None
 
 
-def _gather(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, winners: Tensor | None = None) -> None:
-    """Write the gradient of the features, tile by tile; `reduce` is `mean`, `max` or `integral`."""
+def _forward(
+    kernel: triton.JITFunction, features: Tensor, lattice: tuple[Tensor, ...], out: Tensor, *results: Tensor, CHANNELS: int, **options: bool
+) -> None:
+    """Run a kernel of the forward, one program for a row of bins and some channels."""
+    if not out.numel():
+        return
+    _, channels, height, width = features.shape
+    rois, _, *bins = out.shape
+    block = min(CHANNELS if channels % CHANNELS == 0 else 64, max(triton.next_power_of_2(channels), 16))
+    cells = features.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    is_packed = features.dtype == torch.bfloat16 and channels % 2 == 0 and cells.storage_offset() % 2 == 0
+    grid = rois * bins[0], triton.cdiv(bins[1], ROW_OF_BINS), triton.cdiv(channels, block)
+    with torch.cuda.device_of(features):
+        kernel[grid](
+            *(cells.view(torch.int32) if is_packed else cells, *lattice, out, *results, channels, height, width, *bins),
+            **{"CHANNELS": block, "WHOLE": channels % block == 0, "PACKED": is_packed, "BINS": ROW_OF_BINS},
+            **{"OFFSET": _offset(features, bins), "num_warps": 1, "maxnreg": 255, "enable_fp_fusion": True, **options},
+        )
+
+
+def _gather(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, is_integral: bool) -> None:
+    """Write the gradient of the features of a mean or an integral, tile by tile."""
     if not (grad.numel() and out.numel()):
         out.zero_()
         return
     images, channels, height, width = out.shape
+    rois, _, *bins = grad.shape
     tiles_x = triton.cdiv(width, TILE["TILE_X"])
     tiles = triton.cdiv(height, TILE["TILE_Y"]) * tiles_x
-    lists = torch.empty(images * tiles, len(image), dtype=torch.int32, device=grad.device)
-    lengths = torch.empty(images * tiles, dtype=torch.int32, device=grad.device)
-
-    bins = grad.shape[2:]
-    if max(bins) > MOST_BINS:
-        raise ValueError(f"output_size: {tuple(bins)} bins; the gradient of the features on a GPU takes {MOST_BINS} a side at most")
-    sizes = len(image), channels, height, width, *out.stride(), *bins, tiles_x, tiles
-    pad_y, pad_x = triton.next_power_of_2(bins[0]), triton.next_power_of_2(bins[1])
-    block = {
-        "CHANNELS": _channels(channels, 64 if reduce == "max" else 32),
-        "OFFSET": _offset(out, bins),
-        "BINS_X": pad_x,
-        **TILE,
-        **OPTIONS,
-    }
-    grid = images * tiles, triton.cdiv(channels, block["CHANNELS"])
+    words = triton.cdiv(rois, 32)
+    marks = torch.empty(images * tiles, words, dtype=torch.int32, device=grad.device)
+    bins_x = min(triton.next_power_of_2(bins[1]), 32)
+    bins_y = max(min(triton.next_power_of_2(bins[0]), 32 // bins_x), 8 // bins_x, 1)  # in one product: 32 bins, 8 at least
+    block = min(max(triton.next_power_of_2(channels), 16), 64)
     with torch.cuda.device_of(out):
-        list_rois_by_tile[grid[:1]](
-            *(image, *y[:3], *x[:3], lists, lengths, len(image), height, width, *bins, tiles_x, tiles),
-            **{"INTEGRAL": reduce == "integral", "ROIS": 64, "BINS_Y": pad_y, "BINS_X": pad_x, **TILE, **OPTIONS},
+        mark_rois_by_tile[words, min(triton.cdiv(images * tiles, 16), 64)](
+            *(image, *y[:3], *x[:3], marks, rois, words, height, width, tiles_x, tiles, images * tiles, *bins),
+            **{"INTEGRAL": is_integral, "TILES": 16, "BINS_Y": 8, "BINS_X": 8, **TILE},
         )
-        if reduce == "max":
-            max_backward[grid](grad, winners, *y[:3], *x[:3], lists, lengths, out, *sizes, **block, BINS_Y=pad_y, num_warps=8)
-        else:
-            block["BINS_Y"] = max(min(pad_y, 32 // pad_x), 16 // pad_x, 1)  # in one product: 32 bins, 16 at least
-            mean_backward[grid](grad, *y, *x, lists, lengths, out, *sizes, **block, INTEGRAL=reduce == "integral", num_stages=1)
+        mean_backward[images * tiles, triton.cdiv(channels, block)](
+            *(grad, *y, *x, marks, out, words, channels, height, width, *out.stride(), tiles_x, tiles, *bins),
+            **{"INTEGRAL": is_integral, "EXACT": grad.dtype != torch.float32, "BINS_Y": bins_y, "BINS_X": bins_x, **TILE},
+            **{"CHANNELS": block, "OFFSET": _offset(out, bins), "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True},
+        )
+
+
+def _scatter(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, winners: Tensor, whole_cells: bool) -> None:
+    """Write the gradient of the features of a maximum: each bin adds to the cells of its winner, in integers."""
+    if not (grad.numel() and out.numel()):
+        out.zero_()
+        return
+    images, channels, height, width = out.shape
+    rois, _, *bins = grad.shape
+    log_bins = math.ceil(math.log2(rois * bins[0] * bins[1]))
+    at_a_time = min(channels, max(MOST_SUMS // (images * height * width), 1))
+    sums = torch.empty(images * at_a_time * height * width, dtype=torch.int64, device=grad.device)
+    programs = min(triton.next_power_of_2(rois), MOST_PROGRAMS)
+    largest = torch.empty(programs, device=grad.device)
+    offset, rois_of_bins = {"OFFSET": _offset(out, bins), "PROGRAMS": programs}, (rois, triton.cdiv(bins[0] * bins[1], 64))
+    with torch.cuda.device_of(out):
+        clear_and_find_largest[(programs,)](
+            grad, y.first, x.first, largest, sums, rois, channels * bins[0] * bins[1], sums.numel(), *bins, SIZE=4096, num_warps=4
+        )
+        for c0 in range(0, channels, at_a_time):
+            scatter_max[*rois_of_bins, triton.cdiv(at_a_time, 16)](
+                *(grad, winners, image, *y[:2], *x[:3], largest, sums, c0, channels, at_a_time, height, width, log_bins, *bins),
+                **{"CELLS": whole_cells, "BINS": 64, "CHANNELS": 16, "num_warps": 4, "enable_fp_fusion": False, **offset},
+            )
+            write_sums[triton.cdiv(height * width, 64), triton.cdiv(at_a_time, 32), images](
+                *(largest, sums, out, c0, channels, at_a_time, height, width, *out.stride(), log_bins),
+                **{"CELLS": 64, "CHANNELS": 32, "num_warps": 4, **offset},
+            )
 
 
 def _slopes(
@@ -133,40 +204,21 @@ def _slopes(
 ) -> list[Tensor]:
     """Four gradients `[K, P]`: each bin's share of them, added up along the axis that they do not belong to."""
     assert features is not None, "the map is kept for this gradient"
-    rois, bins = len(grad), grad.shape[2:]
+    rois, channels, *bins = grad.shape
     slopes = torch.zeros(4, rois, *bins, device=grad.device)
     if grad.numel():
         features = features.contiguous(memory_format=torch.channels_last)
-        blocks = _blocks(features, bins) | {"CHANNELS": _channels(features.shape[1], 32), **NARROW, "maxnreg": 255}
         with torch.cuda.device_of(features):
-            kernel[rois, triton.cdiv(bins[0] * bins[1], BINS)](
-                features, grad, *lattice, slopes, *_sizes(features, bins), **options, **blocks
+            kernel[rois * bins[0], triton.cdiv(bins[1], ROW_OF_BINS)](
+                *(features, grad, *lattice, slopes, rois, channels, *features.shape[2:], *bins),
+                **{"BINS": ROW_OF_BINS, "CHANNELS": min(32, max(triton.next_power_of_2(channels), 16)), "OFFSET": _offset(features, bins)},
+                **{"num_warps": 1, "maxnreg": 255, "enable_fp_fusion": True, **options},
             )
     return [slopes[0].sum(2), slopes[1].sum(2), slopes[2].sum(1), slopes[3].sum(1)]
 
 
 def _dense(axis: Axis | Bounds) -> list[Tensor]:
     return [t.contiguous() for t in axis]
-
-
-def _sizes(features: Tensor, bins: Sequence[int]) -> tuple[int, ...]:
-    """What a kernel has to know of a channels-last map and its bins."""
-    _, channels, height, width = features.shape
-    return channels, height, width, channels * height * width, channels * width, channels, *bins
-
-
-def _blocks(features: Tensor, bins: Sequence[int]) -> dict[str, object]:
-    """A program's share: 64 bins, and channels for 128 bytes of each cell."""
-    channels = _channels(features.shape[1], 128 // features.element_size())
-    return {"BINS": BINS, "CHANNELS": channels, "OFFSET": _offset(features, bins), **(WIDE if channels > 32 else NARROW)}
-
-
-def _grid(out: Tensor, blocks: dict[str, object]) -> tuple[int, int, int]:
-    return out.shape[0], triton.cdiv(out.shape[2] * out.shape[3], BINS), triton.cdiv(out.shape[1], blocks["CHANNELS"])
-
-
-def _channels(channels: int, most: int) -> int:
-    return max(min(triton.next_power_of_2(channels), most), 16)  # tensor cores want 16
 
 
 def _offset(features: Tensor, bins: Sequence[int]) -> tl.dtype:

@@ -1,15 +1,15 @@
-"""Triton kernels of the gradient of the features, without atomics: a program owns a tile of cells and gathers what RoIs give to it.
+"""Triton kernels of the gradient of the features for a mean, without atomics: a program owns a tile of cells and gathers what RoIs give.
 
 Scattering, where each RoI adds to the cells that it read, leaves the order of the additions to chance. Here each cell is written once, by a
-program that visits the RoIs touching its tile in their order, so that every run gives the same bits. `list_rois_by_tile` lists those RoIs
-first.
+program that visits the RoIs touching its tile in their order, so that every run gives the same bits. `mark_rois_by_tile` marks those RoIs
+first, one bit for each tile and RoI.
 """
 
 import triton
 import triton.language as tl
 
-from roi_quantization.ops.cuda.integral import integral_share, tent
-from roi_quantization.ops.cuda.lattice import clamp
+from roi_quantization.ops.cuda.integral import integral_share
+from roi_quantization.ops.cuda.lattice import clamp, tent
 
 
 @triton.jit
@@ -26,35 +26,46 @@ def cell_range(first, step, count, at, exists, size, INTEGRAL: tl.constexpr):
         reads = exists & (end > start) & (end > -1) & (start < size)
     else:
         n = tl.load(count + at, exists, 0)
+        reads = exists & (n > 0) & (start == start)  # the sample of an invalid box is NaN, and no cell has to do with it
         end = start + (n - 1) * end  # the last sample
-        reads = exists & (n > 0)
+    start, end = tl.where(reads, start, 0.0), tl.where(reads, end, 0.0)
     low, high = tl.floor(clamp(tl.minimum(start, end), size)), tl.floor(clamp(tl.maximum(start, end), size))
     return tl.where(reads, low, size).to(tl.int32), tl.where(reads, tl.minimum(high + 1, size - 1.0), -1).to(tl.int32)
 
 
 @triton.jit
-def list_rois_by_tile(
-    image, y_first, y_step, y_count, x_first, x_step, x_count, lists, lengths,
-    rois, height, width, bins_y, bins_x, tiles_x, tiles,
-    INTEGRAL: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, ROIS: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr,
+def roi_range(first, step, count, k, exists, size, bins: tl.constexpr, BINS: tl.constexpr, INTEGRAL: tl.constexpr):
+    """First and last cell that RoIs read along an axis, `k [ROIS]`."""
+    low, high = k * 0 + size, k * 0 - 1
+    for b in range(0, bins, BINS):
+        p = b + tl.arange(0, BINS)[None, :]
+        start, end = cell_range(first, step, count, k.to(tl.int64)[:, None] * bins + p, exists[:, None] & (p < bins), size, INTEGRAL)
+        low, high = tl.minimum(low, tl.min(start, 1)), tl.maximum(high, tl.max(end, 1))
+    return low, high
+
+
+@triton.jit(do_not_specialize=["rois", "words", "height", "width", "tiles_x", "tiles", "all_tiles"])
+def mark_rois_by_tile(
+    image, y_first, y_step, y_count, x_first, x_step, x_count, marks,
+    rois, words, height, width, tiles_x, tiles, all_tiles, bins_y: tl.constexpr, bins_x: tl.constexpr,
+    INTEGRAL: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, TILES: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr,
 ):  # fmt: skip
-    """The RoIs that read cells of each tile, in order, into `lists [images * tiles, rois]`, and how many they are."""
-    tile = tl.program_id(0)
-    n, y0, x0 = tile_origin(tile, tiles, tiles_x, TILE_Y, TILE_X)
-    p, q = tl.arange(0, BINS_Y)[None, :], tl.arange(0, BINS_X)[None, :]
-    length = 0
-    for k0 in range(0, rois, ROIS):
-        k = k0 + tl.arange(0, ROIS)
-        exists = (k < rois)[:, None]
-        top, bottom = cell_range(y_first, y_step, y_count, k[:, None] * bins_y + p, exists & (p < bins_y), height, INTEGRAL)
-        left, right = cell_range(x_first, x_step, x_count, k[:, None] * bins_x + q, exists & (q < bins_x), width, INTEGRAL)
-        touches = (k < rois) & (tl.load(image + k, k < rois, -1) == n)
-        touches &= (tl.min(top, 1) < y0 + TILE_Y) & (tl.max(bottom, 1) >= y0)
-        touches &= (tl.min(left, 1) < x0 + TILE_X) & (tl.max(right, 1) >= x0)
-        before = tl.cumsum(touches.to(tl.int32), 0) - touches.to(tl.int32)
-        tl.store(lists + tile.to(tl.int64) * rois + length + before, k, touches)
-        length += tl.sum(touches.to(tl.int32), 0)
-    tl.store(lengths + tile, length)
+    """Into `marks [images * tiles, words]`: bit `b` of word `w` says whether RoI `32 * w + b` reads cells of the tile."""
+    bit = tl.arange(0, 32)
+    word = tl.program_id(0)
+    k = word * 32 + bit
+    exists = k < rois
+    n = tl.load(image + k, exists, -1)
+    top, bottom = roi_range(y_first, y_step, y_count, k, exists, height, bins_y, BINS_Y, INTEGRAL)
+    left, right = roi_range(x_first, x_step, x_count, k, exists, width, bins_x, BINS_X, INTEGRAL)
+    for t in range(tl.program_id(1) * TILES, all_tiles, tl.num_programs(1) * TILES):
+        tile = (t + tl.arange(0, TILES))[:, None]
+        of_image, y0, x0 = tile_origin(tile, tiles, tiles_x, TILE_Y, TILE_X)
+        touches = (n[None, :] == of_image) & (top[None, :] < y0 + TILE_Y) & (bottom[None, :] >= y0)
+        touches &= (left[None, :] < x0 + TILE_X) & (right[None, :] >= x0)
+        value = tl.sum(touches.to(tl.int32) << bit[None, :], 1)
+        tile = t + tl.arange(0, TILES)
+        tl.store(marks + tile.to(tl.int64) * words + word, value, tile < all_tiles)
 
 
 @triton.jit
@@ -74,89 +85,76 @@ def edges_share(low, high, at, is_bin, cell):
 
 
 @triton.jit
+def bins_touch(first, step, count, at, last, origin, size, TILE: tl.constexpr, INTEGRAL: tl.constexpr):
+    """Whether any of a RoI's bins from `at` to `last` may read cells of a tile along an axis: they lie in order."""
+    a, b = tl.load(first + at), tl.load(first + last)
+    if INTEGRAL:
+        start, end = a, tl.load(step + last)
+    else:
+        end_a = a + tl.maximum(tl.load(count + at) - 1, 0) * tl.load(step + at)
+        end_b = b + tl.maximum(tl.load(count + last) - 1, 0) * tl.load(step + last)
+        start, end = tl.minimum(tl.minimum(a, end_a), tl.minimum(b, end_b)), tl.maximum(tl.maximum(a, end_a), tl.maximum(b, end_b))
+    return (clamp(start, size) < origin + TILE) & (clamp(end, size) > origin - 1)
+
+
+@triton.jit
+def upper_part(x):
+    """The digits of a float32 that tf32 has."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["words", "height", "width", "tiles_x", "tiles"])
 def mean_backward(
-    grad, y_first, y_step, y_count, y_total, x_first, x_step, x_count, x_total, lists, lengths, out,
-    rois, channels, height, width, stride_n, stride_c, stride_y, stride_x, bins_y, bins_x, tiles_x, tiles,
-    INTEGRAL: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, CHANNELS: tl.constexpr,
-    OFFSET: tl.constexpr,
+    grad, y_first, y_step, y_count, y_total, x_first, x_step, x_count, x_total, marks, out,
+    words, channels, height, width, stride_n, stride_c, stride_y, stride_x, tiles_x, tiles,
+    bins_y: tl.constexpr, bins_x: tl.constexpr,
+    INTEGRAL: tl.constexpr, EXACT: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr,
+    CHANNELS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """What a RoI gives to a tile is a product of matrices: (share of each cell in each bin) @ (gradient of each bin and channel).
 
-    The shares are themselves an outer product, of those along y and those along x.
+    The shares are themselves an outer product, of those along y and those along x. Tensor cores multiply tf32: a float32 is a sum of two,
+    and of the four products of the parts all but the smallest are computed. EXACT: gradients of 16 bits are one tf32, and two products do.
     """
     tile = tl.program_id(0)
     n, y0, x0 = tile_origin(tile, tiles, tiles_x, TILE_Y, TILE_X)
     y, x = (y0 + tl.arange(0, TILE_Y))[:, None], (x0 + tl.arange(0, TILE_X))[:, None]
-    q = tl.arange(0, BINS_X)[None, :]
     c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    bins = bins_y * bins_x
+    bins: tl.constexpr = bins_y * bins_x
+    row = tl.reshape(tl.broadcast_to(tl.arange(0, BINS_Y)[:, None], BINS_Y, BINS_X), (BINS_Y * BINS_X,))[:, None]
+    column = tl.reshape(tl.broadcast_to(tl.arange(0, BINS_X)[None, :], BINS_Y, BINS_X), (BINS_Y * BINS_X,))[:, None]
     result = tl.zeros((TILE_Y * TILE_X, CHANNELS), tl.float32)
-    for r in range(tl.load(lengths + tile)):
-        k = tl.load(lists + tile.to(tl.int64) * rois + r).to(tl.int64)
-        if INTEGRAL:  # first and step are the edges of the bins
-            of_x = edges_share(x_first, x_step, k * bins_x + q, q < bins_x, x)
-        else:
-            of_x = lattice_share(x_first, x_step, x_count, x_total, k * bins_x + q, q < bins_x, x, width)
-        for p0 in range(0, bins_y, BINS_Y):
-            p = p0 + tl.arange(0, BINS_Y)[None, :]
-            if INTEGRAL:
-                of_y = edges_share(y_first, y_step, k * bins_y + p, p < bins_y, y)
-            else:
-                of_y = lattice_share(y_first, y_step, y_count, y_total, k * bins_y + p, p < bins_y, y, height)
-            shares = tl.reshape(of_y[:, None, :, None] * of_x[None, :, None, :], (TILE_Y * TILE_X, BINS_Y * BINS_X))
-            b = p0 * bins_x + tl.reshape(tl.arange(0, BINS_Y)[:, None] * bins_x + q, (BINS_Y * BINS_X,))[:, None]
-            is_bin = tl.reshape((tl.arange(0, BINS_Y)[:, None] < bins_y - p0) & (q < bins_x), (BINS_Y * BINS_X,))[:, None]
-            g = tl.load(grad + k * channels * bins + c.to(OFFSET) * bins + b, is_bin & (c < channels), 0.0).to(tl.float32)
-            result = tl.dot(shares, g, result, input_precision="tf32x3")  # float32 in three products of tensor cores
+    for w in range(words):
+        rest = tl.load(marks + tile.to(tl.int64) * words + w)
+        while rest != 0:
+            lowest = rest & -rest
+            place = (lowest.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # the exponent
+            k = (w * 32 + place).to(tl.int64)
+            rest = rest ^ lowest
+            for q0 in range(0, bins_x, BINS_X):
+                q = q0 + tl.arange(0, BINS_X)[None, :]
+                if INTEGRAL:  # first and step are the edges of the bins
+                    of_x = edges_share(x_first, x_step, k * bins_x + q, q < bins_x, x)
+                else:
+                    of_x = lattice_share(x_first, x_step, x_count, x_total, k * bins_x + q, q < bins_x, x, width)
+                for p0 in range(0, bins_y, BINS_Y):
+                    last = k * bins_y + tl.minimum(p0 + BINS_Y, bins_y) - 1
+                    if bins_touch(y_first, y_step, y_count, k * bins_y + p0, last, y0, height, TILE_Y, INTEGRAL):
+                        p = p0 + tl.arange(0, BINS_Y)[None, :]
+                        if INTEGRAL:
+                            of_y = edges_share(y_first, y_step, k * bins_y + p, p < bins_y, y)
+                        else:
+                            of_y = lattice_share(y_first, y_step, y_count, y_total, k * bins_y + p, p < bins_y, y, height)
+                        shares = tl.reshape(of_y[:, None, :, None] * of_x[None, :, None, :], (TILE_Y * TILE_X, BINS_Y * BINS_X))
+                        is_bin = (p0 + row < bins_y) & (q0 + column < bins_x)
+                        of_bins = grad + k * channels * bins + p0 * bins_x + q0
+                        g = tl.load(of_bins + (c.to(OFFSET) * bins + row * bins_x + column), is_bin & (c < channels), 0.0).to(tl.float32)
+                        upper, of_upper = upper_part(shares), upper_part(g)
+                        if not EXACT:
+                            result = tl.dot(upper, g - of_upper, result, input_precision="tf32")
+                        result = tl.dot(shares - upper, of_upper, result, input_precision="tf32")
+                        result = tl.dot(upper, of_upper, result, input_precision="tf32")
     cell = tl.arange(0, TILE_Y * TILE_X)[:, None]
     y, x = y0 + cell // TILE_X, x0 + cell % TILE_X
     at = n.to(tl.int64) * stride_n + c.to(OFFSET) * stride_c + (y.to(OFFSET) * stride_y + x.to(OFFSET) * stride_x)
     tl.store(out + at, result.to(out.dtype.element_ty), (y < height) & (x < width) & (c < channels))
-
-
-@triton.jit
-def bins_of_cells(first, step, count, k, cell, size, bins, BINS: tl.constexpr):
-    """First and last bin of RoI k that read each of `cell [CELLS]`; `bins` and -1 where none does."""
-    p = tl.arange(0, BINS)
-    low, high = cell_range(first, step, count, k * bins + p, p < bins, size, False)
-    reads = (low[None, :] <= cell[:, None]) & (cell[:, None] <= high[None, :])
-    return tl.min(tl.where(reads, p[None, :], bins), 1), tl.max(tl.where(reads, p[None, :], -1), 1)
-
-
-@triton.jit
-def max_backward(
-    grad, winners, y_first, y_step, y_count, x_first, x_step, x_count, lists, lengths, out,
-    rois, channels, height, width, stride_n, stride_c, stride_y, stride_x, bins_y, bins_x, tiles_x, tiles,
-    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, CHANNELS: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    """Each cell looks up, in the few bins that read it, whether the winning sample reads it: each channel has a winner of its own."""
-    tile = tl.program_id(0)
-    n, y0, x0 = tile_origin(tile, tiles, tiles_x, TILE_Y, TILE_X)
-    cell = tl.arange(0, TILE_Y * TILE_X)
-    y, x = y0 + cell // TILE_X, x0 + cell % TILE_X
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    bins = bins_y * bins_x
-    result = tl.zeros((CHANNELS, TILE_Y * TILE_X), tl.float32)
-    for r in range(tl.load(lengths + tile)):
-        k = tl.load(lists + tile.to(tl.int64) * rois + r).to(tl.int64)
-        p0, p1 = bins_of_cells(y_first, y_step, y_count, k, y, height, bins_y, BINS_Y)
-        q0, q1 = bins_of_cells(x_first, x_step, x_count, k, x, width, bins_x, BINS_X)
-        for a in range(tl.max(p1 - p0) + 1):
-            p = p0 + a
-            first_y, step_y = tl.load(y_first + k * bins_y + p, p <= p1, 0.0), tl.load(y_step + k * bins_y + p, p <= p1, 0.0)
-            for b in range(tl.max(q1 - q0) + 1):
-                q = q0 + b
-                exists = (p <= p1) & (q <= q1)
-                first_x, step_x = tl.load(x_first + k * bins_x + q, exists, 0.0), tl.load(x_step + k * bins_x + q, exists, 0.0)
-                visited_x = tl.load(x_count + k * bins_x + q, exists, 1)[None, :]
-                mask = (c < channels)[:, None] & exists[None, :]
-                at = k * channels * bins + c.to(OFFSET)[:, None] * bins + (p * bins_x + q)[None, :]
-                g = tl.load(grad + at, mask, 0.0).to(tl.float32)
-                winner = tl.load(winners + at, mask, -1).to(tl.int32)
-                i = winner // visited_x
-                j = winner - i * visited_x
-                of_y = tent(clamp(first_y[None, :] + i * step_y[None, :], height) - y[None, :])
-                of_x = tent(clamp(first_x[None, :] + j * step_x[None, :], width) - x[None, :])
-                result += tl.where(winner >= 0, of_y * of_x * g, 0.0)
-    at = n.to(tl.int64) * stride_n + c.to(OFFSET)[:, None] * stride_c + (y.to(OFFSET) * stride_y + x.to(OFFSET) * stride_x)[None, :]
-    tl.store(out + at, result.to(out.dtype.element_ty), (c < channels)[:, None] & ((y < height) & (x < width))[None, :])

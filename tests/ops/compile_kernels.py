@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that this machine lacks, and print the registers and the stack that each needs.
 
-    python -m tests.ops.compile_kernels [float32] [float16] [bfloat16] [sm_80] [sm_90] [sm_100]
+    python -m tests.ops.compile_kernels [float32] [float16] [bfloat16] [sm_80] [sm_90] [sm_100] [channels=512,17] [bins=7,14]
 
 It calls the functions of `ops/cuda/kernels.py` as they are, with a launch that compiles and goes no further.
 """
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from roi_quantization.ops.cuda import kernels as cuda
-from roi_quantization.ops.geometry import IntegralRule, LatticeRule
+from roi_quantization.ops.functional import ROI_POOL
+from roi_quantization.ops.geometry import IntegralRule, LatticeRule, smallest_winners_dtype
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -40,18 +42,23 @@ class AbsentGPU:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def compile_all(capability: int, dtype: torch.dtype) -> list[CompiledKernel]:
-    """The kernels of every operator, forward and backward, at VGG16's shapes."""
+def compile_all(capability: int, dtype: torch.dtype, channels: int = 512, bins: int = 7) -> list[CompiledKernel]:
+    """The kernels of every operator, forward and backward."""
     compiled = []
     triton.runtime.driver.set_active(AbsentGPU(capability))
     JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **k: compiled.append(kernel.run(*a, grid=grid, warmup=True, **k))
-    features, image = torch.zeros(1, 512, 38, 63, dtype=dtype), torch.zeros(8, dtype=torch.int64)
+    features, image = torch.zeros(1, channels, 38, 63, dtype=dtype), torch.zeros(8, dtype=torch.int64)
     low, high = torch.zeros(8), torch.full((8,), 300.0)
-    for reduce, winners_dtype in (("mean", None), ("max", torch.int8)):
-        y, x = (LatticeRule().axis(low, high, 1 / 16, 7, size) for size in features.shape[2:])
-        out, winners = cuda.lattice_forward(features, image, y, x, reduce, winners_dtype)
-        cuda.lattice_backward(out, features, winners, image, y, x, reduce, torch.empty_like(features), True)
-    y, x = (IntegralRule().axis(low, high, 1 / 16, 7, size) for size in features.shape[2:])
+    box = torch.zeros(8, 4)
+    for reduce, rule in (("mean", LatticeRule()), ("max", LatticeRule()), ("max", ROI_POOL)):
+        y, x = (rule.axis(low, high, 1 / 16, bins, size) for size in features.shape[2:])
+        dtype_of_winners = smallest_winners_dtype(rule.most_samples(38) * rule.most_samples(63))
+        is_cells = rule.quantize_bins != "none"
+        cuda.place_boxes(rule, image, box, 1 / 16, 1, [bins, bins], [38, 63])
+        out, winners = cuda.lattice_forward(features, image, y, x, reduce, dtype_of_winners, is_cells)
+        cuda.lattice_backward(out, features, winners, image, y, x, reduce, torch.empty_like(features), rule.has_box_gradient, is_cells)
+    y, x = (IntegralRule().axis(low, high, 1 / 16, bins, size) for size in features.shape[2:])
+    cuda.place_boxes(IntegralRule(), image, box, 1 / 16, 1, [bins, bins], [38, 63])
     cuda.integral_backward(cuda.integral_forward(features, image, y, x), features, image, y, x, torch.empty_like(features), True)
     return compiled
 
@@ -65,10 +72,16 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
     return {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
 
 
+def numbers(name: str, default: int) -> list[int]:
+    """The values of an argument like `bins=7,14`."""
+    return [int(v) for a in sys.argv[1:] if a.startswith(f"{name}=") for v in a.split("=")[1].split(",")] or [default]
+
+
 if __name__ == "__main__":
-    targets = [name for name in sys.argv[1:] if name.startswith("sm_")] or ["sm_80", "sm_90", "sm_100"]
-    for name in [name for name in sys.argv[1:] if name not in targets] or ["float32", "float16", "bfloat16"]:
-        for target in targets:
-            for kernel in compile_all(int(target.removeprefix("sm_")), getattr(torch, name)):
-                row = {"target": target, "dtype": name, "kernel": kernel.metadata.name}
-                print(json.dumps(row | resources(kernel)), flush=True)
+    targets = [a for a in sys.argv[1:] if a.startswith("sm_")] or ["sm_80", "sm_90", "sm_100"]
+    dtypes = [a for a in sys.argv[1:] if "float" in a] or ["float32", "float16", "bfloat16"]
+    for name, target, channels, bins in product(dtypes, targets, numbers("channels", 512), numbers("bins", 7)):
+        for kernel in compile_all(int(target.removeprefix("sm_")), getattr(torch, name), channels, bins):
+            fused = len(re.findall(r"\bfma\.", kernel.asm["ptx"]))
+            row = {"target": target, "dtype": name, "channels": channels, "bins": bins, "kernel": kernel.metadata.name}
+            print(json.dumps(row | {"fused multiply-adds": fused} | resources(kernel)), flush=True)

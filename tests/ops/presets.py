@@ -8,6 +8,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from roi_quantization.ops.geometry import IntegralRule, LatticeRule
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "roi"
 PRESETS = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
 WITHOUT_BOX_GRADIENT = {"pool", "pool_floor", "pool_bins", "pool_exclusive"}
@@ -16,6 +18,12 @@ WITHOUT_BOX_GRADIENT = {"pool", "pool_floor", "pool_bins", "pool_exclusive"}
 def preset(name: str, **knobs: object) -> partial:
     """The operator of `configs/roi/<name>.yaml`, a callable (features, boxes, output_size, spatial_scale), with some knobs changed."""
     return instantiate(OmegaConf.load(PRESETS[name]), **knobs)
+
+
+def rule_of(operator: partial) -> LatticeRule | IntegralRule:
+    """Where an operator of a configuration looks."""
+    knobs = {k: v for k, v in operator.keywords.items() if k != "reduce"}
+    return LatticeRule(**knobs) if len(knobs) > 1 else IntegralRule(**knobs)
 
 
 def random_boxes(count: int, images: int, width: float, height: float, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operators under `torch.compile` and autocast: one graph for any number of boxes, and the geometry compiled to one kernel."""
+"""The operators under `torch.compile` and autocast: one graph for any number of boxes."""
 
 import pytest
 import torch
@@ -6,10 +6,8 @@ from torch import nn
 
 from roi_quantization import ops
 from roi_quantization.ops import library
-from roi_quantization.ops.functional import fused
-from roi_quantization.ops.geometry import IntegralRule, LatticeRule
 
-from .presets import AWKWARD, PRESETS, WITHOUT_BOX_GRADIENT, preset, random_boxes
+from .presets import PRESETS, WITHOUT_BOX_GRADIENT, preset, random_boxes
 from .test_against_reference import feature_map
 
 
@@ -59,40 +57,6 @@ def test_gradients_through_the_compiler(name):
         run(images, boxes).sum().backward()
         gradients.append(model.before.weight.grad.clone())
     torch.testing.assert_close(gradients[0], gradients[1])
-
-
-@pytest.mark.parametrize("name", in_ci("pool_bins"))
-def test_the_geometry_as_one_kernel_has_the_same_bits(name):
-    """Compiled for this CPU here; for a GPU in test_on_gpu. Once for all numbers of boxes, bins and cells."""
-    rule = rule_of(name)
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for count, height, width, bins in ((9, 38, 50, 7), (100, 50, 38, 7), (3, 20, 31, 14)):
-        box = torch.cat([random_boxes(count, 1, 16 * width, 16 * height), AWKWARD])[:, 1:].float()
-        _, y, x = fused(rule, 1 / 16)(torch.zeros(len(box)), box, 1, bins, bins, height, width)
-        expected = (
-            *rule.axis(box[:, 1], box[:, 3], 1 / 16, bins, height),
-            *rule.axis(box[:, 0], box[:, 2], 1 / 16, bins, width),
-        )
-        assert all(torch.equal(a, b) for a, b in zip((*y, *x), expected, strict=True))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 1
-
-
-@torch._dynamo.config.patch(recompile_limit=2)
-def test_each_geometry_has_its_own_compiled_variants(monkeypatch):
-    """PyTorch keeps eight variants of a function (here two) and compiles no more: operators must not share them."""
-    original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic, options: original(function, dynamic=dynamic, backend="eager"))
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for samples in (1, 2, 3):
-        geometry = fused.__wrapped__(LatticeRule(sampling_ratio=samples), 1 / 16)
-        for count, images in ((9, 2), (100, 3)):
-            geometry(torch.zeros(count), torch.rand(count, 4), images, 7, 7, 38, 50)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 3
-
-
-def rule_of(name: str) -> LatticeRule | IntegralRule:
-    knobs = {k: v for k, v in preset(name).keywords.items() if k != "reduce"}
-    return LatticeRule(**knobs) if len(knobs) > 1 else IntegralRule(**knobs)
 
 
 @pytest.mark.parametrize("name", ["align", "align_max", "pool", "prroi"])

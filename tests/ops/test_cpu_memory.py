@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from roi_quantization import ops
+from roi_quantization.ops import library
 from roi_quantization.ops.cpu import kernels, pages
 
 from .presets import preset, random_boxes
@@ -46,3 +47,19 @@ def test_maxima_computed_in_chunks_of_rois_are_the_same(name, monkeypatch):
     monkeypatch.setattr(kernels.max_kernels, "lattice_samples", watched)
     assert_same(results(operator, *args), whole, rtol=0, atol=0)
     assert len(looked_up) > 2 and max(looked_up) <= 16 * 2 * 8 * 10, "sixteen samples a cell of the map"
+
+
+@pytest.mark.parametrize("operator", [ops.roi_align, ops.prroi_pool])
+def test_deterministic_mode_does_not_fill_what_the_kernels_write(operator, monkeypatch):
+    """PyTorch's deterministic mode fills fresh memory, which takes a GPU as long as to write it."""
+    fills, kernels_of = [], library.kernels
+
+    def watched(device):
+        fills.append(torch.utils.deterministic.fill_uninitialized_memory)
+        return kernels_of(device)
+
+    monkeypatch.setattr(library, "kernels", watched)
+    features = torch.ones(1, 2, 4, 4, requires_grad=True)
+    operator(features, torch.tensor([[0.0, 0, 0, 3, 3]]), 2).sum().backward()
+    assert fills == [False, False]
+    assert torch.utils.deterministic.fill_uninitialized_memory

@@ -7,11 +7,10 @@ import torch
 import torchvision
 
 from roi_quantization import ops
-from roi_quantization.ops.functional import fused
 
-from .presets import AWKWARD, PRESETS, WITHOUT_BOX_GRADIENT, preset, random_boxes
+from .presets import PRESETS, WITHOUT_BOX_GRADIENT, preset, random_boxes
 from .test_against_reference import KNOBS, assert_same, has_box_gradient, results
-from .test_compilation import Pooled, rule_of
+from .test_compilation import Pooled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -48,17 +47,6 @@ def test_the_same_bits_on_every_run(operator):
     runs = [results(operator, *training_shape(rois=300), 7, 1 / 16, has_box_gradient(operator)) for _ in range(5)]
     for name, value in runs[0].items():
         assert all(torch.equal(value, run[name]) for run in runs[1:]), name
-
-
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_the_geometry_as_one_kernel_has_the_same_bits(name):
-    """Those of the CPU, for sides of a whole number of cells too, where the last bit of a quotient decides which cells a bin has."""
-    whole = torch.tensor([[0, 0.0, 0.0, 16.0 * side, 16.0 * side] for side in range(64)])
-    rule, box = rule_of(name), torch.cat([random_boxes(500, 1, 1008, 608).float(), AWKWARD.float(), whole])[:, 1:]
-    for scale, bins in ((1 / 16, 7), (1 / 16, 6), (1 / 12, 7)):
-        _, y, x = fused(rule, scale)(torch.zeros(len(box), device="cuda"), box.cuda(), 1, bins, bins, 38, 63)
-        expected = *rule.axis(box[:, 1], box[:, 3], scale, bins, 38), *rule.axis(box[:, 0], box[:, 2], scale, bins, 63)
-        assert all(torch.equal(a.cpu(), b) for a, b in zip((*y, *x), expected, strict=True))
 
 
 def test_the_gradient_of_the_boxes_can_be_computed_twice():

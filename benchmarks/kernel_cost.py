@@ -22,10 +22,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torchvision
 import triton
 from roi_operators import SHAPES, Shape, inputs
 from torch import Tensor
@@ -39,6 +41,7 @@ from roi_quantization.ops.functional import ROI_POOL
 from roi_quantization.ops.geometry import Axis, LatticeRule, smallest_winners_dtype
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+ATOMIC = r"\b(REDG?|ATOMG?)\."
 RULES = {"align": ("mean", LatticeRule()), "pool": ("max", ROI_POOL), "align_max": ("max", LatticeRule())}
 
 
@@ -288,8 +291,60 @@ def rows(target: str, operator: str, shape: Shape, dtype: torch.dtype) -> Iterat
             **{"direction": "forward" if is_forward else "backward", "registers": usage["REG"], "spilled": usage["STACK"] + usage["LOCAL"]},
             **{"shared": launch.kernel.metadata.shared, "duplicated": duplicated(launch.kernel)},
             **{"instructions": launch.warps * by_warp[0], **time, "bound": max(time.values())},
-            "atomics": launch.warps * 32 * sum(w for w, i in zip(weights, instructions, strict=True) if re.search(r"\b(RED|ATOMG?)\.", i)),
+            "atomics": launch.warps * 32 * sum(w for w, i in zip(weights, instructions, strict=True) if re.search(ATOMIC, i)),
         }
+
+
+def torchvision_rows(target: str, operator: str, shape: Shape) -> Iterator[dict[str, object]]:
+    """The same of torchvision's own float32 kernels, from the machine code in its library: a thread computes an element at a time.
+
+    RoIPool's forward is left out: how often its unrolled loops run depends on the number of cells of each bin. Of RoIAlign's the round that
+    is left over for an odd number of samples does not count.
+    """
+    library = next(Path(torchvision.__file__).parent.glob("_C*.so"))
+    elements, gpu = shape.rois * shape.features[1] * shape.output_size**2, GPUS[target]
+    cycles = gpu.multiprocessors * gpu.clock / 1e6
+    for direction in ("forward", "backward") if operator == "align" else ("backward",):
+        instructions, loops = parse(torchvision_sections(library, target)[f"roi_{operator}_{direction}"])
+        weights = [0.0] * len(instructions)
+        for loop, count in zip(loops, [1.0, shape.sampling_ratio, shape.sampling_ratio * shape.sampling_ratio / 2], strict=False):
+            weights[loop.start : loop.end + 1] = [count] * (loop.end - loop.start + 1)
+        if len(loops) > 1:
+            weights[loops[2].end + 1 : loops[1].end + 1] = [0.0] * (loops[1].end - loops[2].end)
+        loads = sum(w * loaded_bytes(i) for w, i in zip(weights, instructions, strict=True))
+        argmax = 4 * elements if operator == "pool" else 0
+        time = {
+            "issue": elements / 32 * sum(weights) / (4 * cycles),
+            "L1": elements / 32 * loads / (128 * cycles),
+            "memory": 1e6 * (sum(shape._replace(dtype=torch.float32).nbytes()) + argmax) / gpu.bandwidth,
+        }
+        yield {
+            **{"target": target, "dtype": "float32", "operator": f"torchvision {operator}", "kernel": f"roi_{operator}_{direction}"},
+            **{"direction": direction, "registers": "", "spilled": "", "duplicated": "", **time, "bound": max(time.values())},
+            "atomics": elements * sum(w for w, i in zip(weights, instructions, strict=True) if re.search(ATOMIC, i)),
+        }
+
+
+@cache
+def torchvision_sections(library: Path, target: str) -> dict[str, str]:
+    """Disassembly of torchvision's float32 kernels of RoIAlign and RoIPool, by their names.
+
+    Raises:
+        ValueError: torchvision has none for this target.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([TOOLS / "cuobjdump", "-xelf", target, library], cwd=folder, check=True, capture_output=True)
+        for cubin in Path(folder).glob("*.cubin"):
+            if b"_roi_align_kernel" not in (code := cubin.read_bytes()) and b"_roi_pool_kernel" not in code:
+                continue
+            sections = re.split(r"^\.text\.(\S+):$", run(TOOLS / "nvdisasm", "-c", cubin), flags=re.MULTILINE)
+            for name, text in zip(sections[1::2], sections[2::2], strict=True):
+                if kernel := re.search(r"\d(roi_(?:align|pool)_(?:forward|backward))_kernel_implIf", name):
+                    found[kernel[1]] = text
+    if not found:
+        raise ValueError(f"{library} has no kernels for {target}")
+    return found
 
 
 def table(found: list[dict[str, object]]) -> str:
@@ -326,6 +381,8 @@ def main(arguments: list[str] | None = None) -> None:
     shape = next(s for s in SHAPES if s.name == args.shape)
     cases = [(t, o, getattr(torch, d)) for t in args.targets for d in args.dtypes for o in args.operators]
     found = [row for target, operator, dtype in cases for row in rows(target, operator, shape, dtype)]
+    if shape.sampling_ratio == 2 and "+cpu" not in torchvision.__version__:
+        found += [row for t in args.targets for o in args.operators if o != "align_max" for row in torchvision_rows(t, o, shape)]
     print(f"Modelled, not measured: {shape.name}, {shape.rois} RoIs on {'x'.join(map(str, shape.features))}; microseconds\n")
     print(table(found), totals(found), sep="\n\n")
     if args.json:

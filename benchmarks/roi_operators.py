@@ -16,6 +16,8 @@ cache stays there, and a small shape can be faster than its floor. What cannot r
 import argparse
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -186,6 +188,18 @@ def difference(ours: Call, theirs: Call, features: Tensor, boxes: Tensor, shape:
     return float((ours(features, boxes, shape) - theirs(features.float(), boxes, shape)).abs().max())
 
 
+def modelled(shapes: list[Shape]) -> str:
+    """What the same passes cost at least by the model of `benchmarks/kernel_cost.py`, in a process of its own: it replaces Triton's driver."""
+    target, told = "sm_{}{}".format(*torch.cuda.get_device_capability()), []
+    for shape in shapes:
+        command = [sys.executable, Path(__file__).with_name("kernel_cost.py"), "--shape", shape.name, "--targets", target]
+        command += ["--dtypes", str(shape.dtype).removeprefix("torch.")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = done.stderr if done.returncode else done.stdout
+        told.append(f"{shape.name}: {lines.strip().splitlines()[-1]}" if done.returncode else lines)
+    return "\n".join(told)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -203,6 +217,8 @@ def main(arguments: list[str] | None = None) -> None:
     shapes = [s for s in SHAPES if "all" in args.shapes or s.name in args.shapes]
     found = benchmark(shapes, args.operators, args.device, args.seconds or {"cpu": 1.0, "cuda": 0.2}[args.device])
     print(table(found))
+    if args.device == "cuda":
+        print(modelled(shapes))
     if args.json:
         atomic_write(args.json, (json.dumps(found, indent=2) + "\n").encode())
     if args.picture:

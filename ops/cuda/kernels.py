@@ -167,7 +167,7 @@ def _gather(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, is_integ
         mean_backward[images * tiles, triton.cdiv(channels, block)](
             *(grad, *y, *x, marks, out, words, channels, height, width, *out.stride(), tiles_x, tiles, *bins),
             **{"INTEGRAL": is_integral, "EXACT": grad.dtype != torch.float32, "BINS_Y": bins_y, "BINS_X": bins_x, **TILE},
-            **{"CHANNELS": block, "OFFSET": _offset(out, bins), "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True},
+            **{"CHANNELS": block, "OFFSET": _offset(out, bins), "num_warps": 4, "num_stages": 1, "maxnreg": 255, "enable_fp_fusion": True},
         )
 
 
@@ -186,7 +186,18 @@ def _scatter(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, winners
     offset, rois_of_bins = {"OFFSET": _offset(out, bins), "PROGRAMS": programs}, (rois, triton.cdiv(bins[0] * bins[1], 64))
     with torch.cuda.device_of(out):
         clear_and_find_largest[(programs,)](
-            grad, y.first, x.first, largest, sums, rois, channels * bins[0] * bins[1], sums.numel(), *bins, SIZE=4096, num_warps=4
+            grad,
+            y.first,
+            x.first,
+            largest,
+            sums,
+            rois,
+            channels * bins[0] * bins[1],
+            sums.numel(),
+            *bins,
+            SIZE=4096,
+            num_warps=4,
+            maxnreg=255,
         )
         for c0 in range(0, channels, at_a_time):
             scatter_max[*rois_of_bins, triton.cdiv(at_a_time, 16)](

@@ -167,20 +167,20 @@ def max_gradient(boxes: torch.Tensor, weights: torch.Tensor, operator: str = "al
 
 @pytest.mark.parametrize("operator", ["align_max", "pool"])
 def test_the_gradient_of_a_maximum_has_the_same_bits_in_every_order_of_the_rois(operator):
-    boxes, weights = random_boxes(12, 1, 96, 80).float(), torch.randn(12, 2, 2, 2, generator=torch.Generator().manual_seed(1))
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    boxes, weights = random_boxes(5, 1, 96, 80).float(), torch.randn(5, 2, 2, 2, generator=torch.Generator().manual_seed(1))
+    order = torch.tensor([3, 1, 4, 0, 2])
     assert torch.equal(max_gradient(boxes, weights, operator), max_gradient(boxes[order], weights[order], operator))
 
 
-@pytest.mark.parametrize("exponent", [-100, 0, 100])
+@pytest.mark.parametrize("exponent", [-100, slow(0), 100])
 def test_sums_of_a_maximum_are_as_exact_as_their_bound(exponent):
-    """Of 16 equal boxes two have gradients that cancel and are 2 ** 30 times those of the others: float32 would lose all of these."""
-    boxes = torch.tensor([[0, 18.0, 18.0, 76.0, 60.0]]).repeat(16, 1)
-    weights = torch.randn(16, 2, 2, 2, generator=torch.Generator().manual_seed(1)) * 2.0 ** (exponent - 30)
-    weights[0], weights[9] = 2.0**exponent, -(2.0**exponent)
+    """Of 5 equal boxes two have gradients that cancel and are 2 ** 30 times those of the others: float32 would lose all of these."""
+    boxes = torch.tensor([[0, 18.0, 18.0, 76.0, 60.0]]).repeat(5, 1)
+    weights = torch.randn(5, 2, 2, 2, generator=torch.Generator().manual_seed(1)) * 2.0 ** (exponent - 30)
+    weights[0], weights[3] = 2.0**exponent, -(2.0**exponent)
     found = max_gradient(boxes, weights, "pool")
     expected = max_gradient(boxes[:1], weights.double().sum(0, keepdim=True).float(), "pool")
-    contributions = bins = 16 * 4
+    contributions = bins = 5 * 4
     torch.testing.assert_close(found, expected, rtol=2**-22, atol=contributions * bins * 2.0 ** (exponent - 60))
 
 
@@ -191,7 +191,7 @@ def test_a_gradient_of_a_maximum_that_is_not_finite_spoils_the_map():
 
 
 def test_sums_of_a_large_map_are_computed_for_some_channels_after_others(monkeypatch):
-    boxes, weights = random_boxes(5, 1, 96, 80).float(), torch.randn(5, 2, 2, 2, generator=torch.Generator().manual_seed(1))
+    boxes, weights = random_boxes(2, 1, 96, 80).float(), torch.randn(2, 2, 2, 2, generator=torch.Generator().manual_seed(1))
     at_once = max_gradient(boxes, weights)
     monkeypatch.setattr(cuda, "MOST_SUMS", 1)
     assert torch.equal(max_gradient(boxes, weights), at_once)

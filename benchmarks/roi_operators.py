@@ -189,7 +189,7 @@ def difference(ours: Call, theirs: Call, features: Tensor, boxes: Tensor, shape:
 
 
 def modelled(shapes: list[Shape]) -> str:
-    """What the same passes cost at least by the model of `benchmarks/kernel_cost.py`, in a process of its own: it replaces Triton's driver."""
+    """What the same passes cost by `benchmarks/kernel_cost.py`, in a process of its own because it replaces Triton's driver."""
     target, told = "sm_{}{}".format(*torch.cuda.get_device_capability()), []
     for shape in shapes:
         command = [sys.executable, Path(__file__).with_name("kernel_cost.py"), "--shape", shape.name, "--targets", target]

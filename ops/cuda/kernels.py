@@ -181,9 +181,9 @@ def _scatter(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, winners
     log_bins = math.ceil(math.log2(rois * bins[0] * bins[1]))
     at_a_time = min(channels, max(MOST_SUMS // (images * height * width), 1))
     sums = torch.empty(images * at_a_time * height * width, dtype=torch.int64, device=grad.device)
-    programs = min(triton.next_power_of_2(rois), MOST_PROGRAMS)
+    programs = min(rois, MOST_PROGRAMS)
     largest = torch.empty(programs, device=grad.device)
-    offset, rois_of_bins = {"OFFSET": _offset(out, bins), "PROGRAMS": programs}, (rois, triton.cdiv(bins[0] * bins[1], 64))
+    offset, rois_of_bins = {"OFFSET": _offset(out, bins), "MOST_PROGRAMS": MOST_PROGRAMS}, (rois, triton.cdiv(bins[0] * bins[1], 64))
     with torch.cuda.device_of(out):
         clear_and_find_largest[(programs,)](
             grad,
@@ -201,11 +201,11 @@ def _scatter(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, winners
         )
         for c0 in range(0, channels, at_a_time):
             scatter_max[*rois_of_bins, triton.cdiv(at_a_time, 16)](
-                *(grad, winners, image, *y[:2], *x[:3], largest, sums, c0, channels, at_a_time, height, width, log_bins, *bins),
+                *(grad, winners, image, *y[:2], *x[:3], largest, sums, programs, c0, channels, at_a_time, height, width, log_bins, *bins),
                 **{"CELLS": whole_cells, "BINS": 64, "CHANNELS": 16, "num_warps": 4, "enable_fp_fusion": False, **offset},
             )
             write_sums[triton.cdiv(height * width, 64), triton.cdiv(at_a_time, 32), images](
-                *(largest, sums, out, c0, channels, at_a_time, height, width, *out.stride(), log_bins),
+                *(largest, sums, out, programs, c0, channels, at_a_time, height, width, *out.stride(), log_bins),
                 **{"CELLS": 64, "CHANNELS": 32, "num_warps": 4, **offset},
             )
 

@@ -41,9 +41,10 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def shift_of(largest, log_bins, PROGRAMS: tl.constexpr):
+def shift_of(largest, programs, log_bins, MOST_PROGRAMS: tl.constexpr):
     """The largest gradient, and the exponent of the unit's reciprocal in two parts: one alone may have no float32."""
-    most = tl.max(tl.load(largest + tl.arange(0, PROGRAMS)), 0)
+    program = tl.arange(0, MOST_PROGRAMS)
+    most = tl.max(tl.load(largest + program, program < programs, 0.0), 0)
     exponent = (most.to(tl.int32, bitcast=True) >> 23) - 127  # most < 2 ** (exponent + 1)
     shift = 61 - log_bins - exponent
     return most, shift // 2, shift - shift // 2
@@ -54,11 +55,11 @@ def add(sums, value, scale, rest, mask):
     tl.atomic_add(sums, (value * scale * rest).to(tl.int64), mask & (value != 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["c0", "height", "width", "log_bins"])
+@triton.jit(do_not_specialize=["programs", "c0", "height", "width", "log_bins"])
 def scatter_max(
     grad, winners, image, y_first, y_step, x_first, x_step, x_count, largest, sums,
-    c0, channels, channels_of_sums, height, width, log_bins, bins_y: tl.constexpr, bins_x: tl.constexpr,
-    CELLS: tl.constexpr, PROGRAMS: tl.constexpr, BINS: tl.constexpr, CHANNELS: tl.constexpr, OFFSET: tl.constexpr,
+    programs, c0, channels, channels_of_sums, height, width, log_bins, bins_y: tl.constexpr, bins_x: tl.constexpr,
+    CELLS: tl.constexpr, MOST_PROGRAMS: tl.constexpr, BINS: tl.constexpr, CHANNELS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Add each bin's gradient to the cells of its winner, into `sums [N, channels_of_sums, H, W]`, which begins with channel `c0`."""
     k = tl.program_id(0).to(tl.int64)
@@ -67,7 +68,7 @@ def scatter_max(
     p, q = k * bins_y + b // bins_x, k * bins_x + b % bins_x
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     mask = ((c < channels_of_sums) & (c0 + c < channels))[:, None] & (b < bins)[None, :]
-    most, half, other_half = shift_of(largest, log_bins, PROGRAMS)
+    most, half, other_half = shift_of(largest, programs, log_bins, MOST_PROGRAMS)
     if (most > 0) & (most < float("inf")):
         scale, rest = power_of_two(half), power_of_two(other_half)
         of_bins = k * channels * bins + c0.to(tl.int64) * bins
@@ -98,17 +99,17 @@ def scatter_max(
             add(lower + more_x, g * (of_bottom * of_right), scale, rest, has_winner)
 
 
-@triton.jit(do_not_specialize=["c0", "height", "width", "log_bins"])
+@triton.jit(do_not_specialize=["programs", "c0", "height", "width", "log_bins"])
 def write_sums(
-    largest, sums, out, c0, channels, channels_of_sums, height, width, stride_n, stride_c, stride_y, stride_x, log_bins,
-    PROGRAMS: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr, OFFSET: tl.constexpr,
+    largest, sums, out, programs, c0, channels, channels_of_sums, height, width, stride_n, stride_c, stride_y, stride_x, log_bins,
+    MOST_PROGRAMS: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """The sums in the dtype and layout of the gradient, NaN if a gradient was not finite. Leaves zeros in their place."""
     n = tl.program_id(2).to(tl.int64)
     cell = (tl.program_id(0) * CELLS + tl.arange(0, CELLS))[None, :]
     c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[:, None]
     mask = (cell < height * width) & (c < channels_of_sums) & (c0 + c < channels)
-    most, half, other_half = shift_of(largest, log_bins, PROGRAMS)
+    most, half, other_half = shift_of(largest, programs, log_bins, MOST_PROGRAMS)
     at = sums + n * channels_of_sums * height * width + (c.to(OFFSET) * height * width + cell)
     value = tl.load(at, mask, 0).to(tl.float32) * power_of_two(-half) * power_of_two(-other_half)
     tl.store(at, tl.zeros_like(value).to(tl.int64), mask)

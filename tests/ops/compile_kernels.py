@@ -1,6 +1,7 @@
 """Compile every Triton kernel for GPUs that this machine lacks, and print the registers and the stack that each needs.
 
-    python -m tests.ops.compile_kernels [float32] [float16] [bfloat16] [sm_80] [sm_90] [sm_100] [channels=512,17] [bins=7,14]
+    python -m tests.ops.compile_kernels [float32] [float16] [bfloat16] [sm_80] [sm_90] [sm_100]
+        [channels=512,17] [bins=7,14] [rois=8] [height=38] [width=63]
 
 It calls the functions of `ops/cuda/kernels.py` as they are, with a launch that compiles and goes no further.
 """
@@ -42,23 +43,24 @@ class AbsentGPU:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def compile_all(capability: int, dtype: torch.dtype, channels: int = 512, bins: int = 7) -> list[CompiledKernel]:
+def compile_all(
+    capability: int, dtype: torch.dtype, channels: int = 512, bins: int = 7, rois: int = 8, height: int = 38, width: int = 63
+) -> list[CompiledKernel]:
     """The kernels of every operator, forward and backward."""
     compiled = []
     triton.runtime.driver.set_active(AbsentGPU(capability))
     JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **k: compiled.append(kernel.run(*a, grid=grid, warmup=True, **k))
-    features, image = torch.zeros(1, channels, 38, 63, dtype=dtype), torch.zeros(8, dtype=torch.int64)
-    low, high = torch.zeros(8), torch.full((8,), 300.0)
-    box = torch.zeros(8, 4)
+    features, image = torch.zeros(1, channels, height, width, dtype=dtype), torch.zeros(rois, dtype=torch.int64)
+    low, high, box = torch.zeros(rois), torch.full((rois,), 300.0), torch.zeros(rois, 4)
     for reduce, rule in (("mean", LatticeRule()), ("max", LatticeRule()), ("max", ROI_POOL)):
         y, x = (rule.axis(low, high, 1 / 16, bins, size) for size in features.shape[2:])
-        dtype_of_winners = smallest_winners_dtype(rule.most_samples(38) * rule.most_samples(63))
+        dtype_of_winners = smallest_winners_dtype(rule.most_samples(height) * rule.most_samples(width))
         is_cells = rule.quantize_bins != "none"
-        cuda.place_boxes(rule, image, box, 1 / 16, 1, [bins, bins], [38, 63])
+        cuda.place_boxes(rule, image, box, 1 / 16, 1, [bins, bins], [height, width])
         out, winners = cuda.lattice_forward(features, image, y, x, reduce, dtype_of_winners, is_cells)
         cuda.lattice_backward(out, features, winners, image, y, x, reduce, torch.empty_like(features), rule.has_box_gradient, is_cells)
     y, x = (IntegralRule().axis(low, high, 1 / 16, bins, size) for size in features.shape[2:])
-    cuda.place_boxes(IntegralRule(), image, box, 1 / 16, 1, [bins, bins], [38, 63])
+    cuda.place_boxes(IntegralRule(), image, box, 1 / 16, 1, [bins, bins], [height, width])
     cuda.integral_backward(cuda.integral_forward(features, image, y, x), features, image, y, x, torch.empty_like(features), True)
     return compiled
 
@@ -80,8 +82,9 @@ def numbers(name: str, default: int) -> list[int]:
 if __name__ == "__main__":
     targets = [a for a in sys.argv[1:] if a.startswith("sm_")] or ["sm_80", "sm_90", "sm_100"]
     dtypes = [a for a in sys.argv[1:] if "float" in a] or ["float32", "float16", "bfloat16"]
-    for name, target, channels, bins in product(dtypes, targets, numbers("channels", 512), numbers("bins", 7)):
-        for kernel in compile_all(int(target.removeprefix("sm_")), getattr(torch, name), channels, bins):
+    defaults = {"channels": 512, "bins": 7, "rois": 8, "height": 38, "width": 63}
+    for name, target, *sizes in product(dtypes, targets, *(numbers(*size) for size in defaults.items())):
+        for kernel in compile_all(int(target.removeprefix("sm_")), getattr(torch, name), *sizes):
             fused = len(re.findall(r"\bfma\.", kernel.asm["ptx"]))
-            row = {"target": target, "dtype": name, "channels": channels, "bins": bins, "kernel": kernel.metadata.name}
-            print(json.dumps(row | {"fused multiply-adds": fused} | resources(kernel)), flush=True)
+            row = {"target": target, "dtype": name, **dict(zip(defaults, sizes, strict=True)), "kernel": kernel.metadata.name}
+            print(json.dumps(row | {"hash": kernel.hash, "fused multiply-adds": fused} | resources(kernel)), flush=True)

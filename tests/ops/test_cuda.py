@@ -308,6 +308,18 @@ def test_no_number_of_channels_or_bins_spills_registers(dtype):
     assert len(compiled(dtype, "sm_90", "channels=1,3,17,100,512", "bins=7,14,28")) == 15 * 20
 
 
+@pytest.mark.slow
+def test_other_numbers_of_boxes_and_cells_compile_nothing_anew():
+    """But for the two kernels that write the gradient of a contiguous map, whose strides are the map's size: three variants each."""
+    once = compiled("float32", "sm_90", "channels=64")
+    rows = compiled("float32", "sm_90", "channels=64", "rois=1,8,33", "height=37,64", "width=63,64")
+    writers = {"mean_backward", "write_sums"}
+    variants = [{row["hash"] for row in some if row["kernel"] not in writers} for some in (once, rows)]
+    assert variants[0] == variants[1]
+    # mean_backward of a mean and of an integral
+    assert len({row["hash"] for row in rows if row["kernel"] in writers}) <= 3 * 3
+
+
 def compiled(*arguments: str) -> list[dict]:
     """What `compile_kernels` prints of each kernel, none of which spills."""
     command = [sys.executable, "-m", "tests.ops.compile_kernels", *arguments]

@@ -197,8 +197,12 @@ def place_bins(
 
 
 def places_by_kernel(features: Tensor, box: Tensor) -> bool:
-    """Whether a kernel places the bins: on a GPU, unless the boxes need a gradient, which autograd computes through `rule.axis`."""
-    return features.is_cuda and library.supports(features) and not (box.requires_grad and torch.is_grad_enabled())
+    """Whether a kernel places the bins: on a GPU, unless the boxes need a gradient, which autograd computes through `rule.axis`.
+
+    Nor under `jit.trace`, which would fix the size of the map in the operator's lists of integers.
+    """
+    needs_gradient = box.requires_grad and torch.is_grad_enabled()
+    return features.is_cuda and library.supports(features) and not (needs_gradient or torch.jit.is_tracing())
 
 
 def place_by_kernel(

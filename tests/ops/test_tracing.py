@@ -114,6 +114,15 @@ def test_meta_and_fake_tensors_have_shapes(operator):
 
 
 @every_operator
+def test_fake_tensors_of_a_gpu(operator):
+    """Where a GPU places the bins by a kernel of its own; none is needed to compute shapes."""
+    with FakeTensorMode():
+        features, boxes = torch.empty(2, 3, 8, 10, device="cuda", requires_grad=True), torch.empty(4, 5, device="cuda")
+        out = operator(features, boxes, (3, 4), 1 / 16)
+        assert (out.shape, out.device.type, out.requires_grad) == ((4, 3, 3, 4), "cuda", True)
+
+
+@every_operator
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_over_images(operator):
     def pooled(features, boxes):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.jit._trace import is_tracing  # torch.jit has it too, without saying so to mypy
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from roi_quantization.ops import eager, library
@@ -202,7 +203,7 @@ def places_by_kernel(features: Tensor, box: Tensor) -> bool:
     Nor under `jit.trace`, which would fix the size of the map in the operator's lists of integers.
     """
     needs_gradient = box.requires_grad and torch.is_grad_enabled()
-    return features.is_cuda and library.supports(features) and not (needs_gradient or torch.jit.is_tracing())
+    return features.is_cuda and library.supports(features) and not (needs_gradient or is_tracing())
 
 
 def place_by_kernel(

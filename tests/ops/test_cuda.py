@@ -239,10 +239,10 @@ def test_the_geometry_takes_images_as_integers_and_no_boxes():
     assert [tuple(t.shape) for t in empty] == [(0,), (3, 0, 2), (0, 2), (3, 0, 3), (0, 3)]
 
 
-@pytest.mark.parametrize("operator", ONE_OF_EACH)
+@pytest.mark.parametrize("operator", ONE_OF_EACH[::3])
 def test_boxes_placed_by_the_kernel_give_the_same_output(operator, monkeypatch):
     """What a call on a GPU does, whose device a test cannot pretend: place by the kernel, then pool."""
-    features, boxes = feature_map(2, 3, 6, 7, dtype=torch.float32).to(DEVICE), random_boxes(5, 2, 112, 96).float().to(DEVICE)
+    features, boxes = feature_map(2, 3, 6, 7, dtype=torch.float32).to(DEVICE), random_boxes(2, 2, 112, 96).float().to(DEVICE)
     expected = operator(features, boxes, 3, 1 / 16)
 
     def place(image, box, scale, images, bins, size, *knobs):

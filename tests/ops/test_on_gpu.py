@@ -21,14 +21,15 @@ PEERS = [
 ]
 
 
-def training_shape(dtype=torch.float32, rois=1024):
-    features = torch.randn(2, 512, 38, 63, generator=torch.Generator().manual_seed(3)).to("cuda", dtype)
+def training_shape(dtype=torch.float32, rois=1024, channels=512):
+    features = torch.randn(2, channels, 38, 63, generator=torch.Generator().manual_seed(3)).to("cuda", dtype)
     return features, random_boxes(rois, 2, 1008, 608).float().cuda()
 
 
+@pytest.mark.parametrize("channels", [512, 100, 17])
 @pytest.mark.parametrize(("ours", "theirs"), PEERS)
-def test_equal_to_torchvision_at_the_size_of_training(ours, theirs):
-    features, boxes = training_shape()
+def test_equal_to_torchvision_at_the_size_of_training(ours, theirs, channels):
+    features, boxes = training_shape(channels=channels)
     both = [results(operator, features, boxes, 7, 1 / 16, False) for operator in (ours, theirs)]
     assert_same(both[0], {name: value.cpu() for name, value in both[1].items()}, rtol=1e-4, atol=1e-4)
 
@@ -47,6 +48,18 @@ def test_the_same_bits_on_every_run(operator):
     runs = [results(operator, *training_shape(rois=300), 7, 1 / 16, has_box_gradient(operator)) for _ in range(5)]
     for name, value in runs[0].items():
         assert all(torch.equal(value, run[name]) for run in runs[1:]), name
+
+
+@pytest.mark.parametrize("name", ["align", "align_max", "pool", "prroi"])
+def test_an_invalid_box_touches_no_gradient_but_its_own(name):
+    features, boxes = training_shape(rois=100)
+    bad = torch.tensor([[0, torch.nan, 1, 30, 30], [2, 1, 1, 30, 30]], device="cuda")
+    grad = torch.randn(102, 512, 7, 7, device="cuda")
+    grad[100:] = torch.nan
+    features.requires_grad_()
+    both = torch.autograd.grad(preset(name)(features, torch.cat([boxes, bad]), 7, 1 / 16), features, grad)[0]
+    alone = torch.autograd.grad(preset(name)(features, boxes, 7, 1 / 16), features, grad[:100])[0]
+    torch.testing.assert_close(both, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_of_the_boxes_can_be_computed_twice():

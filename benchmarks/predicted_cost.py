@@ -5,13 +5,14 @@
     python benchmarks/predicted_cost.py --rough /data/voc_animals/annotations/instances_val.json --stride 16 --sides 240 400 --ap 55.9 21.6
 
 The numbers are in benchmarks/predicted_cost.csv, in AP: predictions of predict_cost.py with intervals over images, and what trained runs
-differed by with intervals over seeds. A row without `measured` is a prediction of data that nobody has trained on yet.
+differed by with intervals over seeds, or over images where there is one seed. A row without `measured` is a prediction of data that
+nobody has trained on yet.
 """
 
 import argparse
 import csv
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from roi_quantization.detection.model.build import instantiate, read_operator
 from roi_quantization.detection.report.style import LIGHT, WIDTH, render
 
 HERE = Path(__file__).parent
-COLOURS = (LIGHT.rounded, LIGHT.exact, LIGHT.floored, "#5a9e6f", LIGHT.ink)
+COLOURS = (LIGHT.rounded, LIGHT.exact, LIGHT.floored, "#8c6bb1", "#5a9e6f", LIGHT.ink)
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 ROUGH = ("pool", "warp", "pool_bins")
 
@@ -81,7 +82,8 @@ def plot(rows: list[Row], path: Path) -> None:
     def draw(_) -> Figure:
         figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
         axes = figure.subplots()
-        for (name, some), colour, marker in zip(groupby(measured, key=lambda row: row.setting), COLOURS, "osD^v", strict=False):
+        settings = groupby(measured, key=lambda row: row.setting)
+        for (name, some), colour, marker in zip(settings, cycle(COLOURS), cycle("osDP^v"), strict=False):
             some = list(some)
             predicted, found = np.array([row.predicted for row in some]).T, np.array([row.measured for row in some]).T
             spans = [np.nan_to_num(np.abs(ends[1:] - ends[0])) for ends in (predicted, found)]

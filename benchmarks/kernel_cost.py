@@ -29,9 +29,9 @@ from typing import NamedTuple
 import torch
 import torchvision
 import triton
+from absent_gpu import AbsentGPU
 from roi_operators import SHAPES, Shape, inputs
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
@@ -56,22 +56,6 @@ GPUS = {
     "sm_80": GPU("A100 SXM", 108, 1.41e9, 2.04e12),
     "sm_90": GPU("H100 SXM", 132, 1.755e9, 3.35e12),
 }
-
-
-class AbsentGPU:
-    """What Triton asks its driver before it compiles."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_device(self) -> int:
-        return self.capability  # compiled kernels are kept by device
-
-    def get_current_stream(self, _: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
 
 
 class Launch(NamedTuple):

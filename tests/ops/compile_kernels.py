@@ -16,31 +16,15 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from benchmarks.absent_gpu import AbsentGPU
 from roi_quantization.ops.cuda import kernels as cuda
 from roi_quantization.ops.functional import ROI_POOL
 from roi_quantization.ops.geometry import IntegralRule, LatticeRule, smallest_winners_dtype
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-
-class AbsentGPU:
-    """What Triton asks its driver before it compiles."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_device(self) -> int:
-        return self.capability  # compiled kernels are kept by device
-
-    def get_current_stream(self, _: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
 
 
 def compile_all(

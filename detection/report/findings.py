@@ -167,6 +167,11 @@ class Findings:
     def stride(self) -> int | None:
         return self.sweep.finished[0].stride
 
+    @property
+    def has_given_proposals(self) -> bool:
+        """Whether all arms sample the same proposals. A network's own differ as soon as its weights do."""
+        return all(run.config.get("proposals") is not None for run in self.sweep.finished)
+
     @cached_property
     def curves(self) -> dict[str, np.ndarray]:
         """Arm -> `[10]`, AP at the IoU thresholds, mean over seeds."""

@@ -105,6 +105,7 @@ def main_table(findings: Findings) -> Table:
         rows.append((arm, first, change, p, corrected.get(arm, ""), *others, *findings.describe_operator(arm), len(findings.runs(arm))))
     of_images = "images, a bootstrap. There is one seed, so the variation between trainings is unknown"
     interval = "seeds, Student's t" if findings.varies_over == "seeds" else of_images
+    seen = "the same images, proposals and sampled RoIs" if findings.has_given_proposals else "the same images"
     first, *others = (Column(metric, format_estimate()) for metric in METRICS)
     apart = Column(f"{METRIC} - {findings.reference}", format_estimate(signed=True))
     numbers = (first, apart, Column("p", format_p_value), Column("p, Holm", format_p_value), *others)
@@ -114,7 +115,7 @@ def main_table(findings: Findings) -> Table:
         (Column("operator"), *numbers, *map(Column, ("RoI", "bins", "of a bin", "runs"))),
         tuple(rows),
         f"Percent. ± is the 95 % interval over {interval}. Differences are paired: within a seed all operators start from the same weights "
-        "and see the same images, proposals and sampled RoIs. p is two-sided and of one comparison. Holm's p is corrected for the "
+        f"and see {seen}. p is two-sided and of one comparison. Holm's p is corrected for the "
         f"{len(changes)} comparisons of this table.",
     )
 

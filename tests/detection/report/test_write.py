@@ -135,6 +135,7 @@ def test_differences_have_an_interval_over_images_as_well(sweep):
     assert float(images["pool"]["AP, new seeds and images low"]) < float(images["pool"]["AP low"])
     assert images["prroi"]["AP, new seeds and images low"] == "", "one seed is shared"
     assert images["pool"]["AP n"] == "30"
+    assert "see the same images, proposals and sampled RoIs. p is" in text(sweep, "report.md")
     assert "with intervals over images" in text(sweep, "report.md") and "with intervals over images" in text(sweep, "report.html")
 
 
@@ -324,3 +325,4 @@ def test_a_detector_with_a_pyramid_has_no_stride_and_no_proposals_in_its_results
     assert "RoIPool in the place of RoIAlign costs" in text and "at stride" not in text
     assert "that of each map of the detector&#39;s pyramid" in text
     assert "in cells" not in text and "None" not in text
+    assert "and see the same images. p is" in text, "its proposals are its own"

@@ -108,6 +108,7 @@ def test_on_cuda_everything_of_torchvisions_is_measured(run):
         assert all(math.isfinite(row[what][d]["theirs"]) for what in ("called", "gpu", "memory") for d in ("forward", "backward"))
 
 
+@pytest.mark.slow
 def test_a_training_step_and_its_parts(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import training_step
@@ -143,6 +144,7 @@ def test_both_training_steps_have_the_same_loss_on_the_same_rois(monkeypatch):
     assert loss["loss_classifier"].item() == pytest.approx(other["loss_classifier"].item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_coco_evaluation(monkeypatch, tmp_path, capsys):
     pytest.importorskip("faster_coco_eval", reason='needs faster-coco-eval: pip install -e ".[faster-evaluation]"')
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

@@ -70,6 +70,7 @@ def test_kernels_compile_when_imported_from_a_zip_file(package):
     assert output_and_log(package.parent / "all.zip")[0] == "0.5 0\n"
 
 
+@pytest.mark.slow
 def test_a_full_disk_or_a_damaged_file_costs_a_compilation(package):
     cache = package.parent / "cache"
     out, log = output_and_log(package.parent, FULL_DISK + SMALL)

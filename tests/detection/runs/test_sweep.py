@@ -30,6 +30,7 @@ def sweep(folder, *overrides):
     return commands.run(ROOT / "train.py", *SWEEP, *overrides, cwd=folder)
 
 
+@pytest.mark.slow
 def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_with_another(tmp_path):
     folder = tmp_path / "runs" / "quantization_embedded_stride16"
     align, pool = folder / "align_seed5", folder / "pool_seed5"

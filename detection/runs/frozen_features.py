@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.module import DetectionData
 from roi_quantization.detection.model.fast_rcnn import FastRCNN, frozen_and_trained
 
+Layers = Callable[[Tensor], Tensor]  # [N, 3, H, W] -> [N, C, h, w]
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -30,10 +32,17 @@ class FrozenFeatures:
     Args:
         cache_dir: folder of the files (see `FeatureCache`): about 2 MB for an image of 600 x 800 pixels at stride 16 with 512 channels.
         precision: of the computation, as Lightning's Trainer has it. The maps are stored in float16.
+        run_layers: `layers -> (batch -> maps)`, what runs the frozen layers in the place of PyTorch, such as `ncnn_layers`. It has to give
+            the same maps to the precision of float16: the files are shared.
+
+    Raises:
+        InputError: `run_layers` with another precision than float32.
     """
 
-    def __init__(self, cache_dir: Path | str, precision: str = "32-true"):
-        self.cache_dir, self.precision = Path(cache_dir), str(precision)
+    def __init__(self, cache_dir: Path | str, precision: str = "32-true", run_layers: Callable[[nn.Module], Layers] | None = None):
+        self.cache_dir, self.precision, self.run_layers = Path(cache_dir), str(precision), run_layers
+        if run_layers is not None and self.precision in AUTOCAST:
+            raise InputError(f"features.precision={precision}: features.run_layers computes in float32. Set features.precision=32-true")
 
     def attach(self, detector: FastRCNN, data: DetectionData) -> None:
         """Compute the maps of all splits that are set up, and let them return these.
@@ -60,10 +69,14 @@ class FrozenFeatures:
         device, stride = detector.mean.device, detector.backbone.stride
         dtype = AUTOCAST.get(self.precision)
 
+        @cache
+        def run() -> Layers:
+            return frozen if self.run_layers is None else self.run_layers(frozen)
+
         def compute(image: ImageRecord, flipped: bool) -> Tensor:
             pixels = resize(read_image(image, has_boxes=True)).to(device)
             with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
-                return frozen(detector.batch([pixels.flip(-1) if flipped else pixels]))[0]
+                return run()(detector.batch([pixels.flip(-1) if flipped else pixels]))[0]
 
         sample = frozen(torch.zeros(1, 3, 2 * stride, 2 * stride, device=device))
         cells = sample.shape[-1] // 2  # along the side of a square of one stride

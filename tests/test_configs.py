@@ -89,13 +89,15 @@ def one_block_a_stage(network, block, planes, _, stride=1, dilate=False, make=Re
 
 
 def test_a_head_needs_no_settings_of_the_backbone_that_are_vgg16s():
-    cfg = composed("head.box_head.hidden=8", "backbone.width=0.0625")
+    cfg = composed("head=two_fc", "head.box_head.hidden=8", "backbone.width=0.0625")
     with open_dict(cfg.backbone):
         del cfg.backbone["weights"], cfg.backbone["norm"]
     assert (cfg.head.box_head.weights, cfg.head.box_head.norm) == (None, "none")
     build_detector(cfg, num_classes=3)
     check_targets_allowed(OmegaConf.to_container(cfg.head), "a checkpoint")
-    assert composed("backbone.weights=x.pth", "backbone.norm=batch").head.box_head.weights == "x.pth", "it follows those that are there"
+    assert composed("head=two_fc", "backbone.weights=x.pth", "backbone.norm=batch").head.box_head.weights == "x.pth", (
+        "it follows those that are there"
+    )
     earlier, now = ({"head": {"box_head": {"weights": text}}} for text in ("${backbone.weights}", "${oc.select:backbone.weights,null}"))
     assert not differences(upgrade_config(earlier), upgrade_config(now)), "a run of an earlier version goes on"
 
@@ -193,6 +195,17 @@ def test_a_sweep_over_photographs_is_two_experiments_together():
     assert (cfg.trainer.max_steps, cfg.trainer.max_epochs, cfg.data.val) == (1000, -1, None)
     assert cfg.optim.groups.lr == 7e-5, "the operator's own"
     assert composed("experiment=voc_animals_small", "roi=prroi", *SMALL).optim.groups.lr == 2e-4, "for operators that have none"
+
+
+@pytest.mark.parametrize("experiment", ["learning_rate", "length"])
+def test_settings_are_chosen_on_val(experiment):
+    data = composed(f"experiment={experiment}").data
+    assert data.test is None and data.val.images == "val"
+
+
+def test_a_narrow_head_starts_random_whatever_the_weights_of_the_backbone():
+    assert composed("backbone=vgg16", "backbone.weights=IMAGENET1K_V1").head.box_head.weights is None, "VGG16's fc6 has 4096 units"
+    assert composed("backbone=vgg16", "backbone.weights=IMAGENET1K_V1", "head=two_fc").head.box_head.weights == "IMAGENET1K_V1"
 
 
 @pytest.mark.parametrize("protocol, short_side", [("voc_animals_small", 240), ("voc_animals_frozen", 600)])

@@ -49,6 +49,7 @@ def test_ceilings_by_stride(composed, tmp_path, capsys):
     assert ap[32]["align"] == ap[32]["prroi"] > ap[8]["pool"] > ap[32]["pool"] > 0
     text = capsys.readouterr().out
     assert "Ceiling at stride 32" in text and "A stride of 16 would make it" in text and "is expected to cost" not in text
+    assert "of it on objects smaller than" in text
     assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith(("At stride", "Ceiling", "The picture")))
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 

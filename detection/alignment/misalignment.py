@@ -93,6 +93,11 @@ def lattice_rule(operator: Operator) -> LatticeRule | None:
     )
 
 
+def reduction(operator: Operator) -> str:
+    """Return how an operator reduces the samples of a bin, `mean` or `max`."""
+    return operator.keywords.get("reduce", "mean") if isinstance(operator, partial) else "mean"
+
+
 def is_supported(operator: Operator) -> bool:
     """Return whether `lattice_rule` knows where the operator samples."""
     function = operator.func if isinstance(operator, partial) else operator

@@ -5,6 +5,7 @@ AP is then computed from weighted counts, for all resamples at once. It equals C
 contains each image that often, except for the order of equal scores within an image, which is arbitrary in both.
 """
 
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.matching import indices_of, match
 from roi_quantization.detection.evaluation.protocol import ALL_SIZES, COCO_PROTOCOL, SINGLE_THRESHOLDS, Protocol
 from roi_quantization.detection.evaluation.statistics import Combination, Estimate
+
+log = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75")
 MASK_METRICS = (*METRICS, "AP90")  # the last is the most sensitive to where a boundary is
@@ -122,8 +125,9 @@ def bootstrap_over_images(
             stays within 0 to 100. It evaluates once more per image, so "basic" is faster for thousands of images.
 
     Returns:
-        Name of the sum -> metric of `MatchedDetections.average_precision` -> estimate without p-value. A BCa interval is NaN where nothing
-        varies, for example where every object is found in every image.
+        Name of the sum -> metric of `MatchedDetections.average_precision` -> estimate without p-value. The interval is NaN for a single
+        image, where some resamples have no object (which is logged), and with BCa where nothing varies, for example where every object is
+        found in every image.
 
     Raises:
         ValueError: an arm without runs, or arms of different images.
@@ -151,17 +155,25 @@ def bootstrap_over_images(
         """Evaluate indices of drawn images `[..., n]` -> `[metrics * sums, ...]`, the signature of a SciPy statistic."""
         return evaluate(_counts(places.reshape(-1, places.shape[-1]), images)).reshape(-1, *places.shape[:-1])
 
+    def by_name(estimates: list[Estimate]) -> dict[str, dict[str, Estimate]]:
+        return {name: dict(zip(metrics, estimates[i :: len(combinations)], strict=True)) for i, name in enumerate(combinations)}
+
+    values = evaluate(np.ones((1, images)))[:, 0]
+    if images < 2:
+        return by_name([Estimate(float(value)) for value in values])
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # nothing varies: the interval is NaN
         result = stats.bootstrap(
             (np.arange(images),), of_drawn, n_resamples=resamples, vectorized=True, confidence_level=confidence, method=method,
             batch=max(1, _CHUNK // images), rng=np.random.default_rng(seed),
         )  # fmt: skip
-    values = evaluate(np.ones((1, images)))[:, 0]
+    if empty := int(np.isnan(result.bootstrap_distribution).any(axis=0).sum()):
+        log.warning(
+            "%d of %d draws of %d images have no object: there is no interval over images. Evaluate more images", empty, resamples, images
+        )
     ends = result.confidence_interval
     numbers = zip(values, ends.low, ends.high, result.standard_error, strict=True)
-    estimates = [Estimate(*map(float, number), n=images) for number in numbers]
-    return {name: dict(zip(metrics, estimates[i :: len(combinations)], strict=True)) for i, name in enumerate(combinations)}
+    return by_name([Estimate(*map(float, number), n=images) for number in numbers])
 
 
 def bootstrap_method(image_ids: Sequence[int]) -> str:

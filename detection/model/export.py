@@ -67,8 +67,8 @@ def export_program(detector: FastRCNN) -> ExportedProgram:
     """Export a detector with `torch.export`, for images of any size and any number of proposals.
 
     Returns:
-        The program `(image, proposals) -> (boxes, scores)`, see `ExportedDetector`. It calls the operators `roi::...`, so who runs it
-        imports `roi_quantization.ops`.
+        The program `(image, proposals) -> (boxes, scores)`, see `ExportedDetector`. It calls the operators `roi_quantization::...`, so
+        who runs it imports `roi_quantization.ops`.
     """
     with torch.no_grad():
         exported = ExportedDetector(detector)

@@ -29,7 +29,7 @@ class ReportFigure:
 
 
 def _styles(findings: Findings, theme: Theme) -> dict[str, ArmStyle]:
-    return {arm: arm_style(findings.runs(arm)[0].config.roi, theme) for arm in findings.arms}
+    return {arm: arm_style(findings.operators.get(arm), theme) for arm in findings.arms}
 
 
 def _panels(lines: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
@@ -39,7 +39,7 @@ def _panels(lines: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
 
 def _add_legend(axes: Axes, styles: dict[str, ArmStyle], theme: Theme) -> None:
     """Add a legend of the colours and markers that occur."""
-    colours = {theme.exact: "RoI exact", theme.rounded: "RoI rounded", theme.floored: "RoI floored"}
+    colours = {theme.exact: "RoI exact", theme.rounded: "RoI rounded", theme.floored: "RoI floored", theme.unknown: "another operator"}
     entries = [Line2D([], [], color=c, linewidth=4, label=n) for c, n in colours.items() if c in {one.colour for one in styles.values()}]
     for marker, name in (("o", "bins exact"), ("s", "bins of whole cells")):
         if marker in {one.marker for one in styles.values()}:

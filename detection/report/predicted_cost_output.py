@@ -51,25 +51,25 @@ def format_prediction(predicted: Differences, reference: str, stride: int, image
 def summarize_cost(
     ceilings: Mapping[int, Ceilings], predictions: Mapping[int, Differences], reference: str, stride: int, operator: str = "pool"
 ) -> str:
-    """State what RoIPool, or without it the operator that loses most, costs at a stride, on which objects, and at half the stride."""
+    """State what RoIPool, or the operator that loses most, costs at a stride and at half of it, and of a ceiling on which objects."""
     here = ceilings[stride]
-    costs = {name: here[reference].metrics()["AP"] - one.metrics()["AP"] for name, one in here.items() if name != reference}
-    if not costs:
-        return "There is no other operator to compare with."
-    name = operator if operator in costs else max(costs, key=costs.get)
-    share = here[name].share_of_small(here[reference])
 
-    def cost(at: int) -> float:
+    def cost(of: str, at: int) -> float:
         if predictions:
-            return -predictions[at][name]["AP"].value
-        return ceilings[at][reference].metrics()["AP"] - ceilings[at][name].metrics()["AP"]
+            return -predictions[at][of]["AP"].value
+        return ceilings[at][reference].metrics()["AP"] - ceilings[at][of].metrics()["AP"]
 
-    what = "is expected to cost" if predictions else "lowers the ceiling by"
-    words = f"At stride {stride} {paper_name(name)} {what} {cost(stride):.1f} AP on this set"
-    if not np.isnan(share):
+    others = [name for name in here if name != reference]
+    if not others:
+        return "There is no other operator to compare with."
+    name = operator if operator in others else max(others, key=lambda one: cost(one, stride))
+    loss, share = cost(name, stride), here[name].share_of_small(here[reference])
+    what = ("is expected to cost" if loss >= 0 else "is expected to gain") if predictions else "lowers the ceiling by"
+    words = f"At stride {stride} {paper_name(name)} {what} {abs(loss):.1f} AP on this set"
+    if not predictions and not np.isnan(share):  # the share is of the ceilings' difference
         words += f", {share:.0%} of it on objects smaller than {SMALL:g} cells"
     half = stride // 2
-    return f"{words}. A stride of {half} would make it {cost(half):.1f}." if stride % 2 == 0 and half in ceilings else f"{words}."
+    return f"{words}. A stride of {half} would make it {cost(name, half):.1f}." if stride % 2 == 0 and half in ceilings else f"{words}."
 
 
 def plot_costs(ceilings: Mapping[int, Ceilings], predictions: Mapping[int, Differences], reference: str, path: str | os.PathLike) -> None:

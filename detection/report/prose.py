@@ -17,9 +17,11 @@ def headline(findings: Findings) -> str:
     if not changes:
         value = findings.means[METRIC][findings.reference].text()
         return f"{reference} reaches {value} {METRIC}{stride}. There is no other operator to compare it with.{partial}"
-    arm = "pool" if "pool" in changes else min(changes, key=lambda a: changes[a].value)
+    arm = "pool" if "pool" in changes else max(changes, key=lambda a: abs(changes[a].value))
     change = changes[arm]
-    ours, theirs = (findings.means[METRIC][one].value for one in (arm, findings.reference))
+    of_arm, of_reference = findings.values[METRIC][arm], findings.values[METRIC][findings.reference]
+    paired = of_arm.keys() & of_reference.keys()  # in an unfinished sweep each has seeds that the other has not
+    ours, theirs = (sum(values[seed] for seed in paired) / len(paired) for values in (of_arm, of_reference))
     sentence = (
         f"{paper_name(arm)} in the place of {reference} {_verdict(change)} points of {METRIC}{stride}: "
         f"{ours:.1f} against {theirs:.1f} {evidence(findings, change)}."
@@ -65,7 +67,11 @@ def evidence(findings: Findings, estimate: Estimate) -> str:
     if estimate.has_interval:
         ends = sorted((abs(estimate.low), abs(estimate.high))) if estimate.excludes_zero else (estimate.low, estimate.high)
         parts.append(f"95 % interval of the difference {ends[0]:.1f} to {ends[1]:.1f}")
-    parts.append(f"{estimate.n} seeds, paired" if findings.varies_over == "seeds" else f"one seed, {estimate.n} images resampled")
+    parts.append(
+        f"{estimate.n} seed{'s' * (estimate.n != 1)}, paired"
+        if findings.varies_over == "seeds"
+        else f"one seed, {estimate.n} images resampled"
+    )
     if estimate.p_value == estimate.p_value:
         parts.append("p < 0.001" if estimate.p_value < 0.001 else f"p = {estimate.p_value:.3f}")
     return f"({', '.join(parts)})"

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
+
+from roi_quantization.detection.alignment.misalignment import Operator, lattice_rule, reduction
 
 WIDTH = 4.7  # inches: text of 9 points is legible when the figure is 360 pixels wide
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours. `ink` is that of text and axes, `exact`, `rounded` and `floored` show what an operator does to the RoI."""
+    """Colours. `ink` is that of text and axes. `exact`, `rounded` and `floored` show what an operator does to the RoI, `unknown` that it is
+    of another project.
+    """
 
     ink: str
     faint: str
+    unknown: str
     exact: str
     rounded: str
     floored: str
@@ -38,8 +42,8 @@ class Theme:
         }
 
 
-LIGHT = Theme(ink="#1c1c1c", faint="#d5d5d5", exact="#00568f", rounded="#e08214", floored="#8c3b7a")
-DARK = Theme(ink="#e4e4e4", faint="#444444", exact="#a6d5f7", rounded="#e08214", floored="#e08fc8")
+LIGHT = Theme(ink="#1c1c1c", faint="#d5d5d5", unknown="#7a7a7a", exact="#00568f", rounded="#e08214", floored="#8c3b7a")
+DARK = Theme(ink="#e4e4e4", faint="#444444", unknown="#9a9a9a", exact="#a6d5f7", rounded="#e08214", floored="#e08fc8")
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,17 @@ class ArmStyle:
         return {"color": self.colour, "marker": self.marker, "markerfacecolor": self.colour if self.filled else "none"}
 
 
-def arm_style(roi: DictConfig, theme: Theme) -> ArmStyle:
-    """Return the style of an arm with the operator configuration `roi`."""
-    colour = {"none": theme.exact, "round": theme.rounded, "floor": theme.floored}[roi.get("quantize_roi", "none")]
-    whole = roi.get("quantize_bins", "none") != "none"
+def arm_style(operator: Operator | None, theme: Theme) -> ArmStyle:
+    """Return the style of an arm. None is an operator of another project, whose rounding is not known."""
+    if operator is None:
+        return ArmStyle(theme.unknown, "D", "-.", filled=True)
+    rule = lattice_rule(operator)
+    if rule is None:  # PrRoIPool
+        return ArmStyle(theme.exact, "o", "-", filled=False)
+    colour = {"none": theme.exact, "round": theme.rounded, "floor": theme.floored}[rule.quantize_roi]
+    whole = rule.quantize_bins != "none"
     line = ":" if colour == theme.floored else "--" if whole else "-"
-    return ArmStyle(colour, "s" if whole else "o", line, roi.get("reduce") == "max")
+    return ArmStyle(colour, "s" if whole else "o", line, reduction(operator) == "max")
 
 
 def label_rows(axes: Axes, names: list[str]) -> range:

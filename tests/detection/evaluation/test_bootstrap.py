@@ -84,6 +84,19 @@ def matched_of(found):
     return MatchedDetections(gt, [result(i) for i in ids if found[i - 1]], ids)
 
 
+def test_one_image_has_no_interval():
+    found = bootstrap_over_images({"align": matched_of([True])}, {"align": {"align": 1}})["align"]["AP"]
+    assert found.value == approx(100) and not found.has_interval
+
+
+def test_draws_without_an_object_are_told(caplog):
+    matched = MatchedDetections(coco(annotation(1), images=[1, 2, 3]), [result(1)], [1, 2, 3])
+    found = bootstrap_over_images({"align": matched}, {"align": {"align": 1}}, resamples=200)["align"]["AP"]
+    assert found.value == approx(100) and not found.has_interval
+    empty = int(caplog.messages[0].split(" of 200 draws of 3 images have no object")[0])
+    assert stats.binom.interval(0.9999, 200, (2 / 3) ** 3)[0] <= empty <= stats.binom.interval(0.9999, 200, (2 / 3) ** 3)[1]
+
+
 def test_intervals_hold_the_truth():
     """`align` finds 70 % of the objects, `pool` 80 % of these; the difference is 14 points, and its two arms are resampled together."""
     rng = np.random.default_rng(0)

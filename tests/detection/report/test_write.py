@@ -3,16 +3,18 @@
 import csv
 import json
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
 from omegaconf import OmegaConf
 
+from roi_quantization import ops
 from roi_quantization.detection.evaluation.protocol import Protocol
 from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.figures import make_figures
 from roi_quantization.detection.report.findings import Findings
-from roi_quantization.detection.report.style import LIGHT, render
+from roi_quantization.detection.report.style import LIGHT, arm_style, render
 from roi_quantization.detection.report.sweep import read_sweep
 from tests.detection.report.fake_sweep import SCATTER, write_fake_sweep
 
@@ -210,6 +212,28 @@ def test_the_headline_is_of_ap_whatever_the_other_metrics_show(tmp_path, undrawn
     assert "costs 5.0 points of AP at stride 16: 40.5 against 45.5 (95 % interval of the difference 5.0 to 5.0, 3 seeds, paired" in report
     assert "costs 3.3 AP75 [-34.6, 27.9]" in report and "no difference is shown" not in report
     assert "p, Holm" in report
+
+
+def test_the_headline_is_of_the_arm_that_differs_most_where_there_is_no_roipool_to_compare(tmp_path, undrawn):
+    arms = {"pool": 9.0, "warp": 7.5, "align": 3.0}
+    folder = write_fake_sweep(tmp_path / "other", arms=arms, seeds=(0, 1), images=20)
+    write_report(folder, reference="pool")
+    assert "RoIAlign in the place of RoIPool gains" in text(folder, "report.md"), "warp gains less"
+
+
+def test_the_headline_of_an_unfinished_sweep_is_of_the_seeds_that_both_arms_have(tmp_path, undrawn):
+    folder = write_fake_sweep(tmp_path / "part", arms={"align": 3.0, "pool": 7.5}, seeds=(0, 1), images=20, missing=["pool_seed1"])
+    write_report(folder)
+    ap = {arm: json.loads((folder / f"{arm}_seed0" / "metrics.json").read_text())["stats"]["AP"] for arm in ("pool", "align")}
+    report = text(folder, "report.md")
+    assert f"costs {ap['align'] - ap['pool']:.1f} points of AP" in report
+    assert f"{ap['pool']:.1f} against {ap['align']:.1f} (1 seed, paired)" in report
+
+
+def test_an_operator_of_another_project_is_not_drawn_as_exact():
+    theirs, exact, rounded = (arm_style(one, LIGHT) for one in (None, ops.prroi_pool, partial(ops.lattice_pool, quantize_roi="round")))
+    assert (theirs.colour, exact.colour, rounded.colour) == (LIGHT.unknown, LIGHT.exact, LIGHT.rounded)
+    assert theirs.marker not in (exact.marker, rounded.marker)
 
 
 def test_a_partial_evaluation_is_marked_wherever_its_figures_go(tmp_path, undrawn):

@@ -147,9 +147,14 @@ class Findings:
         truth = self.sweep.annotations
         thresholds = match(truth, results, self.image_ids, self.protocol.max_detections, areas={"all": ALL_SIZES})
         thresholds.accumulate()
+        by_threshold = np.array([percent(precision) for precision in thresholds.eval["precision"][..., 0, -1]])
+        _check_metrics(
+            run,
+            {"AP50": by_threshold[0], "AP75": by_threshold[5]} | ({"AP": by_threshold.mean()} if self.protocol.has_coco_thresholds else {}),
+        )
         return RunFindings(
             localisation=localisation(truth, results, self.image_ids, self.protocol.max_detections),
-            by_threshold=np.array([percent(precision) for precision in thresholds.eval["precision"][..., 0, -1]]),
+            by_threshold=by_threshold,
             by_cells={}
             if run.stride is None
             else average_precision_by_cells(
@@ -281,6 +286,20 @@ class Findings:
         """Describe an arm's treatment of the RoI, of its bins, and its reduction. Of another project's operator return the name."""
         operator = self.operators.get(arm)
         return describe_operator(operator) if operator else (self.runs(arm)[0].config.roi._target_, "-", "-")
+
+
+def _check_metrics(run: Run, recomputed: Mapping[str, float]) -> None:
+    """Compare metrics of a run with those that its detections have with the annotations of today.
+
+    Raises:
+        InputError: they differ by more than the rounding of another library than pycocotools.
+    """
+    for metric, value in recomputed.items():
+        if not np.isclose(value, recorded := run.metrics.stats[metric], rtol=0, atol=1e-6, equal_nan=True):
+            raise InputError(
+                f"{run.folder}: {metric} was {recorded:.6g} in metrics.json, and results.json has {value:.6g} with the annotations of "
+                f"{run.config.data.root}. They were changed since the run, or one of the files was: restore them, or repeat the run."
+            )
 
 
 def describe_operator(operator: Operator) -> tuple[str, str, str]:

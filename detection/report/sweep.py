@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from pycocotools.coco import COCO
 
 from roi_quantization.detection.common.errors import InputError, MissingFileError
-from roi_quantization.detection.data.annotations import as_coco, choose_images, read_instances, restrict
+from roi_quantization.detection.data.annotations import as_coco, choose_classes, choose_images, read_instances, restrict
 from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.evaluation.protocol import SEGM, Protocol
 from roi_quantization.detection.evaluation.sizes import resize_scales
@@ -125,30 +125,45 @@ class Sweep:
 
     @cached_property
     def annotations(self) -> COCO:
-        """Annotations of exactly the images that the finished runs were evaluated on.
+        """Annotations of exactly the images and classes that the finished runs were evaluated on.
 
+        The images are those of metrics.json. Files of earlier versions lack them: there the configuration says which they are.
         A relative `data.root` is resolved against the working folder.
 
         Raises:
-            ValueError: no run is finished, or the runs were evaluated on different images.
+            ValueError: no run is finished, the runs were evaluated on different data, or images are not in the annotations any more.
         """
-        splits = {_evaluated(run) for run in self.finished}
-        if not splits:
+        if not self.finished:
             raise InputError(f"{self.folder} has no finished run")
-        if len(splits) > 1:
-            which = "; ".join(f"{path} (part={part}, subset={subset}, ids={ids})" for path, part, subset, ids, _ in sorted(splits, key=str))
-            raise InputError(f"{self.folder}: the runs were evaluated on different data: {which}")
-        path, part, subset, ids, subset_seed = splits.pop()
-        instances = read_instances(path, self.has_masks)
-        chosen = choose_images(instances, part, subset=subset, ids=ids, seed=subset_seed)
-        evaluated = [list(run.metrics.image_ids) if run.metrics.is_partial else chosen for run in self.finished]
-        for run, image_ids in zip(self.finished, evaluated, strict=True):
-            if image_ids != evaluated[0]:
-                both = "; ".join(f"{one.folder.name}: {one.metrics.coverage}" for one in (self.finished[0], run))
-                raise InputError(
-                    f"{self.folder}: the runs were evaluated on different images ({both}). Evaluate all runs on the same images."
-                )
+        paths = [_annotations_path(run) for run in self.finished]
+        classes = [run.config.data.get("classes") for run in self.finished]
+        self._require_same(
+            "classes", [None if names is None else sorted(names) for names in classes], [names or "all" for names in classes]
+        )
+        present = [path for path in dict.fromkeys(paths) if path.is_file()] or paths[:1]  # the data may have been moved between two runs
+        contents = {path: choose_classes(read_instances(path, self.has_masks), classes[0]) for path in present}
+        instances = contents[present[0]]
+        self._require_same("annotations", [contents.get(path, instances) for path in paths], paths)
+        evaluated = [_image_ids(run, instances) for run in self.finished]
+        common = set.intersection(*map(set, evaluated))
+        examples = [f", image {min(own)} among them" if (own := set(ids) - common) else "" for ids in evaluated]
+        coverages = [run.metrics.coverage + example for run, example in zip(self.finished, examples, strict=True)]
+        self._require_same("images", evaluated, coverages)
+        if gone := common - {image["id"] for image in instances["images"]}:
+            raise InputError(
+                f"{present[0]} lacks {len(gone)} of the {len(common)} images that the runs of {self.folder} were evaluated on, the first "
+                f"is image {min(gone)}. Restore these annotations, or repeat the runs."
+            )
         return as_coco(restrict(instances, evaluated[0]))
+
+    def _require_same(self, what: str, values: Sequence, words: Sequence) -> None:
+        """Raise InputError with the words of two finished runs whose values differ."""
+        for run, value, said in zip(self.finished, values, words, strict=True):
+            if value != values[0]:
+                both = f"{self.finished[0].folder.name}: {words[0]}; {run.folder.name}: {said}"
+                raise InputError(
+                    f"{self.folder}: the runs were evaluated on different {what} ({both}). Evaluate all runs on the same {what}."
+                )
 
     @property
     def has_masks(self) -> bool:
@@ -239,12 +254,22 @@ def _plan(path: Path) -> tuple[list[str], list[int]]:
     return [str(arm) for arm in planned["roi"]], [int(seed) for seed in planned["seed"]]
 
 
-def _evaluated(run: Run) -> tuple:
-    """(annotations, part, subset, ids, subset_seed): what decides on which images a run was evaluated."""
-    data = run.config.data
-    split = data.test if data.test is not None else data.val
-    part, ids = (tuple(value) if OmegaConf.is_list(value) else value for value in (split.get("part"), split.get("ids", data.ids)))
-    return Path(data.root) / split.annotations, part, split.get("subset", data.subset), ids, data.subset_seed
+def _split(run: Run) -> DictConfig:
+    """Return the settings of the split that a run is evaluated on."""
+    return run.config.data.test if run.config.data.test is not None else run.config.data.val
+
+
+def _annotations_path(run: Run) -> Path:
+    return Path(run.config.data.root) / _split(run).annotations
+
+
+def _image_ids(run: Run, instances: dict) -> list[int]:
+    """Return the images that a run was evaluated on, ascending."""
+    if run.metrics.image_ids is not None:
+        return list(run.metrics.image_ids)
+    data, split = run.config.data, _split(run)
+    subset, ids = split.get("subset", data.subset), split.get("ids", data.ids)
+    return choose_images(instances, split.get("part"), subset=subset, ids=ids, seed=data.subset_seed)
 
 
 def _read_json(path: Path, kind: type) -> list | dict:

@@ -1,6 +1,7 @@
 """A sweep's folder as a killed, failed or renamed run leaves it."""
 
 import json
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
@@ -98,21 +99,76 @@ def test_a_run_knows_its_stride_results_and_other_operators(sweep):
         read_sweep(sweep).run("pool", 9)
 
 
-def test_annotations_are_of_the_evaluated_images(sweep, tmp_path):
-    assert sorted(read_sweep(sweep).annotations.imgs) == [1, 2, 3]
-    for name in ("align_seed0", "align_seed1", "pool_seed0"):
-        config = OmegaConf.load(sweep / name / "config.yaml")
-        config.data.ids = [1, 3]
+FINISHED = ("align_seed0", "align_seed1", "pool_seed0")
+
+
+def change_config(sweep, *names, **data):
+    for name in names:
+        config = OmegaConf.merge(OmegaConf.load(sweep / name / "config.yaml"), {"data": data})
         OmegaConf.save(config, sweep / name / "config.yaml")
+
+
+def change_metrics(sweep, *names, **values):
+    for name in names:
+        path = sweep / name / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_annotations_are_of_the_evaluated_images(sweep):
+    """Those in metrics.json, though the configuration would choose others today."""
+    change_config(sweep, *FINISHED, ids=[2])
+    assert sorted(read_sweep(sweep).annotations.imgs) == [1, 2, 3]
+    change_metrics(sweep, *FINISHED, image_ids=[1, 3])
     assert sorted(read_sweep(sweep).annotations.imgs) == [1, 3]
-    config.data.ids = [1]
-    OmegaConf.save(config, sweep / "pool_seed0" / "config.yaml")
-    with pytest.raises(ValueError, match="evaluated on different data"):
+    change_metrics(sweep, "pool_seed0", image_ids=[1, 2])
+    with pytest.raises(
+        ValueError, match=r"images \(align_seed0: 2 of 3 .*, image 3 among them; pool_seed0: 2 of 3 .*, image 2 among them\)"
+    ):
         _ = read_sweep(sweep).annotations
+    change_metrics(sweep, *FINISHED, image_ids=[1, 7])
+    with pytest.raises(ValueError, match=r"test\.json lacks 1 of the 2 images .* the first is image 7\. Restore"):
+        _ = read_sweep(sweep).annotations
+
+
+def test_where_a_run_of_an_earlier_version_names_no_images_its_configuration_does(sweep):
+    change_metrics(sweep, *FINISHED, image_ids=None)
+    change_config(sweep, *FINISHED, ids=[1, 3])
+    assert sorted(read_sweep(sweep).annotations.imgs) == [1, 3]
+    change_config(sweep, "pool_seed0", ids=[1])
+    with pytest.raises(ValueError, match="evaluated on different images"):
+        _ = read_sweep(sweep).annotations
+
+
+def test_annotations_are_of_the_chosen_classes(sweep, tmp_path):
+    path = tmp_path / "data" / "test.json"
+    instances = json.loads(path.read_text())
+    chosen, other = instances["categories"][0], {"id": 77, "name": "other"}
+    added = instances["annotations"][0] | {"id": 9, "category_id": 77}
+    path.write_text(json.dumps(instances | {"categories": [chosen, other], "annotations": [*instances["annotations"], added]}))
+    change_config(sweep, *FINISHED, classes=[chosen["name"]])
+    annotations = read_sweep(sweep).annotations
+    assert list(annotations.cats) == [chosen["id"]] and sorted(annotations.anns) == [1, 2]
+    change_config(sweep, "pool_seed0", classes=["other"])
+    with pytest.raises(ValueError, match=r"different classes \(align_seed0: .*; pool_seed0: \['other'\]\)"):
+        _ = read_sweep(sweep).annotations
+
+
+def test_data_may_be_moved_during_a_sweep_and_not_be_others(sweep, tmp_path):
+    other = shutil.copytree(tmp_path / "data", tmp_path / "moved")
+    change_config(sweep, "pool_seed0", root=str(other))
+    assert sorted(read_sweep(sweep).annotations.imgs) == [1, 2, 3]
+    instances = json.loads((other / "test.json").read_text())
+    instances["annotations"].pop()
+    (other / "test.json").write_text(json.dumps(instances))
+    with pytest.raises(ValueError, match=r"different annotations \(align_seed0: .*/data/test\.json; pool_seed0: .*/moved/test\.json\)"):
+        _ = read_sweep(sweep).annotations
+    shutil.rmtree(tmp_path / "data")
+    assert len(read_sweep(sweep).annotations.anns) == 1, "Findings compares the metrics"
 
 
 def test_annotations_are_of_the_part_that_was_held_out(sweep, tmp_path):
     part = [0.0, 0.67]
+    change_metrics(sweep, *FINISHED, image_ids=None)
     for name in ("align_seed0", "align_seed1", "pool_seed0"):
         config = OmegaConf.load(sweep / name / "config.yaml")
         config.data.test.part = part

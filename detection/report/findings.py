@@ -156,13 +156,13 @@ class Findings:
             localisation=localisation(truth, results, self.image_ids, self.protocol.max_detections),
             by_threshold=by_threshold,
             by_cells={}
-            if run.stride is None
+            if self.stride is None
             else average_precision_by_cells(
                 truth,
                 results,
                 self.image_ids,
-                run.stride,
-                self.sweep.scales,
+                self.stride,
+                self.sweep.scales(run),
                 max_detections=self.protocol.max_detections,
                 protocol=self.protocol,
             ),
@@ -170,7 +170,8 @@ class Findings:
 
     @cached_property
     def stride(self) -> int | None:
-        return self.sweep.finished[0].stride
+        """Pixels of the network's input per cell. None where the runs differ in it, and of a detector with a pyramid."""
+        return None if "backbone.stride" in self.sweep.differing_geometry else self.sweep.finished[0].stride
 
     @property
     def has_given_proposals(self) -> bool:
@@ -220,8 +221,13 @@ class Findings:
 
     @cached_property
     def misalignment(self) -> dict[str, dict[str, float]]:
-        """Arm -> mean misalignment over the RoIs of the reference's detections. Arms without an entry in `operators` are left out."""
-        proposals, scales = {}, self.sweep.scales
+        """Arm -> mean misalignment over the RoIs of the reference's detections. Arms without an entry in `operators` are left out.
+
+        Empty where the runs differ in `GEOMETRY`.
+        """
+        if self.sweep.differing_geometry:
+            return {}
+        proposals, scales = {}, self.sweep.scales(self.sweep.finished[0])
         for found in self.localisations(self.reference):
             if found.proposal is None:
                 return {}
@@ -240,14 +246,16 @@ class Findings:
     def predicted(self) -> dict[str, dict[str, float]]:
         """Arm -> metric -> difference to the reference predicted from the reference's own runs, see `predicted_cost`.
 
-        Empty where the reference does not sample its RoIs exactly, or its results have no proposals. Arms without an entry
-        in `operators` are left out.
+        Empty where the reference does not sample its RoIs exactly, its results have no proposals, or the runs differ in
+        `GEOMETRY`. Arms without an entry in `operators` are left out.
         """
+        if self.sweep.differing_geometry:
+            return {}
         runs = self.runs(self.reference)
         results = {run.folder: run.results() for run in runs}
         if not all(of_run and all("proposal" in one for one in of_run) for of_run in results.values()):
             return {}
-        size = self.sweep.finished[0].config.head.extractor.output_size
+        size, scales = self.sweep.finished[0].config.head.extractor.output_size, self.sweep.scales(self.sweep.finished[0])
         operator = self.operators.get(self.reference)
         if not (operator and IdealLocalizer(operator, np.array([2.0, 8.0]), size).is_exact):
             return {}
@@ -259,7 +267,7 @@ class Findings:
                 continue
             changes = []
             for run in runs:
-                moved = predicted_results(results[run.folder], self.operators[arm], self.stride, self.sweep.scales, size)
+                moved = predicted_results(results[run.folder], self.operators[arm], self.stride, scales, size)
                 stats = evaluation(results=moved, image_ids=self.image_ids).stats
                 changes.append([stats[metric] - own[run.folder][metric] for metric in METRICS])
             found[arm] = dict(zip(METRICS, np.mean(changes, axis=0).tolist(), strict=True))

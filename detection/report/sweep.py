@@ -25,6 +25,8 @@ from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.evaluation.protocol import SEGM, Protocol
 from roi_quantization.detection.evaluation.sizes import resize_scales
 
+# settings that decide, beside the operator, which cells of a feature map belong to a box
+GEOMETRY = ("backbone.stride", "data.eval_transform.short_side", "data.eval_transform.max_side", "head.extractor.output_size")
 _FOLDER = re.compile(r"(?P<arm>.+)_seed(?P<seed>\d+)")
 
 
@@ -194,11 +196,16 @@ class Sweep:
                 raise InputError(f"{self.folder}: the runs were evaluated differently ({both}). Evaluate all with the same coco_eval.")
         return first.metrics.protocol
 
-    @cached_property
-    def scales(self) -> dict[int, float] | None:
-        """Image id -> pixels of the network's input per pixel of the image, see `sizes`. None where images keep their size."""
-        transform = self.finished[0].config.data.eval_transform
+    def scales(self, run: Run) -> dict[int, float] | None:
+        """Return image id -> pixels of the run's network's input per pixel of the image, see `sizes`. None where images keep their size."""
+        transform = run.config.data.eval_transform
         return resize_scales(self.annotations, transform.short_side, transform.max_side)
+
+    @cached_property
+    def differing_geometry(self) -> dict[str, list[str]]:
+        """Setting of `GEOMETRY` -> its values, where the finished runs differ in it. Empty where they have the same cells."""
+        values = {key: dict.fromkeys(str(OmegaConf.select(run.config, key)) for run in self.finished) for key in GEOMETRY}
+        return {key: list(of_key) for key, of_key in values.items() if len(of_key) > 1}
 
 
 def read_sweep(folder: Path | str, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> Sweep:

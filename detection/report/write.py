@@ -97,6 +97,12 @@ def _problems(sweep: Sweep, findings: Findings, reference: str) -> list[str]:
         problems.append(f"There is no finished run of {reference}. The others are compared with {findings.reference}.")
     if sweep.partial:
         problems.append(f"All figures and tables are of {sweep.partial}.")
+    if sweep.differing_geometry:
+        which = " and ".join(f"{key} ({' or '.join(values)})" for key, values in sweep.differing_geometry.items())
+        problems.append(
+            f"The runs differ in {which}, so that differences are not those of the operators alone. Sampled regions and predicted costs "
+            "are left out."
+        )
     problems += findings.protocol.deviations
     if findings.varies_over == "images":
         problems.append("There is one seed. Intervals are over images and do not include the variation between trainings.")
@@ -111,8 +117,10 @@ def _made_from(findings: Findings) -> list[tuple[str, str]]:
     truth = findings.sweep.annotations
     evaluated = f"{len(truth.imgs)} images, {len(truth.anns)} objects of {len(truth.cats)} categories"
     facts = [("data", str(config.data.root)), *((f"data: {split}", words) for split, words in data.items())]
-    stride = f"{findings.stride} pixels per cell" if findings.stride else "that of each map of the detector's pyramid"
-    facts += [("evaluated on", evaluated), ("stride", stride), ("seeds", ", ".join(map(str, findings.seeds)))]
+    strides = dict.fromkeys(
+        f"{run.stride} pixels per cell" if run.stride else "that of each map of the detector's pyramid" for run in findings.sweep.finished
+    )
+    facts += [("evaluated on", evaluated), ("stride", " or ".join(strides)), ("seeds", ", ".join(map(str, findings.seeds)))]
     facts += [("training", _training([run.config for run in findings.sweep.finished]))]
     commits = dict.fromkeys(start["commit"] for start in starts) or [f"{commit()} (of this report, the sweep's was not recorded)"]
     used = starts[-1]["versions"] if starts else versions()

@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.findings import Findings
 from roi_quantization.detection.report.sweep import read_sweep
 from tests.detection.report.fake_sweep import write_fake_sweep
@@ -38,3 +39,27 @@ def test_classes_that_were_not_chosen_are_no_missed_objects(tmp_path):
     findings = Findings(read_sweep(folder))
     for run in findings.sweep.finished:
         assert findings.means["AP"][run.arm].value == pytest.approx(run.metrics.stats["AP"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("backbone.stride", 32, "backbone.stride (16 or 32)"),
+        ("data.eval_transform.short_side", 512, "data.eval_transform.short_side (None or 512)"),
+        ("head.extractor.output_size", 14, "head.extractor.output_size (7 or 14)"),
+    ],
+)
+def test_of_runs_with_other_cells_only_what_does_not_depend_on_them_is_reported(tmp_path, monkeypatch, key, value, words):
+    monkeypatch.setattr("roi_quantization.detection.report.write.render", lambda *_, **__: b"<svg/>")
+    folder = write_fake_sweep(tmp_path / "mixed", arms={"align": 3.0, "pool": 7.5}, seeds=(0,), images=10)
+    assert Findings(read_sweep(folder)).predicted["pool"]["AP"] < 0, "what is left out below"
+    config = OmegaConf.load(folder / "pool_seed0" / "config.yaml")
+    OmegaConf.update(config, key, value)
+    OmegaConf.save(config, folder / "pool_seed0" / "config.yaml")
+    findings = Findings(read_sweep(folder))
+    assert findings.misalignment == findings.predicted == {}
+    assert findings.stride == (None if value == 32 else 16) and bool(findings.by_cells["pool"]) == (value != 32)
+    write_report(folder)
+    report = (folder / "report" / "report.md").read_text()
+    assert f"The runs differ in {words}, so that differences are not those of the operators alone" in report
+    assert ("at stride" in report) == (value != 32) and ("stride: 16 pixels per cell or 32 pixels per cell" in report) == (value == 32)

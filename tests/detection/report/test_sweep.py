@@ -190,11 +190,11 @@ def test_data_without_a_test_split_was_evaluated_on_val(sweep):
 
 
 def test_scales_of_resized_images(sweep):
-    assert read_sweep(sweep).scales is None
-    config = OmegaConf.load(sweep / "align_seed0" / "config.yaml")
-    config.data.eval_transform.short_side = 960  # of images of 640 x 480
-    OmegaConf.save(config, sweep / "align_seed0" / "config.yaml")
-    assert read_sweep(sweep).scales == {1: 2.0, 2: 2.0, 3: 2.0}
+    change_config(sweep, "align_seed0", eval_transform={"short_side": 960})  # of images of 640 x 480
+    read = read_sweep(sweep)
+    assert read.scales(read.run("align", 0)) == {1: 2.0, 2: 2.0, 3: 2.0}
+    assert read.scales(read.run("pool", 0)) is None
+    assert read.differing_geometry == {"data.eval_transform.short_side": ["960", "None"]}
 
 
 # --- errors name the file

@@ -9,6 +9,7 @@ import roi_quantization  # noqa: F401 -- first, because it says so where the pac
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -144,20 +145,22 @@ def load_results(cfg: DictConfig, strides: list[int], dataset: CocoDetection) ->
         raise InputError(f"results={path} is not a JSON file, or was truncated: {error}") from error
     if not isinstance(results, list) or not results:
         raise InputError(f"results={path} holds no results. Expected the results.json of a run that detects something.")
-    unknown = {result.get("image_id") for result in results} - set(dataset.image_ids)
+    path_of_metrics, image_ids = path.parent / "metrics.json", None
+    if path_of_metrics.is_file():
+        evaluated = replace(Metrics.from_json(json.loads(path_of_metrics.read_bytes())), of=len(dataset))  # not of the run's own subset
+        image_ids = evaluated.image_ids
+    unknown = {result.get("image_id") for result in results}.union(image_ids or ()) - set(dataset.image_ids)
     if unknown:
         raise InputError(
             f"results={path} has results of {len(unknown)} images that are not in split={cfg.split} of this data set, the first is image "
             f"{min(unknown, key=str)}. Choose the data and split that they were made on."
         )
     check_run(cfg, path.parent / "config.yaml", strides)
-    metrics = path.parent / "metrics.json"
-    if metrics.is_file():
-        evaluated = Metrics.from_json(json.loads(metrics.read_bytes()))
-        if evaluated.is_partial:
-            print(f"The results are of {evaluated.coverage}.")
-            return results, list(evaluated.image_ids)
-    return results, dataset.image_ids
+    if image_ids is None:
+        return results, dataset.image_ids
+    if evaluated.is_partial:
+        print(f"The results are of {evaluated.coverage}.")
+    return results, list(image_ids)
 
 
 def check_run(cfg: DictConfig, path: Path, strides: list[int]) -> None:

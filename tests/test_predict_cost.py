@@ -64,13 +64,14 @@ def test_predictions_from_results(composed, tmp_path, data, capsys):
     assert "At stride 16 RoIPool is expected to cost" in capsys.readouterr().out
 
 
-def test_only_the_images_of_a_partial_evaluation_count(composed, tmp_path, data, capsys):
+@pytest.mark.parametrize("of", [12, 4])  # images of the run's split: it was stopped, or had data.subset=4
+def test_only_the_images_of_a_partial_evaluation_count(composed, tmp_path, data, capsys, of):
     predict_cost(composed())
     run = write_results(tmp_path / "run", data)
     results = json.loads((run / "results.json").read_text())
     ids = sorted({one["image_id"] for one in results})[:4]
     (run / "results.json").write_text(json.dumps([one for one in results if one["image_id"] in ids]))
-    stats = {"stats": {}, "per_class": {}, "images": 4, "of": 12, "partial": True, "image_ids": ids}
+    stats = {"stats": {}, "per_class": {}, "images": 4, "of": of, "partial": of > 4, "image_ids": ids}
     (run / "metrics.json").write_text(json.dumps(stats))
     _, predictions = predict_cost(composed(f"results={run}"))
     assert predictions[16]["align"]["AP"].value > 60, "objects of other images are not missed"
@@ -111,6 +112,9 @@ def test_results_that_do_not_belong_here_are_refused(composed, tmp_path, data):
     with pytest.raises(InputError, match=r"results of 1 images that are not in split=test of this data set, the first is image 999"):
         predict_cost(composed(f"results={write_results(tmp_path / 'other', data, image_id=999)}"))
     run = write_results(tmp_path / "run", data)
+    (run / "metrics.json").write_text(json.dumps({"stats": {}, "per_class": {}, "image_ids": [998]}))
+    with pytest.raises(InputError, match=r"of 1 images that are not in split=test of this data set, the first is image 998"):
+        predict_cost(composed(f"results={run}"))
     (run / "results.json").write_text("[]")
     with pytest.raises(InputError, match="holds no results"):
         predict_cost(composed(f"results={run}"))

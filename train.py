@@ -115,6 +115,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
 
     cross = cross_evaluate(cfg, module, data, split)
     if trainer.is_global_zero:
+        fingerprint.write(run_dir)
         report_cross(cross, run_dir)
         report(module, getattr(data, split), run_dir, title=f"{chosen} on {split}")
         draw_curves(run_dir, trainer.log_every_n_steps)

@@ -54,6 +54,7 @@ def test_the_run_folder_describes_the_run(trained):
     written = json.loads((run / "metrics.json").read_text())
     assert written["stats"]["AP"] == pytest.approx(metrics["test/AP"])
     assert len(written["per_class"]) == 5 and all(set(values) == {"AP", "AP50", "AP75"} for values in written["per_class"].values())
+    assert list(json.loads((run / "data.json").read_text())) == ["train", "val", "test"], "what the data were"
     for picture in ("curves.png", "detections.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
 

@@ -1,19 +1,22 @@
-"""Check that a resumed run has the data that it started with."""
+"""Check that a resumed run, or a sweep, has the data that it started with."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.module import DetectionData
 
 log = logging.getLogger(__name__)
 
+NAME = "data.json"  # in a run folder: split -> digest of the fingerprints of the data that it was trained and evaluated with
 SAMPLE = 1000  # images of a split, evenly spaced, whose content and proposals are compared
 
 KINDS = {
@@ -43,6 +46,10 @@ class DataFingerprint(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return self.fingerprints
+
+    def write(self, run_dir: Path) -> None:
+        """Write `data.json`, from which a sweep knows its data where they have been moved."""
+        atomic_write(run_dir / NAME, json.dumps(_digest(self.fingerprints), indent=2).encode())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare the data with the fingerprints from a checkpoint.
@@ -75,6 +82,15 @@ def compute_fingerprints(dataset: CocoDetection) -> Fingerprints:
             result["content"][record.id] = _hash(record.path.read_bytes())
             result["proposals"][record.id] = _hash(dataset.proposals(record).numpy().tobytes())
     return result
+
+
+def digest(data: DetectionData) -> dict[str, str]:
+    """Return split -> digest of the fingerprints of its images, which a copy of the data in another folder has too."""
+    return _digest(DataFingerprint(data).fingerprints)
+
+
+def _digest(fingerprints: Mapping[str, Fingerprints]) -> dict[str, str]:
+    return {name: f"{_hash(json.dumps(of_split, sort_keys=True).encode()):016x}" for name, of_split in fingerprints.items()}
 
 
 def _hash(*parts: bytes) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import logging
 import math
 import multiprocessing
@@ -24,9 +25,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
-from roi_quantization.detection.common.configuration import differences, shorten
+from roi_quantization.detection.common.configuration import differences, path_setting, shorten
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
+from roi_quantization.detection.data.data_fingerprint import NAME as DATA
+from roi_quantization.detection.data.data_fingerprint import digest
 from roi_quantization.detection.data.module import describe
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.report import write_report
@@ -118,6 +121,43 @@ def check_configuration(run_dir: Path, config: dict) -> None:
         )
 
 
+def check_moved_data(runs: Mapping[Path, dict]) -> None:
+    """Check that finished runs had the data of this sweep where `data.root` is another folder than it was.
+
+    Where a run of an earlier version did not record its data, a warning names both folders.
+
+    Args:
+        runs: folder of each finished run -> its resolved configuration in this sweep.
+
+    Raises:
+        InputError: the data are others; the message names both folders.
+    """
+    digests, warned = {}, set()
+    for run_dir, run in runs.items():
+        roots = [config["data"].get("root") for config in (OmegaConf.load(run_dir / "config.yaml"), run)]
+        before, now = (Path(path_setting(root, "data.root")) for root in roots)
+        if before.resolve() == now.resolve():
+            continue
+        said = f"{run_dir} contains a finished run with data.root={before}, and this sweep has data.root={now}"
+        if not (run_dir / DATA).is_file():
+            if (before, now) not in warned:
+                log.warning("%s. Whether these are the same data is not known: earlier versions did not record it", said)
+            warned.add((before, now))
+            continue
+        key = json.dumps({**run["data"], "seed": None})  # runs that differ in their seed have the same images
+        if key not in digests:
+            data = instantiate(OmegaConf.create(run["data"]))
+            data.prepare_data()
+            data.setup()
+            digests[key] = digest(data)
+        recorded = json.loads((run_dir / DATA).read_bytes())
+        if others := [split for split in {**recorded, **digests[key]} if recorded.get(split) != digests[key].get(split)]:
+            raise InputError(
+                f"{said}, which has other images, annotations or proposals ({', '.join(others)}). Choose another folder for this sweep "
+                "with hydra.sweep.dir=runs/<name>, or remove that run"
+            )
+
+
 def planned_runs(config: DictConfig) -> dict[Path, dict]:
     """List the run folders that a Hydra sweep is going to fill, each with its resolved configuration.
 
@@ -172,6 +212,7 @@ class SweepCallback(Callback):
                     check_configuration(run_dir, run)
                 elif run.get("resume") == "auto":
                     check_replaceable(run_dir, run)
+            check_moved_data({run_dir: runs[run_dir] for run_dir in finished})
             if len(finished) < len(runs):  # what the runs share is computed once, on all cores, and its errors are printed once
                 data = instantiate(config.data)
                 data.prepare_data()

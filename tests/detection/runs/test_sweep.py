@@ -4,6 +4,7 @@ import copy
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -15,8 +16,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.data.data_fingerprint import DataFingerprint
+from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.runs.sweep import SWEEP as SWEEP_PROCESS
-from roi_quantization.detection.runs.sweep import _exit_with_sweep, check_configuration, planned_runs, run_in_sweep, share_done
+from roi_quantization.detection.runs.sweep import (
+    SweepCallback,
+    _exit_with_sweep,
+    check_configuration,
+    check_moved_data,
+    planned_runs,
+    run_in_sweep,
+    share_done,
+)
 from tests import commands
 from tests.configuration import ROOT, composed
 from tests.fake_slurm import install
@@ -165,6 +177,48 @@ def test_places_may_differ_settings_may_not(tmp_path):
     )
     with pytest.raises(ValueError, match=r"cross was not there and is \['pool'\]; data.subset was None and is 5\. Choose another folder"):
         check_configuration(tmp_path, {"optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"subset": 5}, "cross": ["pool"]})
+
+
+def test_data_may_be_moved_and_not_be_others(tmp_path, caplog):
+    def config(root):
+        return OmegaConf.to_container(composed("train", *TINY, f"data.root={root}", f"run_dir={tmp_path / 'run'}"), resolve=True)
+
+    here, there = tmp_path / "cats", tmp_path / "ships"
+    data = instantiate(OmegaConf.create(config(here)["data"]))
+    data.prepare_data()
+    data.setup()
+    shutil.copytree(here, there)
+    OmegaConf.save(config(here), tmp_path / "config.yaml")
+    check_moved_data({tmp_path: config(here)})
+    assert caplog.text == "", "the same folder needs no record"
+    check_moved_data({tmp_path: config(there)})
+    assert f"data.root={here}, and this sweep has data.root={there}. Whether these are the same data is not known" in caplog.text
+
+    DataFingerprint(data).write(tmp_path)
+    check_moved_data({tmp_path: config(there)})
+    path = there / "annotations/instances_test.json"
+    instances = json.loads(path.read_text())
+    instances["annotations"][0]["bbox"][2] -= 1
+    path.write_text(json.dumps(instances))
+    with pytest.raises(
+        InputError, match=rf"data\.root={here}, and this sweep has data\.root={there}, which has other .* \(test\)\. Choose"
+    ):
+        check_moved_data({tmp_path: config(there)})
+
+
+def test_a_sweep_over_other_data_does_not_begin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # the callback sets it
+    overrides = ["experiment=quantization_core", "roi=align", "seed=5", *TINY, "data.root=ships"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = GlobalHydra.instance().config_loader().load_configuration("train", overrides, RunMode.MULTIRUN)
+        ((run_dir, run),) = planned_runs(config).items()
+        run_dir.mkdir(parents=True)
+        OmegaConf.save({**run, "data": run["data"] | {"root": "cats"}}, run_dir / "config.yaml")
+        (run_dir / "metrics.json").touch()
+        (run_dir / "data.json").write_text('{"train": "0", "val": "0", "test": "0"}')
+        with pytest.raises(SystemExit, match=r"data\.root=cats, and this sweep has data\.root=ships, .* \(train, val, test\)\. Choose"):
+            SweepCallback().on_multirun_start(config)
 
 
 def test_a_run_of_an_earlier_version_is_the_same_as_one_with_the_defaults_of_what_was_added(tmp_path):

@@ -81,6 +81,8 @@ def complete(run: Run, operators: list[str]) -> None:
     check_categories(checkpoint, data.categories)
     detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=False)
     load_weights(detector, checkpoint)
+    if cfg.get("features") is not None:  # or the other operators would see maps that are padded otherwise
+        instantiate(cfg.features).attach(detector, data)
     protocol = run.metrics.protocol  # its configuration may be of a version that had no other
     coco_eval = CocoEvaluation(iou_thresholds=protocol.iou_thresholds, areas=protocol.areas)
     module = DetectionModule(detector, categories=data.categories, coco_eval=coco_eval)

@@ -12,7 +12,10 @@ from torchvision.transforms import v2
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import NotWrittenError
 from roi_quantization.detection.data import feature_cache
+from roi_quantization.detection.evaluation.protocol import COCO_PROTOCOL
 from roi_quantization.detection.model.build import build_detector, instantiate
+from roi_quantization.detection.model.fast_rcnn import FastRCNN
+from roi_quantization.detection.runs.cross_evaluation import complete
 from roi_quantization.detection.runs.frozen_features import FrozenFeatures
 from tests.configuration import composed
 from tests.trainings import TINY, run_eval, run_train
@@ -61,7 +64,7 @@ def test_an_item_has_the_map_and_the_boxes_of_its_pixels(root, tmp_path):
 
 
 @pytest.mark.parametrize("frozen", [5, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_training_has_the_numbers_of_one_on_pixels(tmp_path, frozen):
+def test_a_training_has_the_numbers_of_one_on_pixels(tmp_path, frozen, monkeypatch):
     options = [f"backbone.frozen_blocks={frozen}", "threads=1", "trainer.max_epochs=2", "optim.groups.lr=5e-3"]
     (tmp_path / "pixels").mkdir()
     on_pixels = run_train(tmp_path / "pixels", *options)
@@ -80,6 +83,10 @@ def test_a_training_has_the_numbers_of_one_on_pixels(tmp_path, frozen):
     again = run_eval(tmp_path / "maps/run/best.ckpt", tmp_path / "eval", *cached)
     assert again["test/AP"] == pytest.approx(on_maps["test/AP"], abs=0.01)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == files, "nothing was computed again"
+    monkeypatch.setattr(FastRCNN, "batch", lambda *_: pytest.fail("pixels were read"))
+    run = SimpleNamespace(folder=tmp_path / "maps/run", cross=dict, metrics=SimpleNamespace(protocol=COCO_PROTOCOL))
+    complete(run, ["warp"])
+    assert "warp" in (run.folder / "cross.json").read_text()
 
 
 @pytest.mark.parametrize("roi", ["align", "pool", "prroi", "warp"])

@@ -31,7 +31,7 @@ from roi_quantization.detection.model.build import instantiate, read_operator
 from roi_quantization.detection.report.style import LIGHT, WIDTH, render
 
 HERE = Path(__file__).parent
-COLOURS = (LIGHT.rounded, LIGHT.exact, LIGHT.floored, "#8c6bb1", "#5a9e6f", LIGHT.ink)
+COLOURS = (LIGHT.rounded, LIGHT.exact, LIGHT.floored, "#8c6bb1", "#5a9e6f", LIGHT.ink, "#b5485d")
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 ROUGH = ("pool", "warp", "pool_bins")
 
@@ -83,7 +83,7 @@ def plot(rows: list[Row], path: Path) -> None:
         figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
         axes = figure.subplots()
         settings = groupby(measured, key=lambda row: row.setting)
-        for (name, some), colour, marker in zip(settings, cycle(COLOURS), cycle("osDP^v"), strict=False):
+        for (name, some), colour, marker in zip(settings, cycle(COLOURS), cycle("osDP^vX*"), strict=False):
             some = list(some)
             predicted, found = np.array([row.predicted for row in some]).T, np.array([row.measured for row in some]).T
             spans = [np.nan_to_num(np.abs(ends[1:] - ends[0])) for ends in (predicted, found)]

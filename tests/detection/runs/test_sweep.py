@@ -189,6 +189,7 @@ def test_data_may_be_moved_and_not_be_others(tmp_path, caplog):
     data.setup()
     shutil.copytree(here, there)
     OmegaConf.save(config(here), tmp_path / "config.yaml")
+    caplog.clear()
     check_moved_data({tmp_path: config(here)})
     assert caplog.text == "", "the same folder needs no record"
     check_moved_data({tmp_path: config(there)})

@@ -17,6 +17,7 @@ from roi_quantization.detection.alignment.misalignment import (
     feature_map_size,
     lattice_rule,
     misalignment,
+    reduction,
     sampled_region,
 )
 from roi_quantization.detection.common.errors import InputError
@@ -108,7 +109,7 @@ def describe(operator: Operator) -> tuple[str, str]:
     if rule is None:
         return "RoI exact", "bins exact, integral" + ("" if knobs.get("half_pixel", False) else ", no half pixel")
     roi = {"none": "RoI exact", "round": "RoI rounded", "floor": "RoI floored"}[rule.quantize_roi] + ", + 1 cell" * rule.inclusive_end
-    reduce = knobs.get("reduce", "mean")
+    reduce = reduction(operator)
     if rule.quantize_bins != "none":
         return roi, {"cover": "bins floor to ceil", "truncate": "bin size floored"}[rule.quantize_bins] + f", {reduce} of whole cells"
     samples = f"{rule.sampling_ratio} x {rule.sampling_ratio}" if rule.sampling_ratio > 0 else "ceil(bin)"

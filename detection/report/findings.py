@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from roi_quantization.detection.alignment.ideal_localizer import IdealLocalizer
-from roi_quantization.detection.alignment.misalignment import Operator, is_supported, lattice_rule, summarize
+from roi_quantization.detection.alignment.misalignment import Operator, is_supported, lattice_rule, reduction, summarize
 from roi_quantization.detection.common.config_security import check_targets_allowed
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.renamed_targets import rename_targets
@@ -317,7 +317,7 @@ def describe_operator(operator: Operator) -> tuple[str, str, str]:
     if rule is None:
         return f"exact{half}", "exact", "integral"
     rounding = {"none": "exact", "round": "rounded", "floor": "floored"}[rule.quantize_roi] + (", + 1" if rule.inclusive_end else "")
-    reduce = given.get("reduce", "mean")
+    reduce = reduction(operator)
     if rule.quantize_bins != "none":
         return rounding, {"cover": "whole cells", "truncate": "whole cells, rest lost"}[rule.quantize_bins], reduce
     samples = "adaptive" if rule.sampling_ratio <= 0 else f"{rule.sampling_ratio} x {rule.sampling_ratio}"

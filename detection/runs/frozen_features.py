@@ -41,7 +41,7 @@ class FrozenFeatures:
 
     def __init__(self, cache_dir: Path | str, precision: str = "32-true", run_layers: Callable[[nn.Module], Layers] | None = None):
         self.cache_dir, self.precision, self.run_layers = Path(cache_dir), str(precision), run_layers
-        if run_layers is not None and self.precision in AUTOCAST:
+        if run_layers is not None and self.precision != "32-true":
             raise InputError(f"features.precision={precision}: features.run_layers computes in float32. Set features.precision=32-true")
 
     def attach(self, detector: FastRCNN, data: DetectionData) -> None:

@@ -80,9 +80,10 @@ def test_a_file_is_shared_with_the_maps_of_pytorch(tmp_path, monkeypatch):
     torch.testing.assert_close(by_ncnn.float(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_another_precision_is_refused():
-    with pytest.raises(InputError, match=r"features.precision=bf16-mixed.*features.precision=32-true"):
-        FrozenFeatures("unused", "bf16-mixed", run_layers=ncnn_layers)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_another_precision_is_refused(precision):
+    with pytest.raises(InputError, match=rf"features.precision={precision}.*features.precision=32-true"):
+        FrozenFeatures("unused", precision, run_layers=ncnn_layers)
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -104,3 +104,16 @@ def _is_derived(key: str) -> bool:
 def _values_of_earlier_versions(key: str) -> list[Any]:
     """Return the value in `ADDED_SETTINGS` of a dotted key, as a list of one or none."""
     return [value for end, value in ADDED_SETTINGS.items() if key == end or key.endswith(f".{end}")]
+
+
+def sweep_lines(config: DictConfig) -> list[str]:
+    """Return what Hydra makes the jobs of a sweep of: the sweeper's parameters, then the command line.
+
+    Interpolations of the command line are left as they are, such as `arm=${roi.sampling_ratio}`: each job has its own value.
+
+    Args:
+        config: of the sweep, with `hydra`.
+    """
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    task = OmegaConf.select(config, "hydra.overrides.task")
+    return [f"{key}={value}" for key, value in params.items()] + (OmegaConf.to_container(task, resolve=False) if task else [])

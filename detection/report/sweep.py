@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from pycocotools.coco import COCO
 
+from roi_quantization.detection.common.configuration import sweep_lines
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.annotations import as_coco, choose_classes, choose_images, read_instances, restrict
 from roi_quantization.detection.evaluation.coco import Metrics
@@ -250,9 +251,7 @@ def _plan(path: Path) -> tuple[list[str], list[int]]:
     """Read the planned values of `roi` and `seed`. The command line takes precedence over the sweeper's parameters."""
     if not path.is_file():
         return [], []
-    config = OmegaConf.load(path)
-    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    lines = [f"{key}={value}" for key, value in params.items()] + list(OmegaConf.select(config, "hydra.overrides.task") or [])
+    lines = sweep_lines(OmegaConf.load(path))
     planned: dict[str, list] = {"roi": [], "seed": []}
     for override in OverridesParser.create().parse_overrides(lines):
         if override.key_or_group in planned:

@@ -25,7 +25,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
-from roi_quantization.detection.common.configuration import differences, path_setting, shorten
+from roi_quantization.detection.common.configuration import differences, path_setting, shorten, sweep_lines
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.data_fingerprint import NAME as DATA
@@ -168,8 +168,8 @@ def planned_runs(config: DictConfig) -> dict[Path, dict]:
         InputError: two runs would fill the same folder.
     """
     loader = GlobalHydra.instance().config_loader()
-    lines = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()] + list(config.hydra.overrides.task)
-    ((*jobs,),) = BasicSweeper.split_arguments(OverridesParser.create(loader).parse_overrides(lines), max_batch_size=None)
+    overrides = OverridesParser.create(loader).parse_overrides(sweep_lines(config))
+    ((*jobs,),) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     runs = {}
     for job in jobs:
         cfg = loader.load_sweep_config(config, job)
@@ -182,7 +182,7 @@ def planned_runs(config: DictConfig) -> dict[Path, dict]:
             differ = shorten(differences(runs[run_dir], run)) or "they are the same"
             raise InputError(
                 f"two runs of this sweep have the folder {run_dir}: {differ}. It is named by `arm` and `seed`: set `arm` to what differs, "
-                " such as 'arm=${hydra:runtime.choices.roi}_${roi.sampling_ratio}'"
+                "such as 'arm=${hydra:runtime.choices.roi}_${roi.sampling_ratio}'"
             )
         runs[run_dir] = run
     return runs

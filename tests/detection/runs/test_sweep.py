@@ -90,6 +90,13 @@ def test_planning_a_sweep_leaves_what_hydra_knows_of_this_process(tmp_path):
     }
 
 
+def test_an_interpolated_name_of_an_arm_has_the_value_of_each_run(tmp_path):
+    overrides = ["experiment=quantization_core", "roi=align", "seed=5", "trainer.max_steps=10,20", "arm=steps${trainer.max_steps}"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        runs = planned_runs(GlobalHydra.instance().config_loader().load_configuration("train", overrides, RunMode.MULTIRUN))
+    assert [(run_dir.name, run["trainer"]["max_steps"]) for run_dir, run in runs.items()] == [("steps10_seed5", 10), ("steps20_seed5", 20)]
+
+
 def test_runs_that_would_share_a_folder_are_refused(tmp_path):
     ended = sweep(tmp_path, "roi.sampling_ratio=1,2")
     assert ended.returncode == 1

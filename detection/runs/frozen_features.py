@@ -75,10 +75,8 @@ class FrozenFeatures:
 
         def compute(image: ImageRecord, flipped: bool) -> Tensor:
             pixels = resize(read_image(image, has_boxes=True)).to(device)
-            batch = detector.batch([pixels.flip(-1) if flipped else pixels])
-            batch = batch.contiguous(memory_format=torch.channels_last)  # in which convolutions on a CPU are faster, twice with bfloat16
             with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
-                return run()(batch)[0]
+                return run()(detector.batch([pixels.flip(-1) if flipped else pixels]))[0]
 
         sample = frozen(torch.zeros(1, 3, 2 * stride, 2 * stride, device=device))
         cells = sample.shape[-1] // 2  # along the side of a square of one stride

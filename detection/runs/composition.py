@@ -18,6 +18,8 @@ from roi_quantization.detection.runs.checkpoint import (
     load_checkpoint,
     register_parts,
 )
+from roi_quantization.detection.runs.distributed import new_folder  # noqa: F401 -- a resolver of run_dir
+from roi_quantization.detection.runs.resume import run_folder  # noqa: F401 -- a resolver of run_dir
 
 WITH_CHECKPOINT = ("eval", "predict")
 CHECKPOINT_OPTIONAL = ("eval",)  # where a detector is chosen that has weights of its own
@@ -34,7 +36,7 @@ def compose(
     ```
 
     Args:
-        name: of the script: "train", "eval", "predict", "explain" or "recall".
+        name: of the script: "train", "eval", "predict", "explain", "recall", "predict_cost" or "probe".
         overrides: as on the command line, such as "roi=pool". Without `run_dir=` the run folder is the one that the command would have.
         ckpt: the checkpoint of "eval" and "predict"; `ckpt=` among the overrides is the same. "eval" needs none where `detector=`
             chooses a detector that has weights of its own.

@@ -1,4 +1,4 @@
-"""The operators as functions, with torchvision's argument names, order and defaults.
+"""The operators as functions, with torchvision's argument names and order; `roi_align` and `roi_pool` have its defaults too.
 
 Boxes are a list of `[L, 4]`, one for each image, or one `[K, 5]` whose first column is the index of the image. Coordinates are
 `(x1, y1, x2, y2)` in pixels of the image that `spatial_scale` relates to the map; their conventions are in `ops/geometry.py`. The output is
@@ -44,7 +44,7 @@ def lattice_pool(
     border: float = 1.0,
     reduce: Literal["mean", "max"] = "mean",
 ) -> Tensor:
-    """The whole family, each step with its own knob; the defaults are RoIAlign with 2 x 2 samples.
+    """Pool each box on a lattice of samples or cells, each rounding with a knob of its own; the defaults are RoIAlign with 2 x 2 samples.
 
     Args:
         input: the feature map `[N, C, H, W]`.
@@ -53,8 +53,8 @@ def lattice_pool(
         spatial_scale: cells a pixel, such as 1/16.
         quantize_roi: what happens to the projected edges: `none`, `round` (halves away from zero, as Caffe) or `floor`.
         inclusive_end: Caffe's reading of the end as the last cell inside: one cell is added to the extent.
-        half_pixel: interpolate with cell centres at `i + 0.5` (torchvision's `aligned=True`). Quantized bins visit whole cells and have no
-            use for it, but for the default of `min_extent`.
+        half_pixel: interpolate with cell centres at `i + 0.5` (torchvision's `aligned=True`). Where bins are quantized nothing is
+            interpolated, and it changes only the default of `min_extent`.
         min_extent: smallest extent of a RoI in cells; None: 1 without `half_pixel`, no minimum with it (both as torchvision).
         quantize_bins: `none`; `cover`: from the floor of a bin's start to the ceil of its end; bins overlap, nothing is lost; `truncate`:
             the bin size is floored (one cell at least) and the remainder at the RoI's end is lost. Such bins visit each of their cells.
@@ -112,7 +112,7 @@ def _pool_lattice(rule: LatticeRule, features: Tensor, boxes: Boxes, output_size
 
 
 def roi_pool(input: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float = 1.0) -> Tensor:
-    """RoIPool: RoI rounded (and Caffe's `+ 1`), bins from floor to ceil, the largest cell of each.
+    """Pool each box by RoIPool: the RoI is rounded (with Caffe's `+ 1`), a bin reaches from floor to ceil, and its largest cell counts.
 
     Girshick, "Fast R-CNN", 2015. Equal to `torchvision.ops.roi_pool`, gradients included. No gradient for the boxes: asking is an error.
 
@@ -132,11 +132,11 @@ def roi_align(
     aligned: bool = False,
     reduce: Literal["mean", "max"] = "mean",
 ) -> Tensor:
-    """RoIAlign: nothing quantized, bilinear samples.
+    """Pool each box by RoIAlign: nothing is quantized, and samples are bilinear.
 
     He et al., "Mask R-CNN", 2017. Equal to `torchvision.ops.roi_align`, defaults included: `aligned=False` and adaptive samples are
-    torchvision's old ways; what is called RoIAlign today is `aligned=True, sampling_ratio=2`. `reduce="max"` takes the largest interpolated
-    sample. Differentiable in the boxes too.
+    torchvision's old ways; what is called RoIAlign today is `aligned=True, sampling_ratio=2`. `aligned` is `half_pixel` of `lattice_pool`.
+    `reduce="max"` takes the largest interpolated sample. Differentiable in the boxes too.
 
     Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
@@ -152,10 +152,11 @@ def roi_warp(
     aligned: bool = True,
     reduce: Literal["mean", "max"] = "mean",
 ) -> Tensor:
-    """RoIWarp as Mask R-CNN reads it: the RoI is quantized as in RoIPool, its bins are not, and samples are bilinear.
+    """Pool each box by RoIWarp as Mask R-CNN reads it: the RoI is rounded, its bins are not, and samples are bilinear.
 
     Dai et al., "Multi-task Network Cascades", 2016; He et al., "Mask R-CNN", section 3 and table 2. Differentiable in the boxes, straight
-    through the rounding. The layer that was released with MNC is `configs/roi/warp_mnc.yaml`.
+    through the rounding. `aligned` is `half_pixel` of `lattice_pool`, and its default is not that of `roi_align`. The layer that was
+    released with MNC is `configs/roi/warp_mnc.yaml`.
 
     Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
@@ -165,10 +166,11 @@ def roi_warp(
 
 
 def prroi_pool(input: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float = 1.0, half_pixel: bool = False) -> Tensor:
-    """Precise RoI pooling: the mean of the interpolated map over each bin, as an exact integral; nothing quantized, nothing sampled.
+    """Pool each box by Precise RoI pooling: each bin is the mean of the interpolated map, as an exact integral; nothing is quantized.
 
     Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection" (IoU-Net), 2018, equation 5. The map is 0 beyond
-    its outermost cells; a bin without area is 0. `half_pixel=False` is the released layer. Differentiable in the boxes too.
+    its outermost cells; a bin without area is 0. `half_pixel` is that of `lattice_pool`; False is the released
+    layer. Differentiable in the boxes too.
 
     Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
     """
@@ -183,7 +185,7 @@ def prroi_pool(input: Tensor, boxes: Boxes, output_size: Size, spatial_scale: fl
 def place_bins(
     rule: LatticeRule | IntegralRule, features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float
 ) -> tuple[Tensor, Any, Any]:
-    """The image of each box, and where its bins look along y and along x."""
+    """Return the image of each box, and where its bins look along y and along x."""
     image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=rule.has_box_gradient)
     if not 0 < spatial_scale < math.inf:
         raise ValueError(f"spatial_scale={spatial_scale!r}: expected cells a pixel, above 0, such as 1/16")

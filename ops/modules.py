@@ -21,14 +21,14 @@ class _RoIModule(nn.Module):
 
 
 class RoIPool(_RoIModule):
-    """See `ops.roi_pool`."""
+    """Calls `ops.roi_pool`, which explains the arguments, with those given here."""
 
     def forward(self, input: Tensor, rois: functional.Boxes) -> Tensor:
         return functional.roi_pool(input, rois, self.output_size, self.spatial_scale)
 
 
 class RoIAlign(_RoIModule):
-    """See `ops.roi_align`."""
+    """Calls `ops.roi_align`, which explains the arguments, with those given here."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class RoIAlign(_RoIModule):
 
 
 class RoIWarp(_RoIModule):
-    """See `ops.roi_warp`."""
+    """Calls `ops.roi_warp`, which explains the arguments, with those given here."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class RoIWarp(_RoIModule):
 
 
 class PrRoIPool(_RoIModule):
-    """See `ops.prroi_pool`."""
+    """Calls `ops.prroi_pool`, which explains the arguments, with those given here."""
 
     def __init__(self, output_size: functional.Size, spatial_scale: float, half_pixel: bool = False) -> None:
         super().__init__(output_size, spatial_scale)

@@ -76,6 +76,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{key} was {before.get(key, _MISSING)} and is {now.get(key, _MISSING)}" for key in changed]
 
 
+def differences_beside_seeds(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """List the `differences` in other settings than seeds: between two runs of one arm there should be none."""
+    return [text for text in differences(before, now) if not text.partition(" ")[0].endswith("seed")]
+
+
 def shorten(differing: list[str], limit: int = 5) -> str:
     """Join the first of `differences` in one line."""
     return "; ".join(differing[:limit] + ([f"and {len(differing) - limit} more"] if len(differing) > limit else []))

@@ -19,8 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from pycocotools.coco import COCO
 
-from roi_quantization.detection.common.configuration import sweep_lines
+from roi_quantization.detection.common.configuration import differences_beside_seeds, shorten, sweep_lines
 from roi_quantization.detection.common.errors import InputError, MissingFileError
+from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.annotations import as_coco, choose_classes, choose_images, read_instances, restrict
 from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.evaluation.protocol import SEGM, Protocol
@@ -61,7 +62,7 @@ class Run:
             raise MissingFileError(f"{path} does not exist. Is {self.folder} the folder of a run of train.py?")
         config = OmegaConf.load(path)
         for key, said in (("arm", self.arm), ("seed", self.seed)):
-            if config.get(key) not in (None, said):
+            if config.get(key) is not None and str(config[key]) != str(said):  # arm=10 is a number there
                 raise InputError(f"{path} has {key}={config[key]}, but the folder says {said}. Was it renamed or copied?")
         return config
 
@@ -89,12 +90,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs that have a folder, with arms and seeds in the order of the plan, unplanned ones last."""
+    """Runs that have a folder, with arms and seeds in the order of the plan, unplanned ones last.
+
+    Attributes:
+        planned: (arm, seed) of each run that is expected.
+    """
 
     folder: Path
     runs: tuple[Run, ...]
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
+    planned: tuple[tuple[str, int], ...]
 
     @property
     def finished(self) -> tuple[Run, ...]:
@@ -106,9 +112,20 @@ class Sweep:
 
     @property
     def missing(self) -> tuple[tuple[str, int], ...]:
-        """(arm, seed) of every run that is neither finished nor failed: not started, running, or killed."""
+        """(arm, seed) of every planned run that is neither finished nor failed: not started, running, or killed."""
         settled = {(run.arm, run.seed) for run in self.runs if run.finished or run.failed}
-        return tuple((arm, seed) for arm in self.arms for seed in self.seeds if (arm, seed) not in settled)
+        return tuple(pair for pair in self.planned if pair not in settled)
+
+    @cached_property
+    def differing_seeds(self) -> dict[str, str]:
+        """Arm -> which of its finished runs differ in more than their seeds, and in what. Empty where none do."""
+        first: dict[str, Run] = {}
+        found = {}
+        for run in self.finished:
+            before, now = (upgrade_config(OmegaConf.to_container(one.config)) for one in (first.setdefault(run.arm, run), run))
+            if differ := differences_beside_seeds(before, now):
+                found.setdefault(run.arm, f"{shorten(differ)} (seed {first[run.arm].seed} and seed {run.seed})")
+        return found
 
     def run(self, arm: str, seed: int) -> Run:
         """Return one run, or raise KeyError."""
@@ -209,13 +226,13 @@ class Sweep:
         return {key: list(of_key) for key, of_key in values.items() if len(of_key) > 1}
 
 
-def read_sweep(folder: Path | str, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> Sweep:
+def read_sweep(folder: Path | str, planned: Sequence[tuple[str, int]] = ()) -> Sweep:
     """Read the `<arm>_seed<seed>` folders of a sweep. Other folders are ignored.
 
     Args:
         folder: of the sweep.
-        arms, seeds: the plan, from which `missing` follows. Where empty, they are taken from Hydra's multirun.yaml, or
-            from the folders.
+        planned: (arm, seed) of each planned run, from which `missing` follows. Where empty, they are taken from Hydra's multirun.yaml, or
+            from the folders: each arm with each seed.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -225,10 +242,11 @@ def read_sweep(folder: Path | str, arms: Sequence[str] = (), seeds: Sequence[int
     if not folder.is_dir():
         raise MissingFileError(f"{folder} does not exist. Expected the folder of a sweep, with a folder <arm>_seed<seed> for each run.")
     runs = tuple(_read_run(path, *match.group("arm", "seed")) for path, match in _run_folders(folder))
-    planned_arms, planned_seeds = _plan(folder / "multirun.yaml")
-    arms = (*(arms or planned_arms), *sorted(run.arm for run in runs))
-    seeds = (*(seeds or planned_seeds), *sorted(run.seed for run in runs))
-    return Sweep(folder, runs, tuple(dict.fromkeys(arms)), tuple(dict.fromkeys(map(int, seeds))))
+    planned_arms, planned_seeds = zip(*planned, strict=True) if planned else _plan(folder / "multirun.yaml")
+    arms = dict.fromkeys((*map(str, planned_arms), *sorted(run.arm for run in runs)))
+    seeds = dict.fromkeys((*map(int, planned_seeds), *sorted(run.seed for run in runs)))
+    pairs = [(str(arm), int(seed)) for arm, seed in planned] or [(arm, seed) for arm in arms for seed in seeds]
+    return Sweep(folder, runs, tuple(arms), tuple(seeds), tuple(dict.fromkeys(pairs)))
 
 
 def _run_folders(folder: Path) -> list[tuple[Path, re.Match]]:

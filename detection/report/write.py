@@ -2,7 +2,7 @@
 
 import base64
 import shutil
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -46,8 +46,7 @@ def write_report(folder: Path | str, reference: str = "align") -> Path:
     Raises:
         ValueError: no run is finished, or a file of a run cannot be read. The message names it.
     """
-    planned = [run for start in read_origin(folder)[-1:] for run in start["runs"]]
-    sweep = read_sweep(folder, arms=[arm for arm, _ in planned], seeds=[seed for _, seed in planned])
+    sweep = read_sweep(folder, planned=[(arm, seed) for start in reversed(read_origin(folder)) for arm, seed in start["runs"]])
     findings = Findings(sweep, reference)
     out = sweep.folder / "report"
     tables, figures = make_tables(findings), make_figures(findings)
@@ -103,6 +102,7 @@ def _problems(sweep: Sweep, findings: Findings, reference: str) -> list[str]:
             f"The runs differ in {which}, so that differences are not those of the operators alone. Sampled regions and predicted costs "
             "are left out."
         )
+    problems += [f"{arm}: {differ}, so that its runs are not of one setting." for arm, differ in sweep.differing_seeds.items()]
     problems += findings.protocol.deviations
     if findings.varies_over == "images":
         problems.append("There is one seed. Intervals are over images and do not include the variation between trainings.")
@@ -123,23 +123,35 @@ def _made_from(findings: Findings) -> list[tuple[str, str]]:
     facts += [("evaluated on", evaluated), ("stride", " or ".join(strides)), ("seeds", ", ".join(map(str, findings.seeds)))]
     facts += [("training", _training([run.config for run in findings.sweep.finished]))]
     commits = dict.fromkeys(start["commit"] for start in starts) or [f"{commit()} (of this report, the sweep's was not recorded)"]
-    used = starts[-1]["versions"] if starts else versions()
-    facts += [("commit", ", ".join(commits)), ("versions", ", ".join(f"{name} {number}" for name, number in used.items()))]
+    used = [start["versions"] for start in starts] or [versions()]
+    numbers = {name: _joined(of_start[name] for of_start in used if name in of_start) for name in {**used[0], **used[-1]}}
+    facts += [("commit", ", ".join(commits)), ("versions", ", ".join(f"{name} {number}" for name, number in numbers.items()))]
     if starts:
-        facts += [("machine", starts[-1]["machine"]), ("started", starts[0]["time"])]
+        facts += [("machine", _joined(start["machine"] for start in starts)), ("started", starts[0]["time"])]
         facts += [("command", command) for command in dict.fromkeys(start["command"] for start in starts)]
     return [*facts, ("report", date.today().isoformat())]
 
 
 def _training(configs: Sequence[DictConfig]) -> str:
-    """Describe length, batch size and learning rate, each with all values that the runs had."""
-
-    def values(*of_runs: str) -> str:
-        return " or ".join(dict.fromkeys(of_runs))
-
-    limits = [(c.trainer.get("max_epochs") or -1, c.trainer.get("max_steps") or -1) for c in configs]
-    length = values(*(f"{epochs} epochs" if steps < 0 else f"{steps} steps" for epochs, steps in limits))
-    images = values(*(str(c.data.batch_size) for c in configs))
-    rate = values(*(f"{c.optim.groups.lr:g}" for c in configs))
+    """Describe length, images a step and learning rate, each with all values that the runs had."""
+    length = _joined(_length(c.trainer) for c in configs)
+    images = _joined(_images_a_step(c) for c in configs)
+    rate = _joined(f"{c.optim.groups.lr:g}" for c in configs)
     alike = ", the same for all" if " or " not in length + images + rate else ""
     return f"{length} of {images} images a step, rate {rate}{alike}"
+
+
+def _joined(words: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(words))
+
+
+def _length(trainer: DictConfig) -> str:
+    limits = [f"{trainer[key]} {unit}" for key, unit in (("max_epochs", "epochs"), ("max_steps", "steps")) if (trainer.get(key) or -1) > 0]
+    return limits[0] if len(limits) == 1 else f"at most {' and '.join(limits)}"
+
+
+def _images_a_step(config: DictConfig) -> str:
+    """Return the images between two updates of the weights: of all batches and devices."""
+    trainer, devices = config.trainer, config.trainer.get("devices", 1)
+    images = config.data.batch_size * (trainer.get("accumulate_grad_batches") or 1) * (trainer.get("num_nodes") or 1)
+    return str(images * devices) if isinstance(devices, int) and devices > 0 else f"{images} times the devices' number"

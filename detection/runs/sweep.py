@@ -25,12 +25,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
-from roi_quantization.detection.common.configuration import differences, path_setting, shorten, sweep_lines
+from roi_quantization.detection.common.configuration import differences, differences_beside_seeds, path_setting, shorten, sweep_lines
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.data_fingerprint import NAME as DATA
 from roi_quantization.detection.data.data_fingerprint import digest
-from roi_quantization.detection.data.module import describe
+from roi_quantization.detection.data.module import DetectionData, describe
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.origin import add_origin
@@ -121,13 +121,38 @@ def check_configuration(run_dir: Path, config: dict) -> None:
         )
 
 
-def check_moved_data(runs: Mapping[Path, dict]) -> None:
-    """Check that finished runs had the data of this sweep where `data.root` is another folder than it was.
+def check_arms(runs: Mapping[Path, dict]) -> None:
+    """Check that runs of one arm, which a report averages, differ in seeds alone, those that an earlier sweep left in the folder included.
 
-    Where a run of an earlier version did not record its data, a warning names both folders.
+    Args:
+        runs: folder of each run of this sweep -> its resolved configuration.
+
+    Raises:
+        InputError: two differ in something else; the message lists it.
+    """
+    known: dict[tuple[Path, str], tuple[Path, dict]] = {}
+    for folder in sweep_folders(runs):
+        for path in sorted(folder.glob(f"*_seed*/{FINISHED}")):
+            if path.parent not in runs and (path.parent / "config.yaml").is_file():
+                config = upgrade_config(OmegaConf.to_container(OmegaConf.load(path.parent / "config.yaml")))
+                known.setdefault((folder, str(config.get("arm"))), (path.parent, config))
+    for run_dir, run in runs.items():
+        other, config = known.setdefault((run_dir.parent, str(run["arm"])), (run_dir, run))
+        if differ := differences_beside_seeds(config, run):
+            raise InputError(
+                f"{other} and {run_dir} are runs of one arm, of which the report gives the mean, and differ in more than their seeds: "
+                f"{shorten(differ)}. Set `arm` to what differs, or choose another folder with hydra.sweep.dir=runs/<name>"
+            )
+
+
+def check_data(runs: Mapping[Path, dict], complete: bool) -> None:
+    """Check that finished runs had the data of this sweep, as they are now.
+
+    Where a run of an earlier version did not record its data, and `data.root` is another folder than it was, a warning names both.
 
     Args:
         runs: folder of each finished run -> its resolved configuration in this sweep.
+        complete: whether no other run remains, so that nothing is trained on the data; then they are compared only where they have moved.
 
     Raises:
         InputError: the data are others; the message names both folders.
@@ -136,26 +161,58 @@ def check_moved_data(runs: Mapping[Path, dict]) -> None:
     for run_dir, run in runs.items():
         roots = [config["data"].get("root") for config in (OmegaConf.load(run_dir / "config.yaml"), run)]
         before, now = (Path(path_setting(root, "data.root")) for root in roots)
-        if before.resolve() == now.resolve():
+        moved = before.resolve() != now.resolve()
+        if complete and not moved:
             continue
         said = f"{run_dir} contains a finished run with data.root={before}, and this sweep has data.root={now}"
         if not (run_dir / DATA).is_file():
-            if (before, now) not in warned:
+            if moved and (before, now) not in warned:
                 log.warning("%s. Whether these are the same data is not known: earlier versions did not record it", said)
             warned.add((before, now))
             continue
-        key = json.dumps({**run["data"], "seed": None})  # runs that differ in their seed have the same images
+        key = _data_key(run)
         if key not in digests:
-            data = instantiate(OmegaConf.create(run["data"]))
-            data.prepare_data()
-            data.setup()
-            digests[key] = digest(data)
+            digests[key] = digest(_set_up(run["data"]))
         recorded = json.loads((run_dir / DATA).read_bytes())
         if others := [split for split in {**recorded, **digests[key]} if recorded.get(split) != digests[key].get(split)]:
+            what = f"other images, annotations or proposals ({', '.join(others)})"
             raise InputError(
-                f"{said}, which has other images, annotations or proposals ({', '.join(others)}). Choose another folder for this sweep "
-                "with hydra.sweep.dir=runs/<name>, or remove that run"
+                (f"{said}, which has {what}. " if moved else f"{now} has {what} than when {run_dir} was trained. ")
+                + "Choose another folder for this sweep with hydra.sweep.dir=runs/<name>, or remove that run"
             )
+
+
+def record_origin(runs: Mapping[Path, dict]) -> None:
+    """Prepare the data of all runs, which computes what they lack, and write each sweep folder's origin with a description of its data.
+
+    Args:
+        runs: folder of each run -> its resolved configuration.
+    """
+    described = {key: _describe(settings) for key, settings in {_data_key(run): run["data"] for run in runs.values()}.items()}
+    for folder in sweep_folders(runs):
+        own = [run for run_dir, run in runs.items() if run_dir.parent == folder]
+        words: dict[str, dict[str, None]] = {}  # split -> its descriptions
+        for run in own:
+            for split, text in described[_data_key(run)].items():
+                words.setdefault(split, {})[text] = None
+        data = {split: " or ".join(texts) for split, texts in words.items()}
+        add_origin(folder, data, [(str(run["arm"]), run["seed"]) for run in own])
+
+
+def _describe(settings: dict) -> dict[str, str]:
+    data = _set_up(settings)
+    return {name: describe(split) for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}
+
+
+def _data_key(run: Mapping) -> str:
+    return json.dumps({**run["data"], "seed": None})  # runs that differ in their seed have the same images
+
+
+def _set_up(settings: dict) -> DetectionData:
+    data = instantiate(OmegaConf.create(settings))
+    data.prepare_data()
+    data.setup()
+    return data
 
 
 def planned_runs(config: DictConfig) -> dict[Path, dict]:
@@ -212,15 +269,10 @@ class SweepCallback(Callback):
                     check_configuration(run_dir, run)
                 elif run.get("resume") == "auto":
                     check_replaceable(run_dir, run)
-            check_moved_data({run_dir: runs[run_dir] for run_dir in finished})
+            check_arms(runs)
+            check_data({run_dir: runs[run_dir] for run_dir in finished}, complete=len(finished) == len(runs))
             if len(finished) < len(runs):  # what the runs share is computed once, on all cores, and its errors are printed once
-                data = instantiate(config.data)
-                data.prepare_data()
-                data.setup()
-                splits = {name: split for name in ("train", "val", "test") if (split := getattr(data, name)) is not None}
-                described = {name: describe(split) for name, split in splits.items()}
-                for folder in sweep_folders(runs):
-                    add_origin(folder, described, [(run["arm"], run["seed"]) for run_dir, run in runs.items() if run_dir.parent == folder])
+                record_origin(runs)
         except Exception as error:
             if not is_expected(error):
                 traceback.print_exc()

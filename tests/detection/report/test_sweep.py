@@ -82,9 +82,26 @@ def test_without_a_plan_the_folders_are_the_plan(sweep):
     (sweep / "multirun.yaml").unlink()
     read = read_sweep(sweep)
     assert (read.arms, read.seeds, read.missing) == (("align", "pool"), (0, 1), ())
-    planned = read_sweep(sweep, arms=["pool", "align"], seeds=[0, 1, 2])
-    assert planned.arms == ("pool", "align")
-    assert planned.missing == (("pool", 2), ("align", 2))
+    planned = read_sweep(sweep, planned=[("pool", 0), ("pool", 2), ("align", 0), ("10", 5)])
+    assert planned.arms == ("pool", "align", "10") and planned.seeds == (0, 2, 5, 1)
+    assert planned.missing == (("pool", 2), ("10", 5)), "not each arm with each seed"
+
+
+def test_a_number_is_the_name_of_an_arm(sweep):
+    (sweep / "align_seed0").rename(sweep / "10_seed0")
+    path = sweep / "10_seed0" / "config.yaml"
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(path), {"arm": 10}), path)
+    assert read_sweep(sweep).run("10", 0).stride == 16
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(path), {"arm": 11}), path)
+    with pytest.raises(ValueError, match="has arm=11, but the folder says 10"):
+        _ = read_sweep(sweep).run("10", 0).stride
+
+
+def test_seeds_of_an_arm_that_were_trained_otherwise_are_named(sweep):
+    assert read_sweep(sweep).differing_seeds == {}
+    path = sweep / "align_seed1" / "config.yaml"
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(path), {"trainer": {"max_epochs": 8}}), path)
+    assert read_sweep(sweep).differing_seeds == {"align": "trainer.max_epochs was not there and is 8 (seed 0 and seed 1)"}
 
 
 def test_a_run_knows_its_stride_results_and_other_operators(sweep):

@@ -84,6 +84,15 @@ def test_runs_that_were_trained_otherwise_are_not_said_to_be_alike(tmp_path, und
     assert "rate 0.003 or 0.001" in text(folder, "report.md") and "the same for all" not in text(folder, "report.md")
 
 
+def test_the_length_and_the_images_of_a_step_are_those_that_were_trained(tmp_path, undrawn):
+    folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0}, seeds=(0,), images=10)
+    path = folder / "align_seed0" / "config.yaml"
+    more = {"max_epochs": 4, "max_steps": 1000, "accumulate_grad_batches": 4, "devices": 2}
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(path), {"trainer": more}), path)
+    write_report(folder)
+    assert "at most 4 epochs and 1000 steps of 32 images a step" in text(folder, "report.md")
+
+
 def text(folder, name):
     return (folder / "report" / name).read_text()
 

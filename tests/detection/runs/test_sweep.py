@@ -4,6 +4,7 @@ import copy
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -19,13 +20,16 @@ from omegaconf import OmegaConf
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.data_fingerprint import DataFingerprint
 from roi_quantization.detection.model.build import instantiate
+from roi_quantization.detection.report.origin import read_origin
 from roi_quantization.detection.runs.sweep import SWEEP as SWEEP_PROCESS
 from roi_quantization.detection.runs.sweep import (
     SweepCallback,
     _exit_with_sweep,
+    check_arms,
     check_configuration,
-    check_moved_data,
+    check_data,
     planned_runs,
+    record_origin,
     run_in_sweep,
     share_done,
 )
@@ -197,13 +201,14 @@ def test_data_may_be_moved_and_not_be_others(tmp_path, caplog):
     shutil.copytree(here, there)
     OmegaConf.save(config(here), tmp_path / "config.yaml")
     caplog.clear()
-    check_moved_data({tmp_path: config(here)})
+    check_data({tmp_path: config(here)}, complete=False)
     assert caplog.text == "", "the same folder needs no record"
-    check_moved_data({tmp_path: config(there)})
+    check_data({tmp_path: config(there)}, complete=True)
     assert f"data.root={here}, and this sweep has data.root={there}. Whether these are the same data is not known" in caplog.text
 
     DataFingerprint(data).write(tmp_path)
-    check_moved_data({tmp_path: config(there)})
+    check_data({tmp_path: config(there)}, complete=True)
+    check_data({tmp_path: config(here)}, complete=False)
     path = there / "annotations/instances_test.json"
     instances = json.loads(path.read_text())
     instances["annotations"][0]["bbox"][2] -= 1
@@ -211,7 +216,41 @@ def test_data_may_be_moved_and_not_be_others(tmp_path, caplog):
     with pytest.raises(
         InputError, match=rf"data\.root={here}, and this sweep has data\.root={there}, which has other .* \(test\)\. Choose"
     ):
-        check_moved_data({tmp_path: config(there)})
+        check_data({tmp_path: config(there)}, complete=True)
+    shutil.copy(path, here / "annotations")
+    check_data({tmp_path: config(here)}, complete=True)  # nothing is going to be trained on them
+    with pytest.raises(InputError, match=rf"{here} has other .* \(test\) than when {tmp_path} was trained\. Choose"):
+        check_data({tmp_path: config(here)}, complete=False)
+
+
+def test_runs_of_an_arm_that_differ_in_more_than_their_seeds_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def plan(*overrides):
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            words = ["experiment=quantization_core", "roi=align", *overrides]
+            return planned_runs(GlobalHydra.instance().config_loader().load_configuration("train", words, RunMode.MULTIRUN))
+
+    ((run_dir, run),) = plan("seed=0").items()
+    run_dir.mkdir(parents=True)
+    OmegaConf.save(run, run_dir / "config.yaml")
+    (run_dir / "metrics.json").touch()
+    check_arms(plan("seed=0,1"))
+    check_arms(plan("seed=1", "trainer.max_epochs=9", "arm=long"))
+    with pytest.raises(InputError, match=r"align_seed0 and .*align_seed1 are runs of one arm.*: trainer\.max_epochs was 4 and is 9"):
+        check_arms(plan("seed=1", "trainer.max_epochs=9"))
+
+
+def test_the_origin_describes_the_data_of_each_run(tmp_path):
+    runs = {}
+    for images in (4, 5):
+        run_dir = tmp_path / "sweep" / f"{images}_seed0"
+        words = (f"data.root={tmp_path / 'data'}", f"run_dir={run_dir}", f"data.train_subset={images}", f"arm={images}")
+        runs[run_dir] = OmegaConf.to_container(composed("train", *TINY, *words), resolve=True)
+    record_origin(runs)
+    (start,) = read_origin(tmp_path / "sweep")
+    assert re.search(r"4 images.* or 5 images", start["data"]["train"]) and " or " not in start["data"]["test"]
+    assert start["runs"] == [["4", 0], ["5", 0]]
 
 
 def test_a_sweep_over_other_data_does_not_begin(tmp_path, monkeypatch):

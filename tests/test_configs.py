@@ -102,6 +102,11 @@ def test_a_head_needs_no_settings_of_the_backbone_that_are_vgg16s():
     assert not differences(upgrade_config(earlier), upgrade_config(now)), "a run of an earlier version goes on"
 
 
+def test_a_proposal_file_of_val_is_not_that_of_test_in_runs_of_earlier_versions_either():
+    earlier = {"proposals": {"val": {"path": "val.npz"}, "test": {"path": "${..val.path}"}}}
+    assert upgrade_config(earlier)["proposals"] == {"val": {"path": "val.npz"}, "test": {"path": None}}
+
+
 @pytest.mark.parametrize("data", choices("data"))
 @pytest.mark.parametrize("proposals", choices("proposals"))
 def test_data_and_proposals(data, proposals, tmp_path):

@@ -24,7 +24,11 @@ RENAMED |= {f"roi_heads.{name}": f"roi_quantization.roi_heads.{name}" for name i
 RENAMED |= {f"detection.{old}": f"roi_quantization.detection.{new}" for old, new in _DETECTION.items()}
 
 
-REWRITTEN = {"${backbone.weights}": "${oc.select:backbone.weights,null}", "${backbone.norm}": "${oc.select:backbone.norm,none}"}
+REWRITTEN: dict[str, str | None] = {
+    "${backbone.weights}": "${oc.select:backbone.weights,null}",
+    "${backbone.norm}": "${oc.select:backbone.norm,none}",
+    "${..val.path}": None,  # test took val's proposals whatever its images were; null takes them where these are the same
+}
 
 
 def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:

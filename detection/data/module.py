@@ -19,6 +19,7 @@ from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.annotations import LAYOUT
 from roi_quantization.detection.data.coco import CocoDetection, collate
 from roi_quantization.detection.data.loading_time import TimedDataLoader
+from roi_quantization.detection.data.proposals.file import ProposalFile
 from roi_quantization.detection.data.proposals.provider import NoProposals, ProposalProvider
 from roi_quantization.detection.data.proposals.recall import recall
 
@@ -83,7 +84,8 @@ class DetectionData(pl.LightningDataModule):
         train, val, test: each `{"images": folder, "annotations": json}`, or None for no such split. `"part": [low, high]` selects a part
             of the images (see `CocoDetection`), so that a validation set can be held out of the training images. `"subset"` and `"ids"`
             override those below for one split.
-        proposals: one provider for all splits, or one for each: `{"train": ..., "val": ..., "test": ...}`. None: there are none.
+        proposals: one provider for all splits, or one for each: `{"train": ..., "val": ..., "test": ...}`. None: there are none. A
+            `ProposalFile` of test without a path reads that of val where both splits have the same images and annotations.
         train_transform, eval_transform: see `roi_quantization.detection.data.transforms`.
         batch_size, eval_batch_size: images in a batch of each rank.
         num_workers: data-loader workers; 0 loads in the main process.
@@ -127,6 +129,9 @@ class DetectionData(pl.LightningDataModule):
         self.paths = {"train": train, "val": val, "test": test}
         proposals = NoProposals() if proposals is None else proposals
         self.proposals = proposals if isinstance(proposals, Mapping) else dict.fromkeys(self.paths, proposals)
+        of_test, of_val = self.proposals.get("test"), self.proposals.get("val")
+        if isinstance(of_test, ProposalFile) and isinstance(of_val, ProposalFile) and of_test.path is None and _are_same_images(val, test):
+            of_test.path = of_val.path
         self.options = {
             "train": {"transform": train_transform, "subset": train_subset, "keep_empty": keep_empty, "seed": seed},
             "val": {"transform": eval_transform, "subset": subset, "ids": ids},
@@ -250,6 +255,11 @@ class DetectionData(pl.LightningDataModule):
             worker_init_fn=_ignore_sigint,
             **options,
         )
+
+
+def _are_same_images(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether two splits, or parts of them, are of one file of annotations and one folder: an id is the same picture in both."""
+    return one is not None and other is not None and all(one[name] == other[name] for name in ("images", "annotations"))
 
 
 def _ignore_sigint(_: int) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler
 
 from roi_quantization.detection.data.embedded import EmbeddedSet
 from roi_quantization.detection.data.module import DetectionData, EpochSampler, WholeBatchSampler, describe
+from roi_quantization.detection.data.proposals.file import write_proposals
 from roi_quantization.detection.data.proposals.grid import Grid
 from roi_quantization.detection.data.transforms import resize_and_flip
 
@@ -287,3 +288,32 @@ class TestConfigs:
             assert made.proposals.keys() == {"train", "val", "test"}
         with pytest.raises(ValueError, match="This split has no proposal file"):
             instantiate(self.config("+data=embedded", "+proposals=file", f"data.root={root}").data).setup("test")
+
+    def test_the_test_split_takes_the_proposal_file_of_val_for_the_same_images_only(self, root, tmp_path):
+        """Where ids begin anew in each split a file of val has all ids of test."""
+        images = {split: getattr(data(root), split).records for split in ("train", "val", "test")}
+        for split, records, width in (
+            ("train", images["train"], 100),
+            ("val", images["val"] + images["test"], 40),
+            ("test", images["test"], 30),
+        ):
+            write_proposals(tmp_path / f"{split}.npz", records, [[[0, 0, width, 10]]] * len(records))
+        overrides = [f"proposals.{split}.path={tmp_path / split}.npz" for split in ("train", "val")]
+        overrides += ["+data=custom", "+proposals=file", f"data.root={root}"]
+
+        def make(*more):
+            made = instantiate(self.config(*overrides, *more).data)
+            made.setup()
+            return made
+
+        def windows(test):
+            return test.proposals(test.records[0]).tolist()
+
+        assert make().test is None, "so it needs no file"
+        with pytest.raises(ValueError, match=r"the test split: This split has no proposal file: set proposals.<split>.path"):
+            make("data.test={images: test, annotations: annotations/instances_test.json}")
+        same = "data.test=${data.val}"
+        assert windows(make(same).test) == [[0, 0, 40, 10]]
+        assert windows(make(same, "proposals.test.max_proposals=0").test) == [], "its other settings are its own"
+        own = [f"proposals.test.path={tmp_path}/test.npz", "data.test={images: test, annotations: annotations/instances_test.json}"]
+        assert windows(make(*own).test) == [[0, 0, 30, 10]]

@@ -13,15 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import hydra
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
 from roi_quantization.detection.alignment.misalignment import Operator, is_supported
-from roi_quantization.detection.common.configuration import CONFIGS, check_groups
+from roi_quantization.detection.common.config_sources import choices
+from roi_quantization.detection.common.configuration import CONFIGS, check_groups, differences
 from roi_quantization.detection.common.errors import InputError, MissingFileError
+from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.coco import CocoDetection
-from roi_quantization.detection.evaluation.coco import Metrics
+from roi_quantization.detection.evaluation.coco import Metrics, evaluate
 from roi_quantization.detection.evaluation.sizes import resize_scales
 from roi_quantization.detection.evaluation.statistics import Estimate
 from roi_quantization.detection.model.build import instantiate, read_operator
@@ -125,8 +128,8 @@ def load_results(cfg: DictConfig, strides: list[int], dataset: CocoDetection) ->
 
     Raises:
         MissingFileError: there is no such file.
-        InputError: it holds no results, or its run had another operator, stride or image size than asked for here. Or a
-            checkpoint is given in its place.
+        InputError: it holds no results, its run had another operator, stride, image size or number of bins than asked for here, or
+            their AP on this split is not that of metrics.json. Or a checkpoint is given in its place.
     """
     if cfg.ckpt is not None:
         raise InputError(
@@ -145,22 +148,57 @@ def load_results(cfg: DictConfig, strides: list[int], dataset: CocoDetection) ->
         raise InputError(f"results={path} is not a JSON file, or was truncated: {error}") from error
     if not isinstance(results, list) or not results:
         raise InputError(f"results={path} holds no results. Expected the results.json of a run that detects something.")
-    path_of_metrics, image_ids = path.parent / "metrics.json", None
+    path_of_metrics, evaluated = path.parent / "metrics.json", None
     if path_of_metrics.is_file():
         evaluated = replace(Metrics.from_json(json.loads(path_of_metrics.read_bytes())), of=len(dataset))  # not of the run's own subset
-        image_ids = evaluated.image_ids
-    unknown = {result.get("image_id") for result in results}.union(image_ids or ()) - set(dataset.image_ids)
+    image_ids = dataset.image_ids if evaluated is None or evaluated.image_ids is None else list(evaluated.image_ids)
+    unknown = {result.get("image_id") for result in results}.union(image_ids) - set(dataset.image_ids)
     if unknown:
         raise InputError(
             f"results={path} has results of {len(unknown)} images that are not in split={cfg.split} of this data set, the first is image "
             f"{min(unknown, key=str)}. Choose the data and split that they were made on."
         )
+    check_operator(cfg, path)
     check_run(cfg, path.parent / "config.yaml", strides)
-    if image_ids is None:
-        return results, dataset.image_ids
-    if evaluated.is_partial:
-        print(f"The results are of {evaluated.coverage}.")
-    return results, list(image_ids)
+    if evaluated is not None:
+        check_metrics(cfg, path, results, image_ids, evaluated, dataset)
+        if evaluated.is_partial:
+            print(f"The results are of {evaluated.coverage}.")
+    return results, image_ids
+
+
+def check_operator(cfg: DictConfig, path: Path) -> None:
+    """Refuse results_<operator>.json of a cross-evaluation, beside which the configuration is that of another operator."""
+    name = path.stem.removeprefix("results_")
+    if name != path.stem and name in choices("roi") and read_operator(name) != read_operator(cfg.reference):
+        raise InputError(
+            f"results={path} are of weights that were tested with {name}, and not of reference={cfg.reference}. Name the results.json of a "
+            f"run with {cfg.reference}."
+        )
+
+
+def check_metrics(
+    cfg: DictConfig, path: Path, results: list[dict], image_ids: list[int], recorded: Metrics, dataset: CocoDetection
+) -> None:
+    """Compare metrics.json with the metrics of the results on this split.
+
+    Raises:
+        InputError: a result has a category that the split lacks, or the metrics differ by more than the rounding of another library.
+    """
+    wrong = (
+        f"They are of another split than {cfg.split}, of other data than data.root={cfg.data.root} or other data.classes, or one of "
+        f"{path.name}, metrics.json and the annotations was changed. Set split and data as the run had them, or evaluate it again."
+    )
+    try:
+        found = evaluate(dataset.coco, results, image_ids, recorded.max_detections, protocol=recorded.protocol).stats
+    except InputError as error:
+        raise InputError(f"results={path}: {error}. {wrong}") from error
+    for metric in ("AP", "AP50", "AP75"):
+        before = recorded.stats.get(metric, found[metric])
+        if not np.isclose(found[metric], before, rtol=0, atol=1e-6, equal_nan=True):
+            raise InputError(
+                f"results={path} have {metric} {found[metric]:.6g} here, and {before:.6g} in metrics.json beside them. {wrong}"
+            )
 
 
 def check_run(cfg: DictConfig, path: Path, strides: list[int]) -> None:
@@ -178,10 +216,29 @@ def check_run(cfg: DictConfig, path: Path, strides: list[int]) -> None:
             raise InputError(
                 f"results={cfg.results} are of a run with {key}={own[key]}, here it is {OmegaConf.select(cfg, key)}. Set the same."
             )
-    if run.get("roi") is not None and run.roi != read_operator(cfg.reference):
+    bins = OmegaConf.select(run, "head.extractor.output_size")
+    if bins not in (None, cfg.output_size):
+        raise InputError(
+            f"results={cfg.results} are of a run with {bins} bins per side, here there are {cfg.output_size}. Set output_size={bins}."
+        )
+    if not has_operator(run, cfg.reference):
         raise InputError(
             f"results={cfg.results} are of a run with another operator than reference={cfg.reference}. Name those of {cfg.reference}."
         )
+    trained = None if run.get("ckpt") is None else Path(run.ckpt).parent / "config.yaml"
+    if trained is not None and trained.is_file() and not has_operator(OmegaConf.load(trained), cfg.reference):
+        raise InputError(
+            f"results={cfg.results} are of weights that were trained in {trained.parent} with another operator than "
+            f"reference={cfg.reference}, and only tested with it. Name the results of a run that was trained with {cfg.reference}."
+        )
+
+
+def has_operator(run: DictConfig, name: str) -> bool:
+    """Whether the operator of a run, perhaps of an earlier version, is the named one. True where its configuration has none."""
+    if run.get("roi") is None:
+        return True
+    own, named = (OmegaConf.to_container(roi) for roi in (run.roi, read_operator(name)))
+    return not differences(upgrade_config({"roi": own}), {"roi": named})
 
 
 def _covered(foreground: Foreground) -> float:

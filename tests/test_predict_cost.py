@@ -7,6 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from roi_quantization.detection.common.errors import InputError, MissingFileError
+from roi_quantization.detection.data.annotations import as_coco, read_instances
+from roi_quantization.detection.evaluation.coco import evaluate, write_metrics
 from roi_quantization.scripts import predict_cost as script
 from roi_quantization.scripts.predict_cost import predict_cost
 from tests import configuration
@@ -62,6 +64,11 @@ def test_predictions_from_results(composed, tmp_path, data, capsys):
     assert predictions[16]["pool"]["AP"].value < -5 and predictions[16]["pool"]["AP"].has_interval
     assert predictions[16]["prroi"]["AP"].value == pytest.approx(0)
     assert "At stride 16 RoIPool is expected to cost" in capsys.readouterr().out
+
+
+def load(cfg):
+    """Read and check the results, and predict nothing."""
+    return script.load_results(cfg, [16], script.load_split(cfg))
 
 
 @pytest.mark.parametrize("of", [12, 4])  # images of the run's split: it was stopped, or had data.subset=4
@@ -133,6 +140,7 @@ def test_results_that_do_not_belong_here_are_refused(composed, tmp_path, data):
     [
         ("backbone.stride=32", r"are of a run at stride 32. Set backbone.stride=32"),
         ("data.eval_transform.short_side=100", "are of a run with data.eval_transform.short_side=100, here it is None"),
+        ("head.extractor.output_size=14", "are of a run with 14 bins per side, here there are 7. Set output_size=14"),
         ("roi=pool", "are of a run with another operator than reference=align"),
     ],
 )
@@ -142,6 +150,65 @@ def test_results_of_a_run_with_other_settings_are_refused(composed, tmp_path, da
     OmegaConf.save(configuration.composed("train", f"run_dir={run}", f"data.root={data}", override), run / "config.yaml", resolve=True)
     with pytest.raises(InputError, match=message):
         predict_cost(composed(f"results={run}"))
+
+
+def test_results_of_weights_that_another_operator_trained_are_refused(composed, tmp_path, data):
+    script.load_split(composed())
+    run = write_results(tmp_path / "evaluated", data)
+    for folder, content in ((run, {"ckpt": str(tmp_path / "pool/best.ckpt")}), (tmp_path / "pool", {})):
+        folder.mkdir(exist_ok=True)
+        config = configuration.composed("train", f"run_dir={folder}", f"data.root={data}", "roi=align" if content else "roi=pool")
+        OmegaConf.save(OmegaConf.merge(OmegaConf.to_container(config, resolve=True), content), folder / "config.yaml")
+    with pytest.raises(InputError, match=r"are of weights that were trained in .*pool with another operator than reference=align"):
+        load(composed(f"results={run}"))
+
+
+def test_results_of_a_cross_evaluation_are_refused_by_their_name(composed, tmp_path, data):
+    """The configuration beside them is that of the weights, so it names align."""
+    script.load_split(composed())
+    run = write_results(tmp_path / "run", data)
+    OmegaConf.save(configuration.composed("train", f"run_dir={run}", f"data.root={data}"), run / "config.yaml", resolve=True)
+    for name in ("pool", "align", "mine"):
+        shutil.copy(run / "results.json", run / f"results_{name}.json")
+    with pytest.raises(InputError, match=r"results_pool.json are of weights that were tested with pool, and not of reference=align"):
+        load(composed(f"results={run}/results_pool.json"))
+    for name in ("align", "mine"):  # no name of another operator
+        assert load(composed(f"results={run}/results_{name}.json"))
+
+
+def test_results_that_have_another_ap_on_this_split_are_refused(composed, tmp_path, data):
+    """Where ids begin anew in each split they do not tell that results are of another."""
+    script.load_split(composed())
+    run, path = write_results(tmp_path / "run", data), data / "annotations/instances_test.json"
+    results = json.loads((run / "results.json").read_text())
+    truth = as_coco(read_instances(path))
+    write_metrics(run / "metrics.json", evaluate(truth, results, sorted(truth.imgs)))
+    assert load(composed(f"results={run}"))
+
+    def other_root(name, change):
+        root = shutil.copytree(data, tmp_path / name)
+        content = json.loads(path.read_text())
+        change(content)
+        (root / "annotations/instances_test.json").write_text(json.dumps(content))
+        return [f"data.root={root}", "~data.source"]
+
+    def turn_objects(content):
+        ids = [image["id"] for image in content["images"]]
+        for annotation in content["annotations"]:
+            annotation["image_id"] = ids[-1 - ids.index(annotation["image_id"])]
+
+    def rename(content):
+        for entry, key in [(one, "id") for one in content["categories"]] + [(one, "category_id") for one in content["annotations"]]:
+            entry[key] += 20
+
+    message = r"have AP [\d.]+ here, and [\d.]+ in metrics.json.* another split than test, of other data than data.root=.* data.classes"
+    with pytest.raises(InputError, match=message):
+        load(composed(f"results={run}", *other_root("turned", turn_objects)))
+    with pytest.raises(InputError, match=r"results.json: result 0 .*another split than test"):
+        load(composed(f"results={run}", *other_root("renamed", rename)))
+    (run / "results.json").write_text(json.dumps(results[1:]))
+    with pytest.raises(InputError, match=message):
+        load(composed(f"results={run}"))
 
 
 def test_a_set_without_objects_is_refused(composed, tmp_path, data):

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import atomic_write
-from roi_quantization.detection.data.annotations import as_coco, read_instances
+from roi_quantization.detection.data.annotations import as_coco, read_instances, restrict
 from roi_quantization.detection.evaluation.bootstrap import (
     METRICS,
     MOST_IMAGES_FOR_BCA,
@@ -30,7 +30,7 @@ from roi_quantization.detection.evaluation.bootstrap import (
 from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, ErrorSplit, split_matched
 from roi_quantization.detection.evaluation.matching import match
 from roi_quantization.detection.evaluation.protocol import ALL_SIZES
-from roi_quantization.detection.evaluation.results_file import read_results
+from roi_quantization.detection.evaluation.results_file import read_image_ids, read_results
 from roi_quantization.detection.evaluation.statistics import Estimate, difference
 from roi_quantization.detection.runs.errors import handle_errors
 
@@ -50,6 +50,7 @@ class Compared:
     ap: dict[str, Estimate]  # AP, AP50, AP75
     minus_first: dict[str, Estimate] | None  # None for the first
     errors: ErrorSplit
+    run_on: str | None = None  # "60 of 100 images" of the annotations, by metrics.json beside the file. None: all, or it is not known
 
 
 def compare(
@@ -60,7 +61,9 @@ def compare(
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> tuple[COCO, list[Compared]]:
-    """Evaluate results on all images of the annotations.
+    """Evaluate results on the images of the annotations that all detectors were run on.
+
+    On which images one was run metrics.json beside its results says. Without it, on all.
 
     Args:
         annotations: an instances json.
@@ -71,17 +74,27 @@ def compare(
         resamples: of the bootstrap over images.
 
     Returns:
-        The annotations and one `Compared` per file.
+        The annotations of the evaluated images, and one `Compared` per file.
 
     Raises:
         MissingFileError: a file is missing.
         InputError: a file or an argument is not valid; the message names it.
     """
     names = _check_names(names, paths)
-    coco = as_coco(read_instances(annotations))
-    image_ids = sorted(coco.imgs)
+    instances = read_instances(annotations)
+    coco = as_coco(instances)
+    annotated = set(coco.imgs)
+    if len(annotated) < 2:
+        raise InputError(f"{annotations} has {len(annotated)} images; intervals over images need at least 2.")
+    run_on = {name: annotated & (read_image_ids(path) or annotated) for name, path in zip(names, paths, strict=True)}
+    image_ids = sorted(set.intersection(*run_on.values()))
+    coverage = {name: f"{len(ids)} of {len(annotated)} images" for name, ids in run_on.items()}
     if len(image_ids) < 2:
-        raise InputError(f"{annotations} has {len(image_ids)} images; intervals over images need at least 2.")
+        each = ", ".join(f"{path}: {coverage[name]}" for name, path in zip(names, paths, strict=True))
+        raise InputError(
+            f"{annotations} and the results have too few images in common: {len(image_ids)} by metrics.json beside them, of at least "
+            f"2 for intervals over images ({each}). Give the annotations and results of the same images."
+        )
     results, matched, errors = {}, {}, {}
     for name, path in zip(names, paths, strict=True):
         results[name] = read_results(path)
@@ -89,6 +102,12 @@ def compare(
             coco_eval = match(coco, results[name], image_ids, max_detections, {"all": ALL_SIZES})
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+        if strangers := {result["image_id"] for result in results[name]} - run_on[name]:
+            raise InputError(
+                f"{path} has detections in image {min(strangers)}, which metrics.json beside it does not have. Are they of two "
+                "evaluations? Give results of other images a folder of their own."
+            )
+        results[name] = [result for result in results[name] if result["image_id"] in coco_eval.cocoGt.imgs]
         matched[name], errors[name] = MatchedDetections.of(coco_eval), split_matched(coco_eval)
 
     if len(image_ids) > MOST_IMAGES_FOR_BCA:
@@ -105,10 +124,11 @@ def compare(
             ap=estimates[(name,)],
             minus_first=estimates.get((name, first)),
             errors=errors[name],
+            run_on=coverage[name] if len(run_on[name]) < len(annotated) else None,
         )
         for name, path in zip(names, paths, strict=True)
     ]
-    return coco, compared
+    return coco if len(image_ids) == len(annotated) else as_coco(restrict(instances, image_ids)), compared
 
 
 def format_comparison(coco: COCO, compared: Sequence[Compared], max_detections: int, confidence: float, resamples: int) -> str:
@@ -119,6 +139,9 @@ def format_comparison(coco: COCO, compared: Sequence[Compared], max_detections: 
         f"{len(coco.imgs)} images, {objects} objects, {len(coco.cats)} classes; at most {max_detections} detections per image and class.\n"
         f"In brackets: {100 * confidence:g} % intervals of a {method} bootstrap over images, {resamples} resamples."
     ]
+    limiting = [f"{one.path} is of {one.run_on}, as metrics.json beside it says." for one in compared if one.run_on]
+    if limiting:
+        parts.append("\n".join([*limiting, f"Evaluated are the {len(coco.imgs)} images that all detectors were run on."]))
     rows = [[one.name, f"{one.detections}", f"{one.images}", *(one.ap[metric].text() for metric in METRICS)] for one in compared]
     parts.append(_table(["", "detections", "images", *METRICS], rows))
     if len(compared) > 1:
@@ -152,7 +175,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         prog="compare.py", description=__doc__.split("\n")[0], epilog="The page docs/compare.md explains the tables."
     )
     parser.add_argument("results", nargs="+", type=Path, help="detections in COCO's format; the others are compared with the first")
-    parser.add_argument("--annotations", required=True, type=Path, help="instances json, of whose images all are evaluated")
+    parser.add_argument("--annotations", required=True, type=Path, help="instances json of the images to evaluate")
     parser.add_argument("--names", nargs="+", help="one per file of results (default: what tells the paths apart)")
     parser.add_argument("--max-detections", type=int, default=100, help="per image and class (%(default)s)")
     parser.add_argument("--confidence", type=float, default=0.95, help="level of the intervals (%(default)s)")

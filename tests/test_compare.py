@@ -97,6 +97,46 @@ def test_results_of_few_of_the_images_are_reported(truth, tmp_path, capsys):
     assert f"{path} has detections in 1 of 4 images" in capsys.readouterr().out
 
 
+def test_only_images_that_all_detectors_were_run_on_are_evaluated(truth, tmp_path, capsys):
+    """`pool` finds all cats of the three images that it was run on, and is no worse than `align`."""
+    align = write(tmp_path / "align/results.json", [result(i) for i in IMAGES])
+    pool = write(tmp_path / "pool/results.json", [result(i) for i in (1, 2, 3)])
+    write(tmp_path / "pool/metrics.json", {"partial": True, "image_ids": [1, 2, 3]})
+    run("--annotations", truth, align, pool, "--resamples", 200, "--json", tmp_path / "all.json")
+    text = capsys.readouterr().out
+    assert text.startswith("3 images, 3 objects, 2 classes")
+    assert f"{pool} is of 3 of 4 images, as metrics.json beside it says.\nEvaluated are the 3 images that all" in text
+    assert f"{align} is of" not in text
+    content = json.loads((tmp_path / "all.json").read_text())
+    assert content["images"] == 3
+    assert [(one["detections"], one["images"], one["ap"]["AP"]["value"], one["run_on"]) for one in content["results"]] == [
+        (3, 3, approx(100), None),
+        (3, 3, approx(100), "3 of 4 images"),
+    ]
+    assert content["results"][1]["minus_first"]["AP"]["value"] == approx(0)
+
+
+def test_images_by_metrics_that_do_not_fit_are_refused(truth, tmp_path):
+    align, pool = two_detectors(tmp_path)
+    write(tmp_path / "pool/metrics.json", {"image_ids": [1, 2]})
+    assert message("--annotations", truth, align, pool).startswith(
+        f"compare.py: {pool} has detections in image 3, which metrics.json beside it does not have."
+    )
+    write(tmp_path / "pool/metrics.json", {"image_ids": [1, 2, 3]})
+    write(tmp_path / "align/metrics.json", {"image_ids": [3, 4, 9]})
+    said = message("--annotations", truth, align, pool)
+    assert f"{truth} and the results have too few images in common: 1 by metrics.json" in said
+    assert f"({align}: 2 of 4 images, {pool}: 3 of 4 images)" in said
+
+
+@pytest.mark.parametrize("content", ['{"iteration": 19}\n{"iteration": 39}', "[]", '{"stats": {}}'])
+def test_metrics_of_other_programs_say_nothing_of_the_images(truth, tmp_path, capsys, content):
+    align, pool = two_detectors(tmp_path)
+    (tmp_path / "pool/metrics.json").write_text(content)
+    run("--annotations", truth, align, pool, "--resamples", 20)
+    assert capsys.readouterr().out.startswith("4 images, 4 objects")
+
+
 def test_an_empty_list_of_results_has_ap_0(truth, tmp_path):
     _, (compared,) = compare.compare(truth, [write(tmp_path / "results.json", [])], resamples=20)
     assert compared.ap["AP"].value == 0

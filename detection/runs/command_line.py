@@ -9,7 +9,7 @@ def replace_null_choices(arguments: list[str]) -> list[str]:
 
 
 def log_into_run_folder(arguments: list[str]) -> list[str]:
-    """Give Hydra the folder of `run_dir=` as its own, so that the log is there too. In a sweep each run has the folder of the sweep."""
+    """Give Hydra the folder of `run_dir=` as its own, so that the log is there too. A sweep refuses it (`check_sweep_folder`)."""
     given = [text for text in arguments if text.startswith("run_dir=")]
     if not given or {"-m", "--multirun"}.intersection(arguments) or any(text.startswith("hydra.run.dir=") for text in arguments):
         return arguments

@@ -13,15 +13,22 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from roi_quantization.detection.common.errors import ExpectedError
+from roi_quantization.detection.common.configuration import sweep_lines
+from roi_quantization.detection.common.errors import ExpectedError, InputError
 from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.runs.distributed import is_distributed
 
 log = logging.getLogger(__name__)
 
 FAILED = "failed.txt"  # in the folder of a run that failed: why
+OWN_FOLDER = "${hydra:runtime.output_dir}"  # `run_dir` of the configurations: the folder that Hydra gives a run
+
+
+def is_in_sweep() -> bool:
+    """Whether this is a run of a Hydra sweep, by `-m` or by `hydra.mode=MULTIRUN`."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 @contextmanager
@@ -33,7 +40,7 @@ def handle_errors(script: str) -> Iterator[None]:
 
     The log file always has the traceback. With HYDRA_FULL_ERROR in the environment it is printed for every exception.
     """
-    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    in_sweep = is_in_sweep()
     failed = Path(HydraConfig.get().runtime.output_dir) / FAILED if in_sweep else None
     if failed:
         failed.unlink(missing_ok=True)
@@ -74,10 +81,32 @@ def log_traceback(error: Exception) -> None:
             handler.handle(record)
 
 
+def check_sweep_folder(config: DictConfig) -> None:
+    """Check that the runs of a sweep have the folders that Hydra gives them.
+
+    Args:
+        config: of the sweep, with `hydra`, as Hydra's callbacks get it.
+
+    Raises:
+        InputError: `run_dir` is set: the runs would overwrite each other's results.
+    """
+    value = OmegaConf.to_container(config, resolve=False).get("run_dir", OWN_FOLDER)
+    given = [line for line in sweep_lines(config) if line.lstrip("+").startswith("run_dir=")]
+    if given or value != OWN_FOLDER:
+        raise InputError(
+            f"{given[-1] if given else f'run_dir={value}'}: runs of a sweep would overwrite each other's results there. Set "
+            "hydra.sweep.dir=runs/<name>, in which each run has a folder of its own"
+        )
+
+
 class FailedRunsCallback(Callback):
-    """Ends a Hydra sweep with status 1 where a run has failed, after all of them were tried."""
+    """Ends a Hydra sweep with status 1: before it starts where `run_dir` is set, or at its end where a run has failed."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            check_sweep_folder(config)
+        except InputError as error:
+            sys.exit(f"{config.hydra.job.config_name}.py: {error}")  # Hydra would print any other exception of a callback as a warning
         self.start = time.time()
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:

@@ -5,9 +5,12 @@ import logging
 from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.runs.errors import handle_errors
+from roi_quantization.detection.runs.errors import FailedRunsCallback, handle_errors
 from tests import commands
 from tests.configuration import ROOT
 
@@ -58,3 +61,35 @@ def test_a_sweep_of_any_script_tries_all_runs_and_ends_with_an_error(command, tm
     ended = commands.run(ROOT / script, "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}", *overrides, cwd=tmp_path)
     assert ended.returncode == 1 and "2 runs failed" in ended.stderr
     assert len(list((tmp_path / "sweep").rglob("failed.txt"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "overrides", "given"),
+    [
+        ("train", ["roi=align,pool", "run_dir=runs/cmp"], "run_dir=runs/cmp"),
+        ("eval", ["detector=torchvision", "roi=align,pool", "run_dir=runs/cmp"], "run_dir=runs/cmp"),
+        ("predict", ["seed=0,1", "++run_dir=runs/cmp"], r"\+\+run_dir=runs/cmp"),
+        ("train", ["run_dir=a,b"], "run_dir=a,b"),
+        ("train", ["experiment=quantization_core", "+hydra.sweeper.params.run_dir=a"], "run_dir=a"),
+    ],
+)
+def test_a_sweep_with_one_folder_for_all_runs_does_not_begin(script, overrides, given):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = GlobalHydra.instance().config_loader().load_configuration(script, overrides, RunMode.MULTIRUN)
+    with pytest.raises(SystemExit, match=rf"^{script}\.py: {given}: runs of a sweep would overwrite .* Set hydra\.sweep\.dir=runs/<name>"):
+        FailedRunsCallback().on_multirun_start(config)
+
+
+def test_a_sweep_with_one_folder_in_a_file_does_not_begin():
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = GlobalHydra.instance().config_loader().load_configuration("train", ["roi=align,pool"], RunMode.MULTIRUN)
+    FailedRunsCallback().on_multirun_start(config)
+    config.run_dir = "runs/${seed}"
+    with pytest.raises(SystemExit, match=r"^train\.py: run_dir=runs/\$\{seed\}: runs of a sweep"):
+        FailedRunsCallback().on_multirun_start(config)
+
+
+def test_a_sweep_by_its_configuration_is_refused_one_folder_too(tmp_path):
+    ended = commands.run(ROOT / "train.py", "experiment=quantization_core", "run_dir=here", f"data.root={tmp_path / 'data'}", cwd=tmp_path)
+    assert ended.returncode == 1 and "train.py: run_dir=here: runs of a sweep would overwrite" in ended.stderr
+    assert not list(tmp_path.iterdir())

@@ -36,7 +36,7 @@ from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.origin import add_origin
 from roi_quantization.detection.runs.composition import hydra_config
 from roi_quantization.detection.runs.distributed import is_distributed, is_rank_zero
-from roi_quantization.detection.runs.errors import FAILED, is_expected, write_failure
+from roi_quantization.detection.runs.errors import FAILED, is_expected, is_in_sweep, write_failure
 from roi_quantization.detection.runs.lock import RunFolderLocked, exclusive_run_folder, is_running
 from roi_quantization.detection.runs.resume import check_replaceable
 from roi_quantization.detection.runs.training_checkpoints import FINISHED
@@ -47,17 +47,18 @@ SWEEP = "ROI_SWEEP_PROCESS"  # environment variable: the process id of the sweep
 
 
 def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfig) -> dict[str, float]:
-    """Call `train(cfg)`, unless this run is finished, or running in a job that has outlived the command that queued it.
+    """Call `train(cfg)` of a run with an `arm`, unless it is finished, or running in a job that has outlived the sweep that queued it.
 
-    Its output goes to train.log. If it fails, failed.txt says why.
+    Its output goes to train.log. If it fails, failed.txt says why, and the callbacks of the sweep set the exit status.
 
     Returns:
         What `train` returns; `cfg.optimized_metric` is NaN where nothing was trained.
 
     Raises:
         InputError: the folder contains a finished run of another configuration.
-        Exception: where several ranks train together, which wait for each other until one ends with an error.
+        Exception: outside a Hydra sweep, and where several ranks train together, which wait for each other until one ends with an error.
     """
+    raises = not is_in_sweep() or is_distributed()
     _exit_with_sweep()
     run_dir = Path(cfg.run_dir)
     no_metrics = {cfg.optimized_metric: math.nan}
@@ -69,7 +70,7 @@ def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfi
         try:
             stack.enter_context(exclusive_run_folder(run_dir))
         except RunFolderLocked as error:
-            if is_distributed():
+            if raises:
                 raise
             log.warning("%s", error)
             return no_metrics
@@ -81,10 +82,10 @@ def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfi
         try:
             metrics = train(cfg)
         except Exception as error:
-            log.exception("This run failed")
             write_failure(run_dir, error)
-            if is_distributed():
+            if raises:
                 raise
+            log.exception("This run failed")
             traceback.clear_frames(error.__traceback__)  # they would keep the weights of this run in memory during the next
             return no_metrics
         if is_rank_zero():

@@ -152,7 +152,12 @@ def test_on_slurm_a_run_that_has_to_leave_saves_is_queued_again_and_goes_on(tmp_
     assert (folder / "report" / "report.html").is_file()
 
 
-def test_a_run_that_another_process_is_at_is_left_alone(tmp_path, caplog):
+@pytest.fixture
+def in_sweep(monkeypatch):
+    monkeypatch.setattr("roi_quantization.detection.runs.sweep.is_in_sweep", lambda: True)
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(tmp_path, caplog, in_sweep):
     with commands.another_process_in(tmp_path):
         result = run_in_sweep(lambda cfg: {"val/AP": 1.0}, config_of(tmp_path))
     assert result["val/AP"] != result["val/AP"], "not a number"
@@ -284,7 +289,27 @@ def test_a_run_of_an_earlier_version_is_the_same_as_one_with_the_defaults_of_wha
         check_configuration(tmp_path, config)
 
 
-def test_a_run_that_fails_says_why_and_raises_nothing(tmp_path, capsys):
+def test_a_run_with_an_arm_that_is_in_no_sweep_raises_what_it_fails_with(tmp_path):
+    """Nothing else would set the exit status."""
+
+    def fail(cfg):
+        raise InputError("no such data")
+
+    with pytest.raises(InputError, match="no such data"):
+        run_in_sweep(fail, config_of(tmp_path))
+    assert "InputError: no such data" in (tmp_path / "failed.txt").read_text()
+    with commands.another_process_in(tmp_path), pytest.raises(InputError, match="another process is running"):
+        run_in_sweep(fail, config_of(tmp_path))
+
+
+def test_a_single_run_with_an_arm_that_fails_ends_with_an_error(tmp_path):
+    words = ["experiment=quantization", "hydra.mode=RUN", "hydra.run.dir=run", f"data.root={tmp_path / 'data'}", "optimized_metric=nope"]
+    ended = commands.run(ROOT / "train.py", *TINY, *words, cwd=tmp_path)
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith("train.py: optimized_metric=nope")
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_run_that_fails_says_why_and_raises_nothing(tmp_path, capsys, in_sweep):
     def fail(cfg):
         print("begun")
         raise RuntimeError("no memory left")

@@ -25,7 +25,9 @@ from roi_quantization.detection.runs.cross_evaluation import check_operators, cr
 from roi_quantization.detection.runs.distributed import share_run_dir_with_ranks, silence_other_ranks
 from roi_quantization.detection.runs.errors import handle_errors
 from roi_quantization.detection.runs.interruption import explain_errors
+from roi_quantization.detection.runs.lock import exclusive_run_folder
 from roi_quantization.detection.runs.results import report, report_cross, report_differences
+from roi_quantization.detection.runs.run_folder import check_run_folder, replace_results
 from roi_quantization.detection.runs.setup import set_up_run
 from roi_quantization.detection.runs.trainer import build_trainer, check_limits
 
@@ -33,9 +35,20 @@ from roi_quantization.detection.runs.trainer import build_trainer, check_limits
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate `cfg.ckpt`, or a detector that has weights of its own, on `cfg.split`, and fill `cfg.run_dir`.
 
+    An earlier evaluation in this folder is replaced, once nothing is missing to begin this one.
+
     Returns:
         The metrics: `test/AP`, `test/AP50`, ... in percent.
+
+    Raises:
+        InputError: the folder has a training or a prediction, or another process is running there.
     """
+    with exclusive_run_folder(cfg.run_dir):
+        return _evaluate(cfg)
+
+
+def _evaluate(cfg: DictConfig) -> dict[str, float]:
+    check_run_folder(cfg.run_dir, "eval.py")
     if cfg.split not in ("test", "val", "train"):
         raise InputError(f"split={cfg.split}: expected test, val or train")
     split = "val" if cfg.split == "val" else "test"  # that of the data module
@@ -69,6 +82,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     trainer = build_trainer(cfg.trainer, enable_checkpointing=False)
     share_run_dir_with_ranks(trainer, run_dir)
     run = {"test": trainer.test, "val": trainer.validate}[split]
+    replace_results(cfg, run_dir, "eval.py")
     with explain_errors(run_dir):
         run(module, datamodule=data, verbose=False)
     cross = cross_evaluate(cfg, module, data, split)

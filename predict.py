@@ -26,17 +26,34 @@ from roi_quantization.detection.runs.checkpoint import compose_with_checkpoint, 
 from roi_quantization.detection.runs.command_line import log_into_run_folder, replace_null_choices
 from roi_quantization.detection.runs.detector import Detector
 from roi_quantization.detection.runs.errors import handle_errors
+from roi_quantization.detection.runs.lock import exclusive_run_folder
+from roi_quantization.detection.runs.run_folder import check_run_folder, replace_results
 from roi_quantization.detection.runs.setup import set_up_run
 from roi_quantization.detection.runs.trainer import build_trainer
 
 
 def predict(cfg: DictConfig) -> list[dict]:
-    """Detect objects in `cfg.image` and fill `cfg.run_dir`: results.json, instances.json and pictures/. Return the results."""
+    """Detect objects in `cfg.image` and fill `cfg.run_dir`: results.json, instances.json and pictures/. Return the results.
+
+    An earlier prediction in this folder is replaced, once nothing is missing to begin this one.
+
+    Raises:
+        InputError: the folder has a training or an evaluation, or another process is running there.
+    """
     if cfg.image is None:
         raise InputError("no picture is given. Set image=<picture or folder of pictures>")
+    with exclusive_run_folder(cfg.run_dir):
+        return _predict(cfg)
+
+
+def _predict(cfg: DictConfig) -> list[dict]:
+    check_run_folder(cfg.run_dir, "predict.py")
     image = path_setting(cfg.image, "image")
     paths = find_images(image)
     bar = cfg.trainer.enable_progress_bar and len(paths) > 1
+    drawn = Path(cfg.run_dir, "pictures").resolve()
+    if any(path.parent.resolve().is_relative_to(drawn) for path in paths):
+        raise InputError(f"image={image} contains {drawn}, where this run draws. Choose another folder with run_dir=runs/<name>")
     records, bad = read_images(paths, bar)
     if not records:
         raise InputError(f"image={image}: none of {len(paths)} pictures can be read; {paths[0].name}: {bad[paths[0]]}")
@@ -52,6 +69,7 @@ def predict(cfg: DictConfig) -> list[dict]:
         )
     if cfg.trainer.get("fast_dev_run") or cfg.trainer.get("limit_predict_batches") is not None:
         raise InputError("trainer.limit_predict_batches and fast_dev_run leave out pictures. Remove them, and give fewer with image=")
+    replace_results(cfg, run_dir, "predict.py")
     found = {image_id: one for batch in trainer.predict(DetectionModule(detector.model), loader) for image_id, one in batch.items()}
 
     results = to_coco_results(found, {label: category["id"] for label, category in enumerate(detector.categories, 1)})

@@ -27,6 +27,7 @@ from roi_quantization.detection.runs.interruption import GracefulStop, Terminate
 from roi_quantization.detection.runs.lock import exclusive_run_folder
 from roi_quantization.detection.runs.results import draw_curves, report, report_cross
 from roi_quantization.detection.runs.resume import checkpoint_to_resume
+from roi_quantization.detection.runs.run_folder import check_run_folder, replace_results, write_config
 from roi_quantization.detection.runs.setup import check_metric, set_up_run
 from roi_quantization.detection.runs.sweep import run_in_sweep
 from roi_quantization.detection.runs.trainer import (
@@ -55,6 +56,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 def _train(cfg: DictConfig) -> dict[str, float]:
     check_operators(cfg.cross)
+    check_run_folder(cfg.run_dir, "train.py")
     resumed = checkpoint_to_resume(cfg)
     run_dir = set_up_run(cfg, groups=("optim", "coco_eval"))
     check_trains_as_configured(cfg.trainer)
@@ -93,6 +95,10 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         callbacks.append(best)
     trainer = build_trainer(cfg.trainer, callbacks, [AtomicCheckpointIO()], build_loggers(cfg.get("logger")))
     share_run_dir_with_ranks(trainer, run_dir)
+    if resumed is None:
+        replace_results(cfg, run_dir, "train.py")
+    else:  # a finished run that is trained on keeps its results until the first step
+        write_config(cfg, run_dir)
     with closed_loggers(trainer):
         log_configuration(trainer.loggers, cfg)
         with explain_errors(run_dir):

@@ -158,6 +158,7 @@ def test_sigterm_and_ctrl_c_leave_a_checkpoint(uninterrupted, data, tmp_path, in
 def test_a_run_that_begins_anew_in_its_folder_removes_what_it_replaces(data, tmp_path, inject_fault):
     for name in ("step_0000005.ckpt", "step_0000006.ckpt", "last.ckpt", "metrics.json", "results.json", "cross.json"):
         (tmp_path / name).touch()
+    OmegaConf.save(configuration(tmp_path, data, "seed=1"), tmp_path / "config.yaml", resolve=True)
     inject_fault(2, power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(tmp_path, data))

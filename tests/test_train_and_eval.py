@@ -165,6 +165,43 @@ def test_a_sweep_over_checkpoints_evaluates_those_that_can_be_and_ends_with_an_e
     assert first == (folder / "run" / "results.json").read_text() != third
 
 
+def test_an_evaluation_that_cannot_begin_leaves_the_one_before_and_another_replaces_all_of_it(trained, tmp_path):
+    folder, _ = trained
+    run_eval(folder / "run" / "best.ckpt", tmp_path / "eval", "cross=[align,pool]")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "eval").iterdir()}
+    assert {"config.yaml", "results_pool.json", "cross.json", "differences.json"} <= set(before)
+    with pytest.raises(ValueError, match="does not fit the detector"):
+        run_eval(folder / "run" / "best.ckpt", tmp_path / "eval", "head.extractor.output_size=5")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "eval").iterdir()} == before
+    run_eval(folder / "run" / "best.ckpt", tmp_path / "eval", "roi=pool")
+    after = {path.name for path in (tmp_path / "eval").iterdir()}
+    assert set(before) - after == {"results_pool.json", "cross.json", "differences.json"}
+    assert OmegaConf.load(tmp_path / "eval/config.yaml").roi.quantize_roi == "round"
+
+
+def test_the_folder_of_a_training_or_of_another_process_is_left_alone(trained, tmp_path):
+    folder, _ = trained
+    before = (folder / "run/config.yaml").read_bytes()
+    with pytest.raises(ValueError, match=r"contains a run of train\.py, which eval\.py would overwrite"):
+        run_eval(folder / "run/best.ckpt", folder / "run")
+    with pytest.raises(ValueError, match=r"contains a run of train\.py, which predict\.py would overwrite"):
+        run_predict(folder / "run/best.ckpt", folder / "run", folder / "data/test")
+    assert (folder / "run/config.yaml").read_bytes() == before
+    with commands.another_process_in(tmp_path):
+        with pytest.raises(ValueError, match=f"another process is running in {tmp_path}"):
+            run_eval(folder / "run/best.ckpt", tmp_path)
+        with pytest.raises(ValueError, match=f"another process is running in {tmp_path}"):
+            run_predict(folder / "run/best.ckpt", tmp_path, folder / "data/test")
+
+
+def test_a_training_that_cannot_begin_leaves_the_one_before(trained):
+    folder, _ = trained
+    before = (folder / "run/config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="optimized_metric=nope"):
+        run_train(folder, "roi=pool", "optimized_metric=nope")
+    assert (folder / "run/config.yaml").read_bytes() == before and (folder / "run/metrics.json").is_file()
+
+
 def test_eval_names_classes_that_differ(trained, tmp_path):
     folder, _ = trained
     instances = json.loads((folder / "data/annotations/instances_test.json").read_text())
@@ -202,6 +239,16 @@ def test_predict_finds_in_pictures_what_eval_finds_in_the_data(trained, tmp_path
     assert len(results) == len(of_eval)
     assert found == {key: pytest.approx(values, abs=2e-3) for key, values in expected.items()}
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(f"{name}.png" for name in id_of)
+
+
+def test_another_prediction_replaces_all_of_the_one_before(trained, tmp_path):
+    folder, _ = trained
+    first, second = sorted((folder / "data/test").iterdir())[:2]
+    for picture in (first, second):
+        run_predict(folder / "run/best.ckpt", tmp_path, picture)
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == [f"{second.name}.png"]
+    with pytest.raises(ValueError, match=r"image=.* contains .*/pictures, where this run draws"):
+        run_predict(folder / "run/best.ckpt", tmp_path, tmp_path / "pictures")
 
 
 def test_predict_reads_any_picture_and_names_those_it_cannot(trained, tmp_path, capsys):

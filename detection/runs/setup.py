@@ -14,15 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from roi_quantization.detection.common.configuration import CONFIGS, check_groups, flatten
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.model.lightning_module import LOGGED, LOGGED_OF_MASKS
-from roi_quantization.detection.runs.distributed import is_rank_zero
 
 MAX_SEED = 2**32 - 1
 
 
 def set_up_run(cfg: DictConfig, groups: Sequence[str] = ()) -> Path:
-    """Check the settings and the machine, write config.yaml, seed the generators, and return the run folder.
+    """Check the settings and the machine, create the run folder, seed the generators, and return the folder.
 
     Args:
         cfg: of the script.
@@ -39,8 +37,6 @@ def set_up_run(cfg: DictConfig, groups: Sequence[str] = ()) -> Path:
     silence_lightning()
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    if is_rank_zero():
-        atomic_write(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
         if cfg.trainer.get("strategy", "auto") != "auto":

@@ -179,29 +179,6 @@ def test_an_evaluation_that_cannot_begin_leaves_the_one_before_and_another_repla
     assert OmegaConf.load(tmp_path / "eval/config.yaml").roi.quantize_roi == "round"
 
 
-def test_the_folder_of_a_training_or_of_another_process_is_left_alone(trained, tmp_path):
-    folder, _ = trained
-    before = (folder / "run/config.yaml").read_bytes()
-    with pytest.raises(ValueError, match=r"contains a run of train\.py, which eval\.py would overwrite"):
-        run_eval(folder / "run/best.ckpt", folder / "run")
-    with pytest.raises(ValueError, match=r"contains a run of train\.py, which predict\.py would overwrite"):
-        run_predict(folder / "run/best.ckpt", folder / "run", folder / "data/test")
-    assert (folder / "run/config.yaml").read_bytes() == before
-    with commands.another_process_in(tmp_path):
-        with pytest.raises(ValueError, match=f"another process is running in {tmp_path}"):
-            run_eval(folder / "run/best.ckpt", tmp_path)
-        with pytest.raises(ValueError, match=f"another process is running in {tmp_path}"):
-            run_predict(folder / "run/best.ckpt", tmp_path, folder / "data/test")
-
-
-def test_a_training_that_cannot_begin_leaves_the_one_before(trained):
-    folder, _ = trained
-    before = (folder / "run/config.yaml").read_bytes()
-    with pytest.raises(ValueError, match="optimized_metric=nope"):
-        run_train(folder, "roi=pool", "optimized_metric=nope")
-    assert (folder / "run/config.yaml").read_bytes() == before and (folder / "run/metrics.json").is_file()
-
-
 def test_eval_names_classes_that_differ(trained, tmp_path):
     folder, _ = trained
     instances = json.loads((folder / "data/annotations/instances_test.json").read_text())

@@ -5,6 +5,11 @@ from omegaconf import OmegaConf
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.runs.run_folder import check_run_folder, replace_results
+from roi_quantization.scripts.eval import evaluate
+from roi_quantization.scripts.predict import predict
+from roi_quantization.scripts.train import train
+from tests import commands
+from tests.trainings import run_train
 
 CONFIGS = {"train.py": {"optim": {}, "roi": {}}, "eval.py": {"ckpt": "a", "split": "test"}, "predict.py": {"ckpt": "a", "image": "b"}}
 FILES = ["results.json", "results_pool.json", "metrics.json", "cross.json", "differences.json", "instances.json", "pictures/a/b.png"]
@@ -60,3 +65,23 @@ def test_what_a_script_has_written_goes_and_the_rest_stays(tmp_path, script, lef
     replace_results(OmegaConf.create({**CONFIGS[script], "seed": 1, "other": "${seed}"}), tmp_path, script)
     assert contents(tmp_path) == {"config.yaml", *left, *OTHERS}
     assert OmegaConf.load(tmp_path / "config.yaml").other == 1
+
+
+@pytest.mark.parametrize(("run", "owner"), [(train, "eval.py"), (evaluate, "train.py"), (predict, "train.py")])
+def test_the_folder_of_another_script_or_process_is_left_alone(tmp_path, run, owner):
+    cfg = OmegaConf.create({"run_dir": str(tmp_path), "cross": [], "image": "any"})
+    OmegaConf.save(CONFIGS[owner], tmp_path / "config.yaml")
+    with pytest.raises(InputError, match=rf"contains a run of {owner}, which .* would overwrite"):
+        run(cfg)
+    assert OmegaConf.load(tmp_path / "config.yaml") == CONFIGS[owner]
+    with commands.another_process_in(tmp_path), pytest.raises(InputError, match=f"another process is running in {tmp_path}"):
+        run(cfg)
+
+
+def test_a_training_that_cannot_begin_leaves_the_one_before(tmp_path):
+    fill(tmp_path / "run", "results.json", "metrics.json", "cross.json")
+    OmegaConf.save(CONFIGS["train.py"], tmp_path / "run/config.yaml")
+    with pytest.raises(InputError, match="optimized_metric=nope"):
+        run_train(tmp_path, "optimized_metric=nope")
+    assert contents(tmp_path / "run") - {".lock"} == {"config.yaml", "results.json", "metrics.json", "cross.json"}
+    assert OmegaConf.load(tmp_path / "run/config.yaml") == CONFIGS["train.py"]

@@ -65,11 +65,11 @@ def format_tables(rows: list[Row]) -> str:
     for row in rows:
         error = "not measured yet" if np.isnan(row.error) else f"{row.error:+.1f}"
         lines.append(f"| {row.setting} | `{row.operator}` | {_text(row.predicted)} | {_text(row.measured)} | {error} |")
-    lines += ["", "| setting | arms | mean absolute error | rank correlation |", "|---|---|---|---|"]
+    lines += ["", "| setting | operators | mean absolute error | rank correlation |", "|---|---|---|---|"]
     measured = [row for row in rows if not np.isnan(row.error)]
     groups = {name: list(some) for name, some in groupby(measured, key=lambda row: row.setting)}
     for name, some in {**groups, "all": measured}.items():
-        rank = spearmanr([row.predicted[0] for row in some], [row.measured[0] for row in some]).statistic if len(some) > 2 else np.nan
+        rank = spearmanr([row.predicted[0] for row in some], [row.measured[0] for row in some]).statistic if len(some) > 3 else np.nan
         correlation = "-" if np.isnan(rank) else f"{rank:.2f}"
         lines.append(f"| {name} | {len(some)} | {np.mean([abs(row.error) for row in some]):.2f} | {correlation} |")
     return "\n".join(lines)

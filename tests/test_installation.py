@@ -82,8 +82,9 @@ def test_an_installed_copy_trains_and_evaluates_from_an_empty_folder(installed, 
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    where = "import roi_quantization, roi_quantization.ops as ops; print(roi_quantization.__file__, ops.__file__, sep='\\n')"
-    assert all(Path(line).is_relative_to(installed.parent) for line in run(installed / "python", "-c", where).splitlines())
+    first = "import roi_quantization as r, roi_quantization.ops as o; print(r.__file__, o.__file__, r.compose('train').run_dir, sep='\\n')"
+    *where, run_dir = run(installed / "python", "-c", first).splitlines()  # compose needs nothing that another module has registered
+    assert all(Path(line).is_relative_to(installed.parent) for line in where) and run_dir.startswith(f"{tmp_path}/runs/")
     trained = run(installed / "roi-train", *SHORT, "roi=warp", "trainer.max_steps=2", "hydra.run.dir=run")
     assert "on test: 4 images" in trained
     assert (tmp_path / "run" / "best.ckpt").is_file() and (tmp_path / "data" / "embedded").is_dir()

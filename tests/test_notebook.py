@@ -14,6 +14,7 @@ def kinds(notebook):
     return [[output.get("name") or sorted(output["data"]) for output in cell.outputs] for cell in cells]
 
 
+@pytest.mark.slow
 def test_the_notebook_shows_what_is_kept_in_it(tmp_path):
     client = pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
     kept, run = (nbformat.read(NOTEBOOK, as_version=4) for _ in range(2))

@@ -25,13 +25,13 @@ def test_the_document_has_the_tables_of_the_numbers(script):
 def test_errors_and_correlation_of_a_setting(script, tmp_path):
     path = tmp_path / "rows.csv"
     head = "setting,operator,predicted,predicted_low,predicted_high,measured,measured_low,measured_high"
-    rows = ["a,x,-1,-2,0,-3,,", "a,y,-5,,,-4,-6,-2", "a,z,0,,,0,,", "b,x,-7,,,,,"]
+    rows = ["a,x,-1,-2,0,-3,,", "a,y,-5,,,-4,-6,-2", "a,z,0,,,0,,", "a,w,-2,,,-2,,", "b,x,-7,,,,,", "c,x,-1,,,-1,,"]
     path.write_text("\n".join([head, *rows]))
     found = script.read_rows(path)
-    assert [row.error for row in found[:3]] == [2, -1, 0] and math.isnan(found[3].error)
+    assert [row.error for row in found[:4]] == [2, -1, 0, 0] and math.isnan(found[4].error)
     text = script.format_tables(found)
     assert "| a | `x` | -1.0 [-2.0, +0.0] | -3.0 | +2.0 |" in text and "| b | `x` | -7.0 |  | not measured yet |" in text
-    assert text.splitlines()[-2:] == ["| a | 3 | 1.00 | 1.00 |", "| all | 3 | 1.00 | 1.00 |"]
+    assert text.splitlines()[-3:-1] == ["| a | 4 | 0.75 | 0.80 |", "| c | 1 | 0.00 | - |"]
     script.plot(found, tmp_path / "rows.png")
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 

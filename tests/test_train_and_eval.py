@@ -151,6 +151,7 @@ def test_a_folder_may_have_the_name_of_a_number(trained, tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "predict/instances.json").read_text())["images"]) == 1
 
 
+@pytest.mark.slow  # test_a_sweep_goes_on_after_a_run_that_fails is of trainings
 def test_a_sweep_over_checkpoints_evaluates_those_that_can_be_and_ends_with_an_error(trained, tmp_path):
     """By names that have to be quoted, and with one that does not exist."""
     folder, _ = trained

@@ -20,7 +20,8 @@ atexit.register(pool)
 """
 
 
-@pytest.mark.parametrize("before", [pytest.param("pool()", marks=pytest.mark.slow), ""], ids=["called before", "called first then"])
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["pool()", ""], ids=["called before", "called first then"])
 def test_an_operator_can_be_called_while_python_shuts_down(before):
     done = subprocess.run([sys.executable, "-c", AT_EXIT.format(before=before)], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("1.0\n" * (2 if before else 1), 0), done.stderr

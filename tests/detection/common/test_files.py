@@ -50,6 +50,7 @@ for attempt in (lambda: atomic_write(f"{run}/results.json", b"[]"), lambda: excl
 """
 
 
+@pytest.mark.slow  # a process that compiles all that it imports
 def test_a_read_only_run_folder_is_named(tmp_path):
     if os.geteuid() == 0 and not shutil.which(UNPRIVILEGED[0]):
         pytest.skip("root may write everywhere, and setpriv is not there to take that away")

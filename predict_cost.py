@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import hydra
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
@@ -183,7 +182,7 @@ def check_metrics(
     """Compare metrics.json with the metrics of the results on this split.
 
     Raises:
-        InputError: a result has a category that the split lacks, or the metrics differ by more than the rounding of another library.
+        InputError: a result has a category that the split lacks, or the metrics differ.
     """
     wrong = (
         f"They are of another split than {cfg.split}, of other data than data.root={cfg.data.root} or other data.classes, or one of "
@@ -193,12 +192,10 @@ def check_metrics(
         found = evaluate(dataset.coco, results, image_ids, recorded.max_detections, protocol=recorded.protocol).stats
     except InputError as error:
         raise InputError(f"results={path}: {error}. {wrong}") from error
-    for metric in ("AP", "AP50", "AP75"):
-        before = recorded.stats.get(metric, found[metric])
-        if not np.isclose(found[metric], before, rtol=0, atol=1e-6, equal_nan=True):
-            raise InputError(
-                f"results={path} have {metric} {found[metric]:.6g} here, and {before:.6g} in metrics.json beside them. {wrong}"
-            )
+    if metric := recorded.first_difference({name: found[name] for name in ("AP", "AP50", "AP75") if name in recorded.stats}):
+        raise InputError(
+            f"results={path} have {metric} {found[metric]:.6g} here, and {recorded.stats[metric]:.6g} in metrics.json beside them. {wrong}"
+        )
 
 
 def check_run(cfg: DictConfig, path: Path, strides: list[int]) -> None:

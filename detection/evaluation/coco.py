@@ -72,6 +72,10 @@ class Metrics:
         """What is not COCO's evaluation of the whole split, a sentence each."""
         return ([f"{self.coverage}."] if self.is_partial else []) + self.protocol.deviations
 
+    def first_difference(self, recomputed: Mapping[str, float]) -> str | None:
+        """Return the first metric that differs by more than the rounding of another library than pycocotools; None where all are equal."""
+        return next((m for m, value in recomputed.items() if not np.isclose(value, self.stats[m], rtol=0, atol=1e-6, equal_nan=True)), None)
+
     def named(self, split: str) -> dict[str, float]:
         """Return `stats` by the names that loggers and callers get: `test/AP`, see `Protocol.metric`."""
         return {self.protocol.logged(f"{split}/{name}"): value for name, value in self.stats.items()}

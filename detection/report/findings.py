@@ -300,14 +300,14 @@ def _check_metrics(run: Run, recomputed: Mapping[str, float]) -> None:
     """Compare metrics of a run with those that its detections have with the annotations of today.
 
     Raises:
-        InputError: they differ by more than the rounding of another library than pycocotools.
+        InputError: they differ.
     """
-    for metric, value in recomputed.items():
-        if not np.isclose(value, recorded := run.metrics.stats[metric], rtol=0, atol=1e-6, equal_nan=True):
-            raise InputError(
-                f"{run.folder}: {metric} was {recorded:.6g} in metrics.json, and results.json has {value:.6g} with the annotations of "
-                f"{run.config.data.root}. They were changed since the run, or one of the files was: restore them, or repeat the run."
-            )
+    if metric := run.metrics.first_difference(recomputed):
+        raise InputError(
+            f"{run.folder}: {metric} was {run.metrics.stats[metric]:.6g} in metrics.json, and results.json has {recomputed[metric]:.6g} "
+            f"with the annotations of {run.config.data.root}. They were changed since the run, or one of the files was: restore them, or "
+            "repeat the run."
+        )
 
 
 def describe_operator(operator: Operator) -> tuple[str, str, str]:

@@ -114,12 +114,16 @@ def check_configuration(run_dir: Path, config: dict) -> None:
     Raises:
         InputError: it has another; the message lists the differences.
     """
-    differ = differences(upgrade_config(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))), config)
+    differ = differences(_read_configuration(run_dir), config)
     if differ:
         raise InputError(
             f"{run_dir} contains a finished run of another configuration: {shorten(differ)}. Choose another folder for this sweep with "
             "hydra.sweep.dir=runs/<name>, or remove that run"
         )
+
+
+def _read_configuration(run_dir: Path) -> dict:
+    return upgrade_config(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))
 
 
 def check_arms(runs: Mapping[Path, dict]) -> None:
@@ -135,7 +139,7 @@ def check_arms(runs: Mapping[Path, dict]) -> None:
     for folder in sweep_folders(runs):
         for path in sorted(folder.glob(f"*_seed*/{FINISHED}")):
             if path.parent not in runs and (path.parent / "config.yaml").is_file():
-                config = upgrade_config(OmegaConf.to_container(OmegaConf.load(path.parent / "config.yaml")))
+                config = _read_configuration(path.parent)
                 known.setdefault((folder, str(config.get("arm"))), (path.parent, config))
     for run_dir, run in runs.items():
         other, config = known.setdefault((run_dir.parent, str(run["arm"])), (run_dir, run))

@@ -30,7 +30,7 @@ from roi_quantization.detection.evaluation.bootstrap import (
 from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, ErrorSplit, split_matched
 from roi_quantization.detection.evaluation.matching import match
 from roi_quantization.detection.evaluation.protocol import ALL_SIZES
-from roi_quantization.detection.evaluation.results_file import read_image_ids, read_results
+from roi_quantization.detection.evaluation.results_file import read_metrics, read_results
 from roi_quantization.detection.evaluation.statistics import Estimate, difference
 from roi_quantization.detection.runs.errors import handle_errors
 
@@ -86,7 +86,8 @@ def compare(
     annotated = set(coco.imgs)
     if len(annotated) < 2:
         raise InputError(f"{annotations} has {len(annotated)} images; intervals over images need at least 2.")
-    run_on = {name: annotated & (read_image_ids(path) or annotated) for name, path in zip(names, paths, strict=True)}
+    metrics = [read_metrics(path) for path in paths]
+    run_on = {name: annotated & set((one and one.image_ids) or annotated) for name, one in zip(names, metrics, strict=True)}
     image_ids = sorted(set.intersection(*run_on.values()))
     coverage = {name: f"{len(ids)} of {len(annotated)} images" for name, ids in run_on.items()}
     if len(image_ids) < 2:

@@ -6,7 +6,6 @@ The ceiling needs annotations and proposals. `results=` of a run trained with Ro
 import roi_quantization  # noqa: F401 -- first, because it says so where the package is not installed
 
 # isort: split
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from roi_quantization.detection.common.errors import InputError, MissingFileErro
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.evaluation.coco import Metrics, evaluate
+from roi_quantization.detection.evaluation.results_file import read_metrics, read_results
 from roi_quantization.detection.evaluation.sizes import resize_scales
 from roi_quantization.detection.evaluation.statistics import Estimate
 from roi_quantization.detection.model.build import instantiate, read_operator
@@ -141,17 +141,13 @@ def load_results(cfg: DictConfig, strides: list[int], dataset: CocoDetection) ->
     path = path / "results.json" if path.is_dir() else path
     if not path.is_file():
         raise MissingFileError(f"results={cfg.results}: there is no such file. Name the results.json of a run of train.py or eval.py.")
-    try:
-        results = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"results={path} is not a JSON file, or was truncated: {error}") from error
-    if not isinstance(results, list) or not results:
+    results, evaluated = read_results(path), read_metrics(path)
+    if not results:
         raise InputError(f"results={path} holds no results. Expected the results.json of a run that detects something.")
-    path_of_metrics, evaluated = path.parent / "metrics.json", None
-    if path_of_metrics.is_file():
-        evaluated = replace(Metrics.from_json(json.loads(path_of_metrics.read_bytes())), of=len(dataset))  # not of the run's own subset
+    if evaluated is not None:
+        evaluated = replace(evaluated, of=len(dataset))  # not of the run's own subset
     image_ids = dataset.image_ids if evaluated is None or evaluated.image_ids is None else list(evaluated.image_ids)
-    unknown = {result.get("image_id") for result in results}.union(image_ids) - set(dataset.image_ids)
+    unknown = {result["image_id"] for result in results}.union(image_ids) - set(dataset.image_ids)
     if unknown:
         raise InputError(
             f"results={path} has results of {len(unknown)} images that are not in split={cfg.split} of this data set, the first is image "

@@ -97,11 +97,15 @@ def test_results_of_few_of_the_images_are_reported(truth, tmp_path, capsys):
     assert f"{path} has detections in 1 of 4 images" in capsys.readouterr().out
 
 
+def metrics(image_ids):
+    return {"stats": {}, "per_class": {}, "image_ids": image_ids}
+
+
 def test_only_images_that_all_detectors_were_run_on_are_evaluated(truth, tmp_path, capsys):
     """`pool` finds all cats of the three images that it was run on, and is no worse than `align`."""
     align = write(tmp_path / "align/results.json", [result(i) for i in IMAGES])
     pool = write(tmp_path / "pool/results.json", [result(i) for i in (1, 2, 3)])
-    write(tmp_path / "pool/metrics.json", {"partial": True, "image_ids": [1, 2, 3]})
+    write(tmp_path / "pool/metrics.json", metrics([1, 2, 3]))
     run("--annotations", truth, align, pool, "--resamples", 200, "--json", tmp_path / "all.json")
     text = capsys.readouterr().out
     assert text.startswith("3 images, 3 objects, 2 classes")
@@ -118,12 +122,12 @@ def test_only_images_that_all_detectors_were_run_on_are_evaluated(truth, tmp_pat
 
 def test_images_by_metrics_that_do_not_fit_are_refused(truth, tmp_path):
     align, pool = two_detectors(tmp_path)
-    write(tmp_path / "pool/metrics.json", {"image_ids": [1, 2]})
+    write(tmp_path / "pool/metrics.json", metrics([1, 2]))
     assert message("--annotations", truth, align, pool).startswith(
         f"compare.py: {pool} has detections in image 3, which metrics.json beside it does not have."
     )
-    write(tmp_path / "pool/metrics.json", {"image_ids": [1, 2, 3]})
-    write(tmp_path / "align/metrics.json", {"image_ids": [3, 4, 9]})
+    write(tmp_path / "pool/metrics.json", metrics([1, 2, 3]))
+    write(tmp_path / "align/metrics.json", metrics([3, 4, 9]))
     said = message("--annotations", truth, align, pool)
     assert f"{truth} and the results have too few images in common: 1 by metrics.json" in said
     assert f"({align}: 2 of 4 images, {pool}: 3 of 4 images)" in said

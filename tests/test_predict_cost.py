@@ -126,7 +126,7 @@ def test_results_that_do_not_belong_here_are_refused(composed, tmp_path, data):
     with pytest.raises(InputError, match="holds no results"):
         predict_cost(composed(f"results={run}"))
     (run / "results.json").write_text('[{"image')
-    with pytest.raises(InputError, match="is not a JSON file"):
+    with pytest.raises(InputError, match="is not a json file"):
         predict_cost(composed(f"results={run}"))
     run = write_results(tmp_path / "plain", data)
     without = [{key: value for key, value in one.items() if key != "proposal"} for one in json.loads((run / "results.json").read_text())]
@@ -209,6 +209,15 @@ def test_results_that_have_another_ap_on_this_split_are_refused(composed, tmp_pa
     (run / "results.json").write_text(json.dumps(results[1:]))
     with pytest.raises(InputError, match=message):
         load(composed(f"results={run}"))
+
+
+@pytest.mark.parametrize("content", ['{"iteration": 19}\n{"iteration": 39}', "[]", '{"stats": {}}'])
+def test_metrics_of_other_programs_say_nothing_of_the_results(composed, tmp_path, data, content):
+    script.load_split(composed())
+    run = write_results(tmp_path / "run", data)
+    (run / "metrics.json").write_text(content)
+    _, image_ids = load(composed(f"results={run}"))
+    assert len(image_ids) == 12
 
 
 def test_a_set_without_objects_is_refused(composed, tmp_path, data):

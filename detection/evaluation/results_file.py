@@ -7,6 +7,7 @@ from typing import Any
 
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.garbage_collection import without_garbage_collection
+from roi_quantization.detection.evaluation.coco import Metrics
 
 
 def read_results(path: Path | str) -> list[dict]:
@@ -34,18 +35,16 @@ def read_results(path: Path | str) -> list[dict]:
     return results
 
 
-def read_image_ids(path: Path | str) -> set[int] | None:
-    """Read from metrics.json beside a file of results on which images the detector was run.
+def read_metrics(path: Path | str) -> Metrics | None:
+    """Read metrics.json beside a file of results, which says on which images the detector was run.
 
     Returns:
-        The ids of the images. None where there is no such file, or where it is another program's, such as detectron2's of the same name.
+        None where there is no such file, or where it is another program's, such as detectron2's of the same name.
     """
     try:
-        content = json.loads((Path(path).parent / "metrics.json").read_text("utf-8-sig"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        return Metrics.from_json(json.loads((Path(path).parent / "metrics.json").read_text("utf-8-sig")))
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    image_ids = content.get("image_ids") if isinstance(content, Mapping) else None
-    return set(image_ids) if isinstance(image_ids, list) else None
 
 
 def _find_fault(result: Any) -> str | None:

@@ -28,7 +28,7 @@ from roi_quantization.detection.data.images import decode
 from roi_quantization.detection.model.build import instantiate, read_operator
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 from roi_quantization.detection.model.vgg16 import VGG16
-from roi_quantization.detection.runs.command_line import replace_null_choices
+from roi_quantization.detection.runs.command_line import number_picture, replace_null_choices
 from roi_quantization.detection.runs.errors import handle_errors
 
 
@@ -125,6 +125,7 @@ def photograph(image: Tensor, explanations: list[Explanation], cfg: DictConfig) 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="explain")
 def _main(cfg: DictConfig) -> None:
     with handle_errors("explain.py"):
+        number_picture(cfg)
         explain(cfg) if cfg.get("data") is None else explain_data(cfg)
 
 

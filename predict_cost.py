@@ -29,7 +29,7 @@ from roi_quantization.detection.evaluation.statistics import Estimate
 from roi_quantization.detection.model.build import instantiate, read_operator
 from roi_quantization.detection.report.predicted_cost import Ceiling, Foreground, ceiling, gather_foreground, predict
 from roi_quantization.detection.report.predicted_cost_output import format_ceilings, format_prediction, plot_costs, summarize_cost
-from roi_quantization.detection.runs.command_line import replace_null_choices
+from roi_quantization.detection.runs.command_line import number_picture, replace_null_choices
 from roi_quantization.detection.runs.errors import handle_errors
 
 Ceilings = dict[int, dict[str, Ceiling]]  # stride -> operator -> ceiling
@@ -241,6 +241,7 @@ def _covered(foreground: Foreground) -> float:
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="predict_cost")
 def _main(cfg: DictConfig) -> None:
     with handle_errors("predict_cost.py"):
+        number_picture(cfg)
         predict_cost(cfg)
 
 

@@ -95,6 +95,13 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
         runpy.run_path(str(ROOT / "explain.py"), run_name="__main__")
 
 
+def test_each_job_of_a_sweep_draws_its_own_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["explain.py", "-m", "stride=16,32", "operators=[pool]", "hydra.sweep.dir=sweep"])
+    runpy.run_path(str(ROOT / "explain.py"), run_name="__main__")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["explain_0.png", "explain_1.png"]
+
+
 def test_one_bin_from_near(composed, capsys):
     cfg = composed("bin=[0,0]", "operators=[align,pool,prroi]")
     explain(cfg)

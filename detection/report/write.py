@@ -115,7 +115,8 @@ def _made_from(findings: Findings) -> list[tuple[str, str]]:
     config, starts = run.config, read_origin(findings.sweep.folder)
     data = starts[-1]["data"] if starts else {}
     truth = findings.sweep.annotations
-    evaluated = f"{len(truth.imgs)} images, {len(truth.anns)} objects of {len(truth.cats)} categories"
+    split = "val" if config.data.get("test") is None else "test"
+    evaluated = f"{split}, {len(truth.imgs)} images, {len(truth.anns)} objects of {len(truth.cats)} categories"
     facts = [("data", str(config.data.root)), *((f"data: {split}", words) for split, words in data.items())]
     strides = dict.fromkeys(
         f"{run.stride} pixels per cell" if run.stride else "that of each map of the detector's pyramid" for run in findings.sweep.finished
@@ -147,7 +148,9 @@ def _joined(words: Iterable[str]) -> str:
 
 def _length(trainer: DictConfig) -> str:
     limits = [f"{trainer[key]} {unit}" for key, unit in (("max_epochs", "epochs"), ("max_steps", "steps")) if (trainer.get(key) or -1) > 0]
-    return limits[0] if len(limits) == 1 else f"at most {' and '.join(limits)}"
+    if trainer.get("max_time"):
+        limits.append(f"{trainer.max_time} (days, hours, minutes, seconds)")
+    return f"{'at most ' * (len(limits) > 1)}{' and '.join(limits)}" if limits else "an unlimited number of steps"
 
 
 def _images_a_step(config: DictConfig) -> str:

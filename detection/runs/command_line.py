@@ -1,6 +1,12 @@
-"""The command line, before Hydra reads it."""
+"""The command line, before Hydra reads it, and what a sweep makes of it."""
+
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
 from roi_quantization.detection.common.configuration import CONFIGS
+from roi_quantization.detection.runs.errors import is_in_sweep
 
 
 def replace_null_choices(arguments: list[str]) -> list[str]:
@@ -15,6 +21,13 @@ def log_into_run_folder(arguments: list[str]) -> list[str]:
         return arguments
     place = len(arguments) - arguments[::-1].index(given[-1])  # beside it: options of Hydra do not stand between settings
     return [*arguments[:place], f"hydra.run.dir={given[-1].removeprefix('run_dir=')}", *arguments[place:]]
+
+
+def number_picture(cfg: DictConfig) -> None:
+    """In a sweep, draw the picture of each job into a file of its own: explain_0.png, explain_1.png, ..."""
+    if is_in_sweep():
+        path = Path(cfg.picture)
+        cfg.picture = str(path.with_stem(f"{path.stem}_{HydraConfig.get().job.num}"))
 
 
 def _is_null_choice(text: str) -> bool:

@@ -64,6 +64,8 @@ def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfi
     no_metrics = {cfg.optimized_metric: math.nan}
     if (run_dir / FINISHED).is_file():
         check_configuration(run_dir, OmegaConf.to_container(cfg, resolve=True))
+        if not is_in_sweep():
+            log.warning("Nothing was trained: %s contains this run, finished. To repeat it, remove the folder or set run_dir", run_dir)
         return no_metrics
     run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -87,10 +87,16 @@ def test_runs_that_were_trained_otherwise_are_not_said_to_be_alike(tmp_path, und
 def test_the_length_and_the_images_of_a_step_are_those_that_were_trained(tmp_path, undrawn):
     folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0}, seeds=(0,), images=10)
     path = folder / "align_seed0" / "config.yaml"
+
+    def training(**trainer):
+        OmegaConf.save(OmegaConf.merge(OmegaConf.load(path), {"trainer": trainer}), path)
+        write_report(folder)
+        return next(line for line in text(folder, "report.md").splitlines() if line.startswith("- training: "))
+
     more = {"max_epochs": 4, "max_steps": 1000, "accumulate_grad_batches": 4, "devices": 2}
-    OmegaConf.save(OmegaConf.merge(OmegaConf.load(path), {"trainer": more}), path)
-    write_report(folder)
-    assert "at most 4 epochs and 1000 steps of 32 images a step" in text(folder, "report.md")
+    assert "training: at most 4 epochs and 1000 steps of 32 images a step" in training(**more)
+    assert "training: 00:12:00:00 (days, hours, minutes, seconds) of 32" in training(max_epochs=-1, max_steps=-1, max_time="00:12:00:00")
+    assert "training: an unlimited number of steps of 32" in training(max_time=None)
 
 
 def text(folder, name):
@@ -187,7 +193,7 @@ def test_it_says_what_it_was_made_from(sweep):
     for words in (
         "- seeds: 0, 1",
         "- stride: 16 pixels per cell",
-        "- evaluated on: 30 images,",
+        "- evaluated on: test, 30 images,",
         "torch 2.",
         "- training: 8 epochs of 4 images",
     ):
@@ -250,7 +256,7 @@ def test_a_partial_evaluation_is_marked_wherever_its_figures_go(tmp_path, undraw
     assert "8 of 20 images, a partial evaluation" in headline
     assert report.count("8 of 20 images, a partial evaluation") > 10, "and in tables and captions"
     assert table(folder, "main")["pool"]["evaluated on"] == "8 of 20 images, a partial evaluation"
-    assert "- evaluated on: 8 images," in report
+    assert "- evaluated on: test, 8 images," in report
     main = json.loads((folder / "pool_seed0" / "metrics.json").read_text())["stats"]["AP"]
     assert float(table(folder, "main")["pool"]["AP"]) == pytest.approx(main), "images that were not evaluated are not missed objects"
     assert float(table(folder, "localisation")["align"]["found, %"]) > 80

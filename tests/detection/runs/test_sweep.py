@@ -302,6 +302,14 @@ def test_a_run_with_an_arm_that_is_in_no_sweep_raises_what_it_fails_with(tmp_pat
         run_in_sweep(fail, config_of(tmp_path))
 
 
+def test_a_run_with_an_arm_that_is_finished_says_that_nothing_was_trained(tmp_path, caplog):
+    config = config_of(tmp_path)
+    OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
+    (tmp_path / "metrics.json").write_text("{}")
+    run_in_sweep(lambda cfg: {"val/AP": 1.0}, config)
+    assert f"Nothing was trained: {tmp_path} contains this run, finished" in caplog.text
+
+
 def test_a_single_run_with_an_arm_that_fails_ends_with_an_error(tmp_path):
     words = ["experiment=quantization", "hydra.mode=RUN", "hydra.run.dir=run", f"data.root={tmp_path / 'data'}", "optimized_metric=nope"]
     ended = commands.run(ROOT / "train.py", *TINY, *words, cwd=tmp_path)

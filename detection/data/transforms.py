@@ -6,11 +6,14 @@ and to all of them alike.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import nn
 from torchvision.transforms import v2
+
+from roi_quantization.detection.common.errors import InputError
 
 
 def resize_and_flip(short_side: int | Sequence[int] | None = None, max_side: int | None = None, flip: float = 0.0) -> nn.Module:
@@ -22,12 +25,27 @@ def resize_and_flip(short_side: int | Sequence[int] | None = None, max_side: int
         short_side: the shorter side after resizing, in pixels. A list draws one for each image (multi-scale training); None keeps the size.
         max_side: upper limit of the longer side, in pixels.
         flip: probability of a flip.
+
+    Raises:
+        InputError: a side is not a whole number of pixels, or the probability not between 0 and 1.
     """
-    sizes = [] if short_side is None else [short_side] if isinstance(short_side, int) else list(short_side)
+    several = isinstance(short_side, Sequence) and not isinstance(short_side, str)
+    sizes = [] if short_side is None else list(short_side) if several else [short_side]
+    if not all(_is_pixels(size) for size in sizes):
+        raise InputError(f"short_side={short_side!r}: expected a whole number of pixels such as 600, a list of them to draw from, or null")
+    if not (max_side is None or _is_pixels(max_side)):
+        raise InputError(f"max_side={max_side!r}: expected a whole number of pixels such as 1000, or null for no limit")
+    sizes = [int(size) for size in sizes]  # torchvision takes no other integers
+    if not (isinstance(flip, float | int) and 0 <= flip <= 1):
+        raise InputError(f"flip={flip!r}: expected a probability from 0 to 1, such as 0.5")
     # torchvision refuses a max_size that does not exceed the size; max_side alone decides then
     resizes = [v2.Resize(size if max_side is None or size < max_side else None, max_size=max_side, antialias=True) for size in sizes]
     steps = resizes if len(resizes) <= 1 else [v2.RandomChoice(resizes)]
     return v2.Compose([*steps, v2.RandomHorizontalFlip(flip)])
+
+
+def _is_pixels(side: object) -> bool:
+    return isinstance(side, Integral) and side > 0
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Whatever moves the image moves boxes, crowd regions and proposals, and the draws depend on their key alone."""
 
+import numpy as np
 import pytest
 import torch
 from torchvision import tv_tensors
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.transforms import resize_and_flip, seeded_rng
 
 
@@ -53,6 +55,24 @@ def test_several_short_sides_are_drawn_from():
         with seeded_rng(0, epoch, 1):
             heights.add(transform(*inputs())[0].shape[-2])
     assert heights == {20, 40}
+    assert resize_and_flip(np.int64(20))(*inputs())[0].shape[-2] == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"short_side": 600.0}, r"short_side=600\.0: expected a whole number of pixels such as 600, a list of them to draw from, or null"),
+        ({"short_side": "600"}, r"short_side='600': expected a whole number of pixels"),
+        ({"short_side": [480, 600.0]}, r"short_side=\[480, 600\.0\]: expected a whole number of pixels"),
+        ({"short_side": 0}, r"short_side=0: expected a whole number of pixels"),
+        ({"max_side": 1000.0}, r"max_side=1000\.0: expected a whole number of pixels such as 1000, or null for no limit"),
+        ({"flip": 1.5}, r"flip=1\.5: expected a probability from 0 to 1"),
+        ({"flip": "0.5"}, r"flip='0\.5': expected a probability from 0 to 1"),
+    ],
+)
+def test_an_argument_that_is_not_a_size_or_a_probability_is_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        resize_and_flip(**arguments)
 
 
 def test_draws_depend_on_the_key_and_leave_no_trace():

@@ -56,7 +56,8 @@ def to_image(picture: Any, name: str = "picture") -> Tensor:
     if isinstance(picture, np.ndarray):
         if picture.dtype.kind not in "fu" or (picture.dtype.kind == "u" and picture.dtype != np.uint8):
             raise _wrong_dtype(picture.dtype, name)
-        values = torch.from_numpy(np.array(picture, order="C"))  # a copy: PyTorch warns of an array that cannot be written to
+        known = f"{picture.dtype.kind}{min(picture.dtype.itemsize, 8)}"  # PyTorch has neither long doubles nor other orders of bytes
+        values = torch.from_numpy(np.array(picture, dtype=known, order="C"))  # a copy: it warns of an array that cannot be written to
         values = values.permute(2, 0, 1) if values.ndim == 3 else values
         layout = "[height, width, channels]"
     elif isinstance(picture, Tensor):

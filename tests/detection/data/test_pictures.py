@@ -62,6 +62,8 @@ def test_grey_is_repeated(pixels):
 
 def test_half_precision_is_rounded():
     assert to_image(torch.tensor([[0.0, 0.5, 1.0]], dtype=torch.bfloat16))[0, 0].tolist() == [0, 128, 255]
+    for dtype in (np.float16, ">f4", ">f8", np.longdouble):
+        assert to_image(np.array([[0.0, 0.5, 1.0]], dtype))[0, 0].tolist() == [0, 128, 255], dtype
 
 
 def test_a_pil_image_of_16_bits_is_scaled_and_not_clipped(caplog):
@@ -87,6 +89,7 @@ def test_a_pil_image_is_taken_as_it_is_and_a_file_is_turned_upright(tmp_path):
             "me has floating point values from 255 to 255: expected 0 to 1. Divide values of 0 to 255",
         ),
         (torch.randn(3, 4, 4) - 5, ValueError, r"floating point values from -.* undo a normalisation"),
+        (np.full((4, 4, 3), 255, ">f4"), ValueError, "me has floating point values from 255 to 255"),
         (np.full((4, 4, 3), np.nan), ValueError, "values from nan to nan: expected 0 to 1"),
         (np.zeros((4, 4, 3), np.int64), TypeError, "me has values of type int64: expected uint8 from 0 to 255, or floating point"),
         (np.zeros((4, 4, 3), np.uint16), TypeError, "values of type uint16"),

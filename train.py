@@ -24,6 +24,7 @@ from roi_quantization.detection.runs.distributed import share_run_dir_with_ranks
 from roi_quantization.detection.runs.errors import handle_errors
 from roi_quantization.detection.runs.fine_tuning import initialize_from
 from roi_quantization.detection.runs.interruption import GracefulStop, TerminateOnNonFiniteLoss, explain_errors, reraise_signal
+from roi_quantization.detection.runs.last_validation import ValidateAtEnd
 from roi_quantization.detection.runs.lock import exclusive_run_folder
 from roi_quantization.detection.runs.results import draw_curves, report, report_cross
 from roi_quantization.detection.runs.resume import checkpoint_to_resume
@@ -92,7 +93,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     stop = GracefulStop()
     callbacks = [fingerprint, periodic, stop, TerminateOnNonFiniteLoss(run_dir, cfg.seed, stop), LoadingTimeMonitor()]
     if data.val is not None:
-        callbacks.append(best)
+        callbacks += [best, ValidateAtEnd()]
     trainer = build_trainer(cfg.trainer, callbacks, [AtomicCheckpointIO()], build_loggers(cfg.get("logger")))
     share_run_dir_with_ranks(trainer, run_dir)
     if resumed is None:
@@ -112,7 +113,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
             chosen = run_dir / "best.ckpt"
             trainer.save_checkpoint(chosen, weights_only=True)
             if data.val is not None and periodic.has_trained:
-                log.warning("Training ended before the first validation: best.ckpt holds the last weights.")
+                log.warning("Nothing was validated: best.ckpt holds the last weights.")
 
         module.metrics = None  # those of a validation
         evaluate = trainer.test if split == "test" else trainer.validate

@@ -182,6 +182,7 @@ def test_mistakes_that_would_show_after_training_are_errors_before_it(data, tmp_
         ("optimized_metric=test/AP", "optimized_metric=test/AP: the best checkpoint is chosen on the val split, by one of val/AP, "),
         ("optimized_metric=val/AP_small", "by one of val/AP, val/AP50, val/AP75, val/loss, "),
         ("trainer.precision=bf16-true", "rounds boxes as well.* bf16-mixed"),
+        ("trainer.max_steps=100", r"trainer.max_steps=100: with trainer.max_epochs=\d+ training would end after \d+ steps"),
         ("trainer.max_epochs=-1", "optim.schedule needs the length of the training. Set trainer.max_epochs or trainer.max_steps"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -79,9 +79,14 @@ class DetectionModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.optimizer, self.groups(self.detector), self._may_fuse())
+        steps, wanted = self.trainer.estimated_stepping_batches, self.trainer.max_steps
+        if steps < wanted:
+            raise InputError(
+                f"trainer.max_steps={wanted}: with trainer.max_epochs={self.trainer.max_epochs} training would end after {steps} steps. Set "
+                "trainer.max_epochs=-1, or leave out trainer.max_steps"
+            )
         if self.schedule is None:
             return optimizer
-        steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise InputError(
                 "optim.schedule needs the length of the training. Set trainer.max_epochs or trainer.max_steps, or optim.schedule=null"

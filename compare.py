@@ -115,7 +115,7 @@ def compare(
         log.warning("The bootstrap over %d images can take minutes per file; fewer --resamples are faster.", len(image_ids))
     first, *others = names
     sums = {(name,): {name: 1.0} for name in names} | {(name, first): difference(name, first) for name in others}
-    estimates = bootstrap_over_images(matched, sums, resamples, confidence, method=bootstrap_method(image_ids))
+    estimates = bootstrap_over_images(matched, sums, resamples, confidence)
     compared = [
         Compared(
             name=name,
@@ -135,7 +135,7 @@ def compare(
 def format_comparison(coco: COCO, compared: Sequence[Compared], max_detections: int, confidence: float, resamples: int) -> str:
     """Format the tables, up to 100 columns wide."""
     objects = sum(not annotation["iscrowd"] for annotation in coco.anns.values())
-    method = bootstrap_method(list(coco.imgs))
+    method = bootstrap_method(len(coco.imgs))
     parts = [
         f"{len(coco.imgs)} images, {objects} objects, {len(coco.cats)} classes; at most {max_detections} detections per image and class.\n"
         f"In brackets: {100 * confidence:g} % intervals of a {method} bootstrap over images, {resamples} resamples."

@@ -23,6 +23,7 @@ from roi_quantization.detection.common.errors import InputError, MissingFileErro
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.evaluation.coco import Metrics, evaluate
+from roi_quantization.detection.evaluation.protocol import COCO_PROTOCOL, Protocol
 from roi_quantization.detection.evaluation.results_file import read_metrics, read_results
 from roi_quantization.detection.evaluation.sizes import resize_scales
 from roi_quantization.detection.evaluation.statistics import Estimate
@@ -50,7 +51,7 @@ def predict_cost(cfg: DictConfig) -> tuple[Ceilings, Predictions]:
     dataset = load_split(cfg)
     transform = cfg.data.eval_transform
     scales = resize_scales(dataset.coco, transform.get("short_side"), transform.get("max_side"))
-    results, image_ids = load_results(cfg, strides, dataset)
+    results, image_ids, protocol = load_results(cfg, strides, dataset)
 
     foreground = gather_foreground(read_images(dataset, scales))
     halves = [stride // 2 for stride in strides if stride % 2 == 0 and stride // 2 not in strides]  # for the last sentence
@@ -64,7 +65,7 @@ def predict_cost(cfg: DictConfig) -> tuple[Ceilings, Predictions]:
         for stride in tqdm([*strides, *halves], desc="predictions", unit="stride", leave=False):
             resamples = cfg.resamples if stride in strides else 2  # of half the stride only the value is used
             predictions[stride] = predict(
-                dataset.coco, results, image_ids, others, cfg.reference, stride, scales, cfg.output_size, resamples
+                dataset.coco, results, image_ids, others, cfg.reference, stride, scales, cfg.output_size, resamples, protocol
             )
 
     print(f"{cfg.split}: {len(dataset)} images, {len(foreground.objects)} objects, proposals overlap {_covered(foreground):.1%} of them\n")
@@ -122,8 +123,8 @@ def read_images(dataset: CocoDetection, scales: dict[int, float] | None) -> Iter
         yield dataset.proposals(record) * scale, boxes * scale, labels
 
 
-def load_results(cfg: DictConfig, strides: list[int], dataset: CocoDetection) -> tuple[list[dict], list[int]]:
-    """Read `cfg.results` and the ids of the images that they are of.
+def load_results(cfg: DictConfig, strides: list[int], dataset: CocoDetection) -> tuple[list[dict], list[int], Protocol]:
+    """Read `cfg.results`, the ids of the images that they are of, and how they were evaluated.
 
     Raises:
         MissingFileError: there is no such file.
@@ -136,7 +137,7 @@ def load_results(cfg: DictConfig, strides: list[int], dataset: CocoDetection) ->
             f"split={cfg.split} hydra.run.dir=runs/evaluated` and set results=runs/evaluated"
         )
     if cfg.results is None:
-        return [], dataset.image_ids
+        return [], dataset.image_ids, COCO_PROTOCOL
     path = Path(cfg.results)
     path = path / "results.json" if path.is_dir() else path
     if not path.is_file():
@@ -157,9 +158,9 @@ def load_results(cfg: DictConfig, strides: list[int], dataset: CocoDetection) ->
     check_run(cfg, path.parent / "config.yaml", strides)
     if evaluated is not None:
         check_metrics(cfg, path, results, image_ids, evaluated, dataset)
-        if evaluated.is_partial:
-            print(f"The results are of {evaluated.coverage}.")
-    return results, image_ids
+        for label in evaluated.labels:
+            print(f"Of the results: {label}")
+    return results, image_ids, COCO_PROTOCOL if evaluated is None else evaluated.protocol
 
 
 def check_operator(cfg: DictConfig, path: Path) -> None:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.annotations import as_coco, read_instances
 from roi_quantization.detection.evaluation.coco import evaluate, write_metrics
+from roi_quantization.detection.evaluation.protocol import Protocol
 from roi_quantization.scripts import predict_cost as script
 from roi_quantization.scripts.predict_cost import predict_cost
 from tests import configuration
@@ -211,12 +212,25 @@ def test_results_that_have_another_ap_on_this_split_are_refused(composed, tmp_pa
         load(composed(f"results={run}"))
 
 
+def test_the_prediction_is_of_the_thresholds_and_the_number_of_detections_of_the_run(composed, tmp_path, data, capsys):
+    script.load_split(composed())
+    run = write_results(tmp_path / "run", data)
+    results = json.loads((run / "results.json").read_text())
+    truth = as_coco(read_instances(data / "annotations/instances_test.json"))
+    own = evaluate(truth, results, sorted(truth.imgs), 1, protocol=Protocol((0.3, 0.5), max_detections=1))
+    write_metrics(run / "metrics.json", own)
+    _, predictions = predict_cost(composed(f"results={run}"))
+    assert predictions[16]["align"]["AP"].value == pytest.approx(own.stats["AP"])
+    assert own.stats["AP"] != pytest.approx(evaluate(truth, results, sorted(truth.imgs)).stats["AP"])
+    assert "Of the results: Up to 1 detections" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", ['{"iteration": 19}\n{"iteration": 39}', "[]", '{"stats": {}}'])
 def test_metrics_of_other_programs_say_nothing_of_the_results(composed, tmp_path, data, content):
     script.load_split(composed())
     run = write_results(tmp_path / "run", data)
     (run / "metrics.json").write_text(content)
-    _, image_ids = load(composed(f"results={run}"))
+    _, image_ids, _ = load(composed(f"results={run}"))
     assert len(image_ids) == 12
 
 

@@ -16,13 +16,13 @@ from roi_quantization.detection.alignment.ideal_localizer import IdealLocalizer
 from roi_quantization.detection.alignment.misalignment import Operator
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.bootstrap import MatchedDetections, bootstrap_over_images
+from roi_quantization.detection.evaluation.protocol import COCO_PROTOCOL, Protocol
 from roi_quantization.detection.evaluation.statistics import Estimate, difference
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 SIZES = {"< 2 cells": (0.0, 2.0), "2 to 4": (2.0, 4.0), "4 to 8": (4.0, 8.0), "> 8 cells": (8.0, np.inf)}
 SMALL = 4.0  # cells
 _ROIS = 32  # of an object, at most: those of highest IoU
-_BASIC_FROM = 500  # images: BCa intervals evaluate once more per image
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ def predict(
     scales: Mapping[int, float] | None = None,
     output_size: int = 7,
     resamples: int = 1000,
+    protocol: Protocol = COCO_PROTOCOL,
 ) -> dict[str, dict[str, Estimate]]:
     """Predict the difference of each operator to the reference in AP, AP50 and AP75, with intervals over images.
 
@@ -167,17 +168,17 @@ def predict(
         reference: name of the run's operator.
         stride, scales, output_size: see `predicted_results`.
         resamples: of the bootstrap.
+        protocol: that the run was evaluated with.
 
     Returns:
         Operator -> AP, AP50, AP75 -> difference, and the reference -> its own metrics.
     """
-    matched = {reference: MatchedDetections(coco_gt, results, image_ids)}
+    matched = {reference: MatchedDetections(coco_gt, results, image_ids, protocol.max_detections, protocol)}
     for name, operator in operators.items():
         moved = predicted_results(results, operator, stride, scales, output_size)
-        matched[name] = MatchedDetections(coco_gt, moved, image_ids)
+        matched[name] = MatchedDetections(coco_gt, moved, image_ids, protocol.max_detections, protocol)
     sums = {reference: {reference: 1}} | {name: difference(name, reference) for name in operators}
-    method = "BCa" if len(image_ids) < _BASIC_FROM else "basic"
-    return bootstrap_over_images(matched, sums, resamples=resamples, method=method)
+    return bootstrap_over_images(matched, sums, resamples=resamples)
 
 
 def _xyxy(xywh: list) -> np.ndarray:

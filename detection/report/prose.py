@@ -39,8 +39,14 @@ def _verdict(change: Estimate) -> str:
     return f"{'costs' if change.value < 0 else 'gains'} {abs(change.value):.1f}"
 
 
+def _ends(change: Estimate) -> tuple[float, float]:
+    """Return the interval of what `_verdict` says: of a cost it is positive where something is lost."""
+    low, high = sorted((-change.low, -change.high) if change.value < 0 else (change.low, change.high))
+    return low, high
+
+
 def _bracket(change: Estimate) -> str:
-    return f"[{change.low:.1f}, {change.high:.1f}]" if change.has_interval else ""
+    return "[{:.1f}, {:.1f}]".format(*_ends(change)) if change.has_interval else ""
 
 
 def cost_breakdown(findings: Findings) -> str:
@@ -62,11 +68,10 @@ def paper_name(arm: str) -> str:
 
 
 def evidence(findings: Findings, estimate: Estimate) -> str:
-    """Format the evidence of a difference: `(95 % interval of the difference 28.0 to 38.2, 3 seeds, p = 0.001)`"""
+    """Format the evidence of a cost or gain: `(95 % interval 28.0 to 38.2, 3 seeds, paired, p = 0.001)`"""
     parts = []
     if estimate.has_interval:
-        ends = sorted((abs(estimate.low), abs(estimate.high))) if estimate.excludes_zero else (estimate.low, estimate.high)
-        parts.append(f"95 % interval of the difference {ends[0]:.1f} to {ends[1]:.1f}")
+        parts.append("95 % interval {:.1f} to {:.1f}".format(*_ends(estimate)))
     parts.append(
         f"{estimate.n} seed{'s' * (estimate.n != 1)}, paired"
         if findings.varies_over == "seeds"

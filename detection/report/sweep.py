@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from pycocotools.coco import COCO
 
-from roi_quantization.detection.common.configuration import differences_beside_seeds, shorten, sweep_lines
+from roi_quantization.detection.common.configuration import differences_beside_seeds, flatten, shorten, sweep_lines
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.annotations import as_coco, choose_classes, choose_images, read_instances, restrict
@@ -29,6 +29,7 @@ from roi_quantization.detection.evaluation.sizes import resize_scales
 
 # settings that decide, beside the operator, which cells of a feature map belong to a box
 GEOMETRY = ("backbone.stride", "data.eval_transform.short_side", "data.eval_transform.max_side", "head.extractor.output_size")
+OF_THE_ARM = re.compile(r"(roi|arm|cross)\b|.*\boperator\b")  # settings in which arms are meant to differ
 _FOLDER = re.compile(r"(?P<arm>.+)_seed(?P<seed>\d+)")
 
 
@@ -115,6 +116,18 @@ class Sweep:
         """(arm, seed) of every planned run that is neither finished nor failed: not started, running, or killed."""
         settled = {(run.arm, run.seed) for run in self.runs if run.finished or run.failed}
         return tuple(pair for pair in self.planned if pair not in settled)
+
+    @cached_property
+    def differing_settings(self) -> dict[str, list[str]]:
+        """Setting beside the operator, `GEOMETRY` and seeds -> its values, where arms differ in it. Empty where they were trained alike."""
+        configs = [upgrade_config(OmegaConf.to_container(run.config)) for run in {run.arm: run for run in self.finished}.values()]
+        found = {text.partition(" ")[0]: None for config in configs[1:] for text in differences_beside_seeds(configs[0], config)}
+        settings = [dict(flatten(config)) for config in configs]
+        return {
+            key: list(dict.fromkeys(str(one.get(key, "none")) for one in settings))
+            for key in found
+            if key not in GEOMETRY and not OF_THE_ARM.match(key)
+        }
 
     @cached_property
     def differing_seeds(self) -> dict[str, str]:

@@ -106,6 +106,9 @@ def main_table(findings: Findings) -> Table:
     of_images = "images, a bootstrap. There is one seed, so the variation between trainings is unknown"
     interval = "seeds, Student's t" if findings.varies_over == "seeds" else of_images
     seen = "the same images, proposals and sampled RoIs" if findings.has_given_proposals else "the same images"
+    paired = f"Differences are paired: within a seed all operators start from the same weights and see {seen}. "
+    if findings.sweep.differing_settings or findings.sweep.differing_geometry:
+        paired = "Differences are those of runs with the same seed, which differ in more than the operator. "
     first, *others = (Column(metric, format_estimate()) for metric in METRICS)
     apart = Column(f"{METRIC} - {findings.reference}", format_estimate(signed=True))
     numbers = (first, apart, Column("p", format_p_value), Column("p, Holm", format_p_value), *others)
@@ -114,8 +117,7 @@ def main_table(findings: Findings) -> Table:
         "Accuracy of every operator",
         (Column("operator"), *numbers, *map(Column, ("RoI", "bins", "of a bin", "runs"))),
         tuple(rows),
-        f"Percent. ± is the 95 % interval over {interval}. Differences are paired: within a seed all operators start from the same weights "
-        f"and see {seen}. p is two-sided and of one comparison. Holm's p is corrected for the "
+        f"Percent. ± is the 95 % interval over {interval}. {paired}p is two-sided and of one comparison. Holm's p is corrected for the "
         f"{len(changes)} comparisons of this table.",
     )
 

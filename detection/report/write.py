@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from roi_quantization.detection.common.configuration import shorten
 from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.report import prose
 from roi_quantization.detection.report.figures import ReportFigure, make_figures
@@ -96,6 +97,9 @@ def _problems(sweep: Sweep, findings: Findings, reference: str) -> list[str]:
         problems.append(f"There is no finished run of {reference}. The others are compared with {findings.reference}.")
     if sweep.partial:
         problems.append(f"All figures and tables are of {sweep.partial}.")
+    if sweep.differing_settings:
+        which = shorten([f"{key} ({' or '.join(values)})" for key, values in sweep.differing_settings.items()])
+        problems.append(f"The arms differ in more than the operator: {which}. Differences between them are of all of these.")
     if sweep.differing_geometry:
         which = " and ".join(f"{key} ({' or '.join(values)})" for key, values in sweep.differing_geometry.items())
         problems.append(

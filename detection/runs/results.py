@@ -15,7 +15,6 @@ from roi_quantization.detection.evaluation.bootstrap import (
     MASK_METRICS,
     METRICS,
     MatchedDetections,
-    bootstrap_method,
     bootstrap_over_images,
 )
 from roi_quantization.detection.evaluation.coco import Metrics, format_table, write_metrics, write_results
@@ -127,7 +126,7 @@ def _differences(results: Mapping[str, list[dict]], own: str, dataset: Any, modu
             name: MatchedDetections(dataset.coco, found, image_ids, module.metrics.max_detections, protocol, masks)
             for name, found in results.items()
         }
-        for name, of_name in bootstrap_over_images(matched, sums, method=bootstrap_method(image_ids)).items():
+        for name, of_name in bootstrap_over_images(matched, sums).items():
             estimates[name] |= {f"{prefix}{metric}": one for metric, one in of_name.items()}
     return estimates
 

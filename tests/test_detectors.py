@@ -216,4 +216,4 @@ def test_a_run_of_before_there_were_detectors_is_a_fast_rcnn(data, tmp_path, cap
         composed("train", *TINY, f"run_dir={tmp_path / 'more'}", f"data.root={data}", "trainer.max_steps=2", f"resume={run / 'last.ckpt'}")
     )
     assert torch.load(tmp_path / "more/last.ckpt", weights_only=True)["global_step"] == 2
-    assert "has another configuration: trainer.max_steps was 1 and is 2. The" in caplog.text, "and nothing else"
+    assert "has another configuration: trainer.max_steps was 1 and is 2. Of" in caplog.text, "and nothing else"

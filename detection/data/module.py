@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class EpochSampler(DistributedSampler):
     With several ranks a step takes the same images as one process with the batch size of all ranks together. Lightning calls `set_epoch`
     before each epoch, and does not replace a DistributedSampler.
     """
+
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int):
+        # it shuffles by seed + epoch; the factor keeps consecutive seeds from seeing the same orders one epoch apart
+        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed * 2_654_435_761 % 2**32, drop_last=True)
 
     skip = 0  # images at the start of this epoch, on this rank, that a resumed run has already seen
 
@@ -195,11 +199,11 @@ class DetectionData(pl.LightningDataModule):
             if split == "train":
                 raise InputError(f"{text}. There is nothing to learn: annotate objects, or choose other images with data.train")
             log.warning("%s. Its AP is undefined.", text)
-        others = {name for name in ("train", "val", "test") if getattr(self, name) is not None} - {split}
-        pairs = [{"train", split}] if "train" in others else [{"train", name} for name in sorted(others)] if split == "train" else []
-        for pair in pairs:
-            files = {name: [record.path for record in getattr(self, name).records] for name in pair}
-            plausibility.report(plausibility.judge_splits(files), self.root)
+        splits = {name: getattr(self, name) for name in ("train", "val", "test")}
+        files = {name: [record.path for record in one.records] for name, one in splits.items() if one is not None}
+        for pair in combinations(files, 2):
+            if split in pair:
+                plausibility.report(plausibility.judge_splits({name: files[name] for name in pair}), self.root)
 
     @property
     def categories(self) -> list[dict]:
@@ -214,7 +218,7 @@ class DetectionData(pl.LightningDataModule):
         if len(self.train) < self.batch_size * world_size:
             wanted = f"a batch of {self.batch_size}" + (f" in each of {world_size} processes" if world_size > 1 else "")
             raise InputError(f"{len(self.train)} training images do not fill {wanted}; lower data.batch_size.")
-        sampler = EpochSampler(self.train, num_replicas=world_size, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
+        sampler = EpochSampler(self.train, world_size, rank, self.seed)
         sampler.resume(self.start["epoch"], skip=self.start["batches"] * self.batch_size)
         return self._loader(self.train, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 

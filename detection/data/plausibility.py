@@ -111,25 +111,25 @@ def judge_images(names: Mapping[int, str], categories: Mapping[int, str]) -> Ite
 
 
 def judge_splits(files: Mapping[str, Sequence[Path]]) -> Iterator[Finding]:
-    """Find training images in the other splits: the same file, or a copy with the same name.
+    """Find images of the first of two splits in the second: the same file, or a copy with the same name.
 
     Args:
-        files: split -> its images.
+        files: split -> its images, of train, val and test in this order.
     """
-    if "train" not in files:
-        return
-    train = _real_paths(files["train"])
-    by_name = {path.name: path for path in train.values()}
-    for split in files.keys() - {"train"}:
-        others = _real_paths(files[split])
-        shared = [path for path in others if path in train]
-        pairs = [(by_name[path.name], path) for key, path in others.items() if key not in train and path.name in by_name]
-        shared += [str(path) for trained, path in pairs[:MAX_COPIES] if _are_copies(trained, path)]
-        if shared:
-            yield Finding(
-                f"{len(shared)} of {len(others)} images of {split} are training images; the first is {shared[0]}. Results on them are too "
-                "good: remove them from one of the splits"
-            )
+    first, second = files
+    earlier, later = (_real_paths(files[split]) for split in (first, second))
+    by_name = {path.name: path for path in earlier.values()}
+    shared = [path for path in later if path in earlier]
+    pairs = [(by_name[path.name], path) for key, path in later.items() if key not in earlier and path.name in by_name]
+    shared += [str(path) for seen, path in pairs[:MAX_COPIES] if _are_copies(seen, path)]
+    if shared:
+        found = f"{len(shared)} of {len(later)} images of {second} are"
+        yield Finding(
+            f"{found} training images; the first is {shared[0]}. Results on them are too good: remove them from one of the splits"
+            if first == "train"
+            else f"{found} images of {first}, on which the best checkpoint is chosen; the first is {shared[0]}. Results on them are a "
+            f"little too good: hold out another part of the images with data.{first}.part, or set data.{first}=null"
+        )
 
 
 def judge_windows(windows: np.ndarray, sizes: np.ndarray, describe: Callable[[int], str]) -> Iterator[Finding]:

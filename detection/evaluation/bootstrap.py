@@ -119,9 +119,9 @@ def bootstrap_over_images(
         resamples: number of resamples.
         confidence: level of the intervals.
         seed: of the resampling.
-        method: of `scipy.stats.bootstrap`; None: `bootstrap_method`. AP is biased upwards on resamples, so percentile intervals are too high:
-            in a simulation with 100 images and detections of two real runs, 87 to 92 % of the 95 % intervals covered
-            the true value, and 92 to 94 % with "BCa" (bias-corrected and accelerated, Efron 1987) or "basic". BCa
+        method: of `scipy.stats.bootstrap`; None: that of `bootstrap_method`. AP is biased upwards on resamples, so percentile
+            intervals are too high: in a simulation with 100 images and detections of two real runs, 87 to 92 % of the 95 % intervals
+            covered the true value, and 92 to 94 % with "BCa" (bias-corrected and accelerated, Efron 1987) or "basic". BCa
             stays within 0 to 100. It evaluates once more per image, so "basic" is faster for thousands of images.
 
     Returns:

@@ -82,8 +82,8 @@ class DetectionModule(pl.LightningModule):
         steps, wanted = self.trainer.estimated_stepping_batches, self.trainer.max_steps
         if steps < wanted:
             raise InputError(
-                f"trainer.max_steps={wanted}: with trainer.max_epochs={self.trainer.max_epochs} training would end after {steps} steps. Set "
-                "trainer.max_epochs=-1, or leave out trainer.max_steps"
+                f"trainer.max_steps={wanted}: with trainer.max_epochs={self.trainer.max_epochs} training would end after {steps} steps. "
+                "Set trainer.max_epochs=-1, or leave out trainer.max_steps"
             )
         if self.schedule is None:
             return optimizer

@@ -112,7 +112,7 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
         if "optimizer_states" not in checkpoint:
             raise InputError(f"resume={given}: it contains weights only. To go on take a last.ckpt or step_*.ckpt")
         if differ := differences(upgrade_config(checkpoint["config"]), OmegaConf.to_container(cfg)):
-            log.warning("%s has another configuration: %s. The learning rates of its optimizer are kept", given, shorten(differ))
+            log.warning("%s has another configuration: %s. Of its optimizer rates, decay and momentum are kept", given, shorten(differ))
         return given
     check_unfinished(given, _resolve(cfg, cfg.run_dir))
     chosen = _newest_intact(given, cfg)

@@ -206,7 +206,7 @@ class TestProcesses:
         def steps(processes, batch_size, epoch, done=0):
             batches = []
             for rank in range(processes):
-                sampler = EpochSampler(Numbers(images), num_replicas=processes, rank=rank, shuffle=True, seed=3, drop_last=True)
+                sampler = EpochSampler(Numbers(images), processes, rank, seed=3)
                 sampler.resume(epoch, skip=done * batch_size)
                 batches.append(list(BatchSampler(sampler, batch_size, drop_last=True)))
             return [sorted(chain(*step)) for step in zip(*batches, strict=True)]
@@ -215,6 +215,15 @@ class TestProcesses:
             whole = steps(1, processes * batch_size, epoch)
             assert steps(processes, batch_size, epoch) == whole and len(whole) > 1
             assert steps(processes, batch_size, epoch, done=1) == whole[1:], "and a run may go on with another number of them"
+
+    def test_no_seed_sees_the_orders_of_another(self):
+        orders = set()
+        for seed in (0, 1, 2, 100, 2**32 - 1):
+            sampler = EpochSampler(Numbers(50), num_replicas=1, rank=0, seed=seed)
+            for epoch in range(5):
+                sampler.set_epoch(epoch)
+                orders.add(tuple(sampler))
+        assert len(orders) == 25
 
     @pytest.mark.parametrize(("images", "processes", "batch_size"), [(12, 2, 3), (10, 2, 4), (3, 2, 4), (5, 4, 4), (7, 3, 1), (9, 4, 2)])
     def test_they_evaluate_the_very_batches_of_one_process(self, images, processes, batch_size):

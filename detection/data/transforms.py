@@ -7,11 +7,14 @@ and to all of them alike.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from roi_quantization.detection.common.errors import InputError
 
@@ -39,13 +42,28 @@ def resize_and_flip(short_side: int | Sequence[int] | None = None, max_side: int
     if not (isinstance(flip, float | int) and 0 <= flip <= 1):
         raise InputError(f"flip={flip!r}: expected a probability from 0 to 1, such as 0.5")
     # torchvision refuses a max_size that does not exceed the size; max_side alone decides then
-    resizes = [v2.Resize(size if max_side is None or size < max_side else None, max_size=max_side, antialias=True) for size in sizes]
+    resizes = [Resize(size if max_side is None or size < max_side else None, max_size=max_side, antialias=True) for size in sizes]
     steps = resizes if len(resizes) <= 1 else [v2.RandomChoice(resizes)]
     return v2.Compose([*steps, v2.RandomHorizontalFlip(flip)])
 
 
 def _is_pixels(side: object) -> bool:
     return isinstance(side, Integral) and side > 0
+
+
+class Resize(v2.Resize):
+    """Resize as `v2.Resize` does, and masks by the pixel at the centre of each new one.
+
+    `v2.Resize` takes the pixel at its upper left corner, which moves masks right and down of their boxes by up to half a pixel.
+    The name is that of `v2.Resize` too: the files of `FeatureCache` have it in their key.
+    """
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Mask):
+            return super().transform(inpt, params)
+        # not F.resize: versions of torchvision before 0.29 ignore the interpolation of masks
+        resized = F.resize_image(inpt.as_subclass(torch.Tensor), self.size, v2.InterpolationMode.NEAREST_EXACT, self.max_size)
+        return tv_tensors.wrap(resized, like=inpt)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.transforms import resize_and_flip, seeded_rng
@@ -87,3 +88,36 @@ def test_draws_depend_on_the_key_and_leave_no_trace():
     for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 1, -2)):
         with seeded_rng(*other):
             assert not torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize(
+    ("size", "short"), [((40, 60), 64), ((40, 60), 31), ((37, 61), 50), ((33, 59), 99), ((480, 640), 600), ((40, 60), 20)]
+)
+def test_a_resized_mask_has_the_pixels_at_the_centres(size, short):
+    columns = torch.arange(size[1], dtype=torch.int32).expand(1, *size)
+    resized = resize_and_flip(short)(tv_tensors.Mask(columns))
+    assert type(resized) is tv_tensors.Mask and resized.dtype == torch.int32
+    width = resized.shape[-1]
+    centres = (torch.arange(width) + 0.5) * size[1] / width
+    assert (resized[0, 0] + 0.5 - centres).abs().max() <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize(("size", "short"), [((40, 60), 64), ((40, 60), 31), ((37, 61), 50), ((33, 59), 99), ((480, 640), 600)])
+def test_a_mask_stays_where_its_box_is(size, short):
+    """On average over objects: each edge is rounded to whole pixels by itself."""
+    starts = torch.arange(20)
+    edges = torch.stack([starts, starts // 2, starts + 13, starts // 2 + 11], dim=1)
+    masks = torch.zeros(len(edges), *size, dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, edges.tolist(), strict=True):
+        mask[y1:y2, x1:x2] = 1
+    target = {"boxes": tv_tensors.BoundingBoxes(edges.float(), format="XYXY", canvas_size=size), "masks": tv_tensors.Mask(masks)}
+    image, moved = resize_and_flip(short)(torch.zeros(3, *size, dtype=torch.uint8), target)
+    assert moved["masks"].shape[1:] == image.shape[1:]
+    shift = (masks_to_boxes(moved["masks"]) + torch.tensor([0, 0, 1, 1]) - moved["boxes"]).mean(dim=0)
+    assert [(shift[0] + shift[2]) / 2, (shift[1] + shift[3]) / 2] == pytest.approx([0, 0], abs=0.15)
+
+
+def test_a_mask_of_the_size_asked_for_and_no_masks():
+    mask = tv_tensors.Mask(torch.arange(2 * 40 * 60).remainder(2).to(torch.uint8).reshape(2, 40, 60))
+    assert torch.equal(resize_and_flip(40)(mask), mask)
+    assert resize_and_flip(80)(mask[:0]).shape == (0, 80, 120)

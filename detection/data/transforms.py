@@ -25,8 +25,9 @@ def resize_and_flip(short_side: int | Sequence[int] | None = None, max_side: int
     Sides are whole pixels, so the two axes may be scaled by slightly different factors: each by the ratio of its sizes.
 
     Args:
-        short_side: the shorter side after resizing, in pixels. A list draws one for each image (multi-scale training); None keeps the size.
-        max_side: upper limit of the longer side, in pixels.
+        short_side: the shorter side after resizing, in pixels. A list draws one for each image (multi-scale training); None keeps the size
+            up to `max_side`.
+        max_side: upper limit of the longer side, in pixels. Without `short_side` larger images are shrunk to it, others keep their size.
         flip: probability of a flip.
 
     Raises:
@@ -39,10 +40,13 @@ def resize_and_flip(short_side: int | Sequence[int] | None = None, max_side: int
     if not (max_side is None or _is_pixels(max_side)):
         raise InputError(f"max_side={max_side!r}: expected a whole number of pixels such as 1000, or null for no limit")
     sizes = [int(size) for size in sizes]  # torchvision takes no other integers
+    max_side = None if max_side is None else int(max_side)
     if not (isinstance(flip, float | int) and 0 <= flip <= 1):
         raise InputError(f"flip={flip!r}: expected a probability from 0 to 1, such as 0.5")
     # torchvision refuses a max_size that does not exceed the size; max_side alone decides then
     resizes = [Resize(size if max_side is None or size < max_side else None, max_size=max_side, antialias=True) for size in sizes]
+    if not sizes and max_side is not None:
+        resizes = [Shrink(None, max_size=max_side, antialias=True)]
     steps = resizes if len(resizes) <= 1 else [v2.RandomChoice(resizes)]
     return v2.Compose([*steps, v2.RandomHorizontalFlip(flip)])
 
@@ -64,6 +68,13 @@ class Resize(v2.Resize):
         # not F.resize: versions of torchvision before 0.29 ignore the interpolation of masks
         resized = F.resize_image(inpt.as_subclass(torch.Tensor), self.size, v2.InterpolationMode.NEAREST_EXACT, self.max_size)
         return tv_tensors.wrap(resized, like=inpt)
+
+
+class Shrink(Resize):
+    """Resize images whose longer side exceeds `max_size` to it. Others keep their size."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return super().transform(inpt, params) if max(F.get_size(inpt)) > self.max_size else inpt
 
 
 @contextmanager

@@ -74,12 +74,13 @@ def resize_scales(coco_gt: COCO, short_side: int | None, max_side: int | None = 
 
     The rule is that of `roi_quantization.detection.data.transforms.resize_and_flip`, without rounding to whole pixels.
     """
-    if short_side is None:
+    if short_side is None and max_side is None:
         return None
     scales = {}
     for image_id, image in coco_gt.imgs.items():
         short, long = sorted((image["width"], image["height"]))
-        scales[image_id] = min(short_side / short, (max_side or math.inf) / long)
+        wanted = 1.0 if short_side is None else short_side / short
+        scales[image_id] = min(wanted, (max_side or math.inf) / long)
     return scales
 
 

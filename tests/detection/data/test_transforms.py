@@ -34,6 +34,9 @@ def test_flip_mirrors_edges_not_pixel_numbers():
         (120, 90, (60, 90)),
         (50, None, (50, 75)),
         (None, None, (40, 60)),
+        (None, 30, (20, 30)),  # max_side alone shrinks
+        (None, 60, (40, 60)),
+        (None, 90, (40, 60)),  # and never enlarges
     ],
 )
 def test_resize_scales_boxes_by_the_ratio_of_the_sizes(short, longest, size):
@@ -57,6 +60,7 @@ def test_several_short_sides_are_drawn_from():
             heights.add(transform(*inputs())[0].shape[-2])
     assert heights == {20, 40}
     assert resize_and_flip(np.int64(20))(*inputs())[0].shape[-2] == 20
+    assert resize_and_flip(max_side=np.int64(30))(*inputs())[0].shape[-2] == 20
 
 
 @pytest.mark.parametrize(
@@ -121,3 +125,13 @@ def test_a_mask_of_the_size_asked_for_and_no_masks():
     mask = tv_tensors.Mask(torch.arange(2 * 40 * 60).remainder(2).to(torch.uint8).reshape(2, 40, 60))
     assert torch.equal(resize_and_flip(40)(mask), mask)
     assert resize_and_flip(80)(mask[:0]).shape == (0, 80, 120)
+
+
+def test_max_side_alone_moves_boxes_and_masks_with_the_image():
+    """Images and targets of a training transform have one size, whether they are shrunk or not."""
+    for max_side, size in ((30, (20, 30)), (100, (40, 60))):
+        image, target = inputs()
+        mask = tv_tensors.Mask(torch.ones(1, 40, 60, dtype=torch.uint8))
+        image, moved = resize_and_flip(max_side=max_side, flip=1.0)(image, target | {"masks": mask})
+        assert image.shape[1:] == moved["masks"].shape[1:] == moved["boxes"].canvas_size == size
+        assert moved["proposals"].tolist() == [[side * size[0] / 40 for side in (30, 5, 50, 15.5)]]

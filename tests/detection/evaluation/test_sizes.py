@@ -60,7 +60,16 @@ def test_every_image_needs_its_scale():
 
 
 @pytest.mark.parametrize(
-    ("short_side", "max_side", "expected"), [(240, None, 0.5), (600, 640, 1.0), (240, 1000, 0.5), (600, 700, 700 / 640)]
+    ("short_side", "max_side", "expected"),
+    [
+        (240, None, 0.5),
+        (600, 640, 1.0),
+        (240, 1000, 0.5),
+        (600, 700, 700 / 640),
+        (None, 128, 0.2),
+        (None, 640, 1.0),
+        (None, 1000, 1.0),
+    ],
 )
 def test_scales_are_those_of_the_transform(short_side, max_side, expected):
     """Images of 640 x 480."""

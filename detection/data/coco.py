@@ -32,7 +32,7 @@ class CocoDetection(Dataset):
         crowd      float32 [M, 4]   crowd regions: neither object nor background
         proposals  float32 [L, 4]   candidate windows
         image_id   int
-        original_size  (height, width) of the file
+        original_size  (height, width) of the upright image (after its EXIF orientation)
     and, with `masks`, the pixels of each object:
         masks      uint8 [G, H, W]  1 inside
     and, where `features` is set, the cached map of a frozen backbone, for which the image has no pixels but its size:
@@ -161,7 +161,7 @@ class CocoDetection(Dataset):
         self._epoch.fill_(epoch)
 
     def ground_truth(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `boxes [G, 4]`, `labels [G]` and `crowd [M, 4]` of an image, in pixels of the file."""
+        """Return `boxes [G, 4]`, `labels [G]` and `crowd [M, 4]` of an image, in pixels of the upright image."""
         rows = slice(self._starts[index], self._starts[index + 1])
         crowd = self._is_crowd[rows]
         arrays = self._boxes[rows][~crowd], self._labels[rows][~crowd], self._boxes[rows][crowd]

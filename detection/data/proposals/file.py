@@ -159,7 +159,8 @@ class ProposalFile:
             more = ", and in the order of the columns that proposals.<split>.mat_columns says" if str(self.path).endswith(".mat") else ""
             raise InputError(
                 f"{self.path}: the proposals of image {image.id} {found}, but {image.path.name} has {image.width} x {image.height}: were "
-                f"they made for other images, or at another size? They must be in pixels of the image as it lies on disk{more}."
+                f"they made for other images, or at another size? They must be in pixels of the upright "
+                f"image (after its EXIF orientation){more}."
             )
 
 
@@ -175,7 +176,8 @@ def write_proposals(
     Args:
         path: the file, `.npz`.
         images: the images, in any order.
-        boxes: windows `[L, 4]` of each image, x1, y1, x2, y2 in its pixels. They are stored as int16 if all of them are, else float32.
+        boxes: windows `[L, 4]` of each image, x1, y1, x2, y2 in pixels of the upright image (after its EXIF
+            orientation). They are stored as int16 if all of them are, else float32.
         scores: `[L]` of each image.
         fingerprint: of each image, see `ProposalCache`.
     """

@@ -19,7 +19,11 @@ class ProposalProvider(Protocol):
         """Compute or read, and check, the windows of these images. Called once for each set of images, before any `__call__`."""
 
     def __call__(self, image: ImageRecord) -> Tensor:
-        """Return the windows of an image: float32 `[L, 4]`, `(x1, y1, x2, y2)` in pixels of the image file."""
+        """Return the windows of an image.
+
+        Returns:
+            float32 `[L, 4]`, `(x1, y1, x2, y2)` in pixels of the upright image (after its EXIF orientation).
+        """
 
 
 class NoProposals:

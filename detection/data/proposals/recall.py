@@ -37,7 +37,8 @@ def recall_table(images: Iterable[tuple[Tensor, Tensor]], counts: Sequence[int |
     """Compute the recall of the first windows of each image, by object size.
 
     Args:
-        images: windows `[L, 4]` and objects `[G, 4]` of each image, in pixels of the file, without crowd regions.
+        images: windows `[L, 4]` and objects `[G, 4]` of each image, in pixels of the upright image (after its EXIF
+            orientation), without crowd regions.
         counts: numbers of windows of an image, taken in the provider's order; None means all.
 
     Returns:

@@ -95,7 +95,8 @@ def search(image: ImageRecord, quality: bool, max_side: int | None, min_side: in
     """Search one image. The arguments are those of `SelectiveSearch`.
 
     Returns:
-        Windows `[L, 4]` in pixels of the image file, int16 (float32 in an image with a side of 2^15 pixels or more).
+        Windows `[L, 4]` in pixels of the upright image (after its EXIF orientation), int16 (float32 in an image with a side of 2^15 pixels
+        or more).
     """
     cv2 = _opencv()
     cv2.setNumThreads(1)  # the images are searched in parallel, one per core

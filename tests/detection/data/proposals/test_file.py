@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import NotWrittenError
 from roi_quantization.detection.data.images import ImageRecord
 from roi_quantization.detection.data.proposals.file import ProposalFile, read_proposals, write_proposals
@@ -186,3 +187,10 @@ def test_no_file(tmp_path):
         ProposalFile(tmp_path / "p.npz").prepare([ONE])
     with pytest.raises(ValueError, match=r"This split has no proposal file: set proposals\.<split>\.path"):
         ProposalFile(None).prepare([ONE])
+
+
+def test_a_size_as_stored_is_refused_where_exif_turns_the_image(tmp_path):
+    """Image 2 is stored as 60 x 40 and read upright, 40 x 60, which is the size of its annotations."""
+    turned = ImageRecord(2, Path("two.png"), 40, 60)
+    with pytest.raises(InputError, match=r"in pixels of the upright image \(after its EXIF orientation\)"):
+        ProposalFile(save(tmp_path / "p.npz")).prepare([turned])

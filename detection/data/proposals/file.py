@@ -72,7 +72,7 @@ class ProposalFile:
         kept = np.flatnonzero(_has_area(boxes))
         if "scores" in self._arrays:
             kept = kept[np.argsort(-self._arrays["scores"][self._starts[row] :][kept], kind="stable")]
-        return torch.from_numpy(boxes[kept[: self.max_proposals]].astype(np.float32))
+        return torch.from_numpy(boxes[kept[: self.max_proposals]])
 
     def _read(self) -> dict[str, np.ndarray]:
         suffix = Path(self.path).suffix.lower()
@@ -141,8 +141,9 @@ class ProposalFile:
         return self._arrays["boxes"][self._starts[row] : self._starts[row + 1]]
 
     def _cut(self, image: ImageRecord, row: int) -> np.ndarray:
-        """Return the windows of an image cut to it, including those of which nothing is left."""
-        return np.clip(self._boxes(row), 0, np.array([image.width, image.height] * 2, self._arrays["boxes"].dtype))
+        """Return the windows of an image cut to it, float32, including those of which nothing is left."""
+        boxes = self._boxes(row).astype(np.float64)  # the size may be no number of the windows' type
+        return np.clip(boxes, 0, [image.width, image.height] * 2).astype(np.float32)
 
     def _check_size(self, image: ImageRecord, row: int) -> None:
         """Check the size that the file has for an image; in formats without sizes, that the windows end at most a pixel outside."""
@@ -206,6 +207,9 @@ def write_proposals(
 def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
     """Read and check the arrays of a proposal file.
 
+    Returns:
+        The arrays as they are in the file, except for counts, which are int64, and whole numbers as scores, which are float64.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no valid proposal file.
@@ -222,13 +226,17 @@ def read_proposals(path: Path | str) -> dict[str, np.ndarray]:
     if missing:
         raise InputError(f"{path} has no array {missing[0]!r}; a proposal file has {', '.join(SHAPES)} (docs/proposals.md).")
     _check(path, arrays)
+    arrays["count"] = arrays["count"].astype(np.int64)
+    if "scores" in arrays and arrays["scores"].dtype.kind != "f":
+        arrays["scores"] = arrays["scores"].astype(np.float64)  # unsigned numbers have no negative, by which they are sorted
     return arrays
 
 
 def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         if array.dtype.kind not in DTYPE_KINDS.get(name, "iu"):
-            raise InputError(f"{path}: {name} is of dtype {array.dtype}, expected {'whole ' if name not in DTYPE_KINDS else ''}numbers.")
+            expected = {"image_id": "whole numbers or names", "boxes": "numbers", "scores": "numbers"}.get(name, "whole numbers")
+            raise InputError(f"{path}: {name} is of dtype {array.dtype}, expected {expected}.")
     images, windows = arrays["image_id"].size, len(np.atleast_1d(arrays["boxes"]))
     expected = {"image_id": (images,), "size": (images, 2), "count": (images,), "boxes": (windows, 4), "scores": (windows,)}
     expected["fingerprint"] = (images,)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import NotWrittenError
@@ -131,6 +132,8 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
         ({"count": 3}, r"count has shape \(\), expected \(3,\)"),
         ({"boxes": np.zeros((3, 4), complex)}, "boxes is of dtype complex128, expected numbers"),
         ({"boxes": 0.0}, r"boxes has shape \(\)"),
+        ({"image_id": [2.0, 9.0, 1.0]}, "image_id is of dtype float64, expected whole numbers or names"),
+        ({"image_id": [b"2", b"9", b"1"]}, r"image_id is of dtype \|S1, expected whole numbers or names"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(tmp_path, changes, message):
@@ -194,3 +197,31 @@ def test_a_size_as_stored_is_refused_where_exif_turns_the_image(tmp_path):
     turned = ImageRecord(2, Path("two.png"), 40, 60)
     with pytest.raises(InputError, match=r"in pixels of the upright image \(after its EXIF orientation\)"):
         ProposalFile(save(tmp_path / "p.npz")).prepare([turned])
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u8", "i1", "i8", ">i2", "f2", "f8", "<i2"])
+def test_numbers_of_every_type_are_the_same_windows(tmp_path, dtype):
+    """Unsigned scores have no negative, and a wide image's size is no number of 8 or 16 bits."""
+    wide = ImageRecord(2, Path("wide.png"), 40_000, 40)
+    boxes, scores = np.array([[0, 0, 50, 40], [1, 1, 100, 30], [2, 2, 90, 20]]).astype(dtype), np.array([0, 120, 100]).astype(dtype)
+    proposals = ProposalFile(
+        save(tmp_path / "p.npz", image_id=[2], size=[[40_000, 40]], count=np.array([3], "u1"), boxes=boxes, scores=scores)
+    )
+    proposals.prepare([wide])
+    found = proposals(wide)
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[1, 1, 100, 30], [2, 2, 90, 20], [0, 0, 50, 40]]
+
+
+def test_the_lowest_integer_score_comes_last(tmp_path):
+    path = save(tmp_path / "p.npz", image_id=[1], size=[[60, 40]], count=[3], scores=np.array([-128, 5, 7], np.int8))
+    proposals = ProposalFile(path, max_proposals=2)
+    proposals.prepare([ONE])
+    assert proposals(ONE).tolist() == BOXES[1][::-1]
+
+
+def test_a_window_without_area_in_float32_is_dropped(tmp_path):
+    boxes = np.array([[10, 10, 10 + 1e-9, 20], [0, 0, 5, 5], [0, 0, 6, 6]])
+    proposals = ProposalFile(save(tmp_path / "p.npz", boxes=boxes))
+    proposals.prepare([ONE, TWO])
+    assert len(proposals(TWO)) == 0 and len(proposals(ONE)) == 2

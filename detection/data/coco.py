@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +89,7 @@ class CocoDetection(Dataset):
             ImageRecord(image["id"], folder / image["file_name"], image["width"], image["height"]) for image in instances["images"]
         ]
         _check_files(self.records, folder)
+        plausibility.report(plausibility.judge_instances(instances), annotations)
         self._index_boxes(instances)
         self.proposals = proposals
         proposals.prepare(self.records)
@@ -107,7 +107,6 @@ class CocoDetection(Dataset):
         order = np.argsort(indices, kind="stable")
         sizes = np.array([(r.width, r.height, r.width, r.height) for r in self.records])
         boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
-        self._judge(instances, boxes, indices)
         boxes[:, 2:] += boxes[:, :2]
         self._boxes = np.clip(boxes, 0, sizes[indices]).astype(np.float32)[order]
         self._labels = np.array([label_of[annotation["category_id"]] for annotation in annotations], dtype=np.int64)[order]
@@ -116,32 +115,6 @@ class CocoDetection(Dataset):
         if self.masks:
             texts = [json.dumps(annotations[row]["segmentation"]).encode() for row in order]
             self._segmentations, self._segmentation_starts = b"".join(texts), np.cumsum([0, *map(len, texts)])
-
-    def _judge(self, instances: dict, boxes: np.ndarray, indices: np.ndarray) -> None:
-        """Log what is implausible in the annotations, or refuse them.
-
-        Args:
-            instances: of the images of this set.
-            boxes: `[n, 4]`, x, y, width, height of the annotations.
-            indices: `[n]`, the image of each.
-        """
-        annotations, images = instances["annotations"], instances["images"]
-
-        def describe(number: int) -> str:
-            annotation, image = annotations[number], images[indices[number]]
-            return f"annotation {annotation['id']} of image {image['id']} ({image['file_name']}), bbox {annotation['bbox']}"
-
-        sizes = np.array([(image["width"], image["height"]) for image in images])
-        category_ids = np.array([annotation["category_id"] for annotation in annotations], dtype=np.int64)
-        findings = [
-            plausibility.judge_images(
-                {image["id"]: image["file_name"] for image in images},
-                {category["id"]: category["name"] for category in instances["categories"]},
-            ),
-            plausibility.judge_boxes(boxes, sizes[indices], describe),
-            plausibility.judge_annotations(indices, category_ids, boxes, describe),
-        ]
-        plausibility.report(chain(*findings), self._annotations)
 
     @property
     def num_objects(self) -> int:

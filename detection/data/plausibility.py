@@ -43,6 +43,26 @@ def report(findings: Iterable[Finding], source: object) -> None:
         log.warning("%s: %s", source, finding.text)
 
 
+def judge_instances(instances: Mapping) -> Iterator[Finding]:
+    """Judge the images, categories and annotations that `annotations.read_instances` returns."""
+    annotations, images = instances["annotations"], instances["images"]
+    index_of = {image["id"]: index for index, image in enumerate(images)}
+    indices = np.array([index_of[annotation["image_id"]] for annotation in annotations], dtype=np.int64)
+    boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
+    sizes = np.array([(image["width"], image["height"]) for image in images]).reshape(-1, 2)[indices]
+    category_ids = np.array([annotation["category_id"] for annotation in annotations], dtype=np.int64)
+
+    def describe(number: int) -> str:
+        annotation, image = annotations[number], images[indices[number]]
+        return f"annotation {annotation['id']} of image {image['id']} ({image['file_name']}), bbox {annotation['bbox']}"
+
+    names = {image["id"]: image["file_name"] for image in images}
+    yield from judge_images(names, {category["id"]: category["name"] for category in instances["categories"]})
+    yield from judge_boxes(boxes, sizes, describe)
+    yield from judge_annotations(indices, category_ids, boxes, describe)
+    yield from judge_areas(annotations, describe)
+
+
 def judge_boxes(boxes: np.ndarray, sizes: np.ndarray, describe: Callable[[int], str]) -> Iterator[Finding]:
     """Judge annotated boxes.
 
@@ -89,6 +109,22 @@ def judge_annotations(
     if repeated.sum() > 0.01 * len(rows):
         first = describe(int(order[1:][repeated].min()))
         yield Finding(f"{repeated.sum()} of {len(rows)} objects are annotated more than once; the first is {first}. Remove the copies")
+
+
+def judge_areas(annotations: Sequence[Mapping], describe: Callable[[int], str]) -> Iterator[Finding]:
+    """Find annotations whose `area` is 0 though their box has one, and those with `ignore` that are no crowd regions."""
+    no_area = [number for number, annotation in enumerate(annotations) if annotation["area"] == 0]
+    if no_area:
+        yield Finding(
+            f"{len(no_area)} of {len(annotations)} annotations have area 0, though their boxes have one; the first is "
+            f"{describe(no_area[0])}. They count as small objects: write the area in pixels, or leave it out for that of the box"
+        )
+    ignored = [number for number, annotation in enumerate(annotations) if annotation.get("ignore") and not annotation["iscrowd"]]
+    if ignored:
+        yield Finding(
+            f"{len(ignored)} of {len(annotations)} annotations have ignore and not iscrowd; the first is {describe(ignored[0])}. "
+            "They count as objects, as in COCO's metrics: set iscrowd to 1 where they are to be ignored"
+        )
 
 
 def judge_images(names: Mapping[int, str], categories: Mapping[int, str]) -> Iterator[Finding]:

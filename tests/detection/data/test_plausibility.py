@@ -160,6 +160,29 @@ class TestDataSets:
         with pytest.raises(ValueError, match=r"instances\.json: all 4 boxes are below a pixel; .*They are normalised: multiply"):
             CocoDetection(**small_set.paths)
 
+    def test_areas_of_0_and_ignored_objects_are_counted(self, small_set, caplog):
+        small_set.change("annotations", 1, bbox=[40, 20, 20, 20])
+        for number in (1, 3):
+            small_set.change("annotations", number, area=0)
+        small_set.change("annotations", 2, ignore=1)  # a crowd region
+        small_set.change("annotations", 3, ignore=1)
+        dataset = CocoDetection(**small_set.paths)
+        assert len(dataset.coco.anns) == 4  # read anew, and judged once
+        assert caplog.messages == [
+            f"{small_set.annotations}: 2 of 4 annotations have area 0, though their boxes have one; the first is annotation 2 of image 7 "
+            "(a.png), bbox [40, 20, 20, 20]. They count as small objects: write the area in pixels, or leave it out for that of the box",
+            f"{small_set.annotations}: 1 of 4 annotations have ignore and not iscrowd; the first is annotation 4 of image 3 (b.png), bbox "
+            "[1, 2, 3, 4]. They count as objects, as in COCO's metrics: set iscrowd to 1 where they are to be ignored",
+        ]
+
+    def test_areas_that_are_left_out_are_those_of_the_boxes(self, small_set, caplog):
+        small_set.change("annotations", 1, bbox=[40, 20, 20, 20])
+        for annotation in small_set.instances["annotations"]:
+            del annotation["area"]
+        small_set.write()
+        CocoDetection(**small_set.paths)
+        assert caplog.messages == []
+
     def data(self, small_set, **splits):
         paths = {"images": str(small_set.images), "annotations": str(small_set.annotations)}
         made = DetectionData(small_set.images.parent, **{"train": paths, "val": None, "test": None} | splits, proposals=Grid([0.5]))

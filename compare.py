@@ -15,10 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pycocotools.coco import COCO
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import atomic_write
+from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.annotations import as_coco, read_instances, restrict
 from roi_quantization.detection.evaluation.bootstrap import (
     METRICS,
@@ -82,6 +84,7 @@ def compare(
     """
     names = _check_names(names, paths)
     instances = read_instances(annotations)
+    plausibility.report(plausibility.judge_instances(instances), annotations)
     coco = as_coco(instances)
     annotated = set(coco.imgs)
     if len(annotated) < 2:
@@ -108,6 +111,7 @@ def compare(
                 f"{path} has detections in image {min(strangers)}, which metrics.json beside it does not have. Are they of two "
                 "evaluations? Give results of other images a folder of their own."
             )
+        _judge_results(coco, results[name], path)
         results[name] = [result for result in results[name] if result["image_id"] in coco_eval.cocoGt.imgs]
         matched[name], errors[name] = MatchedDetections.of(coco_eval), split_matched(coco_eval)
 
@@ -216,6 +220,18 @@ def _check_names(names: Sequence[str] | None, paths: Sequence[Path]) -> list[str
         if names.count(name) > 1:
             raise InputError(f"two files of results have the name {name!r}; give each its own with --names.")
     return list(names)
+
+
+def _judge_results(coco: COCO, results: Sequence[Mapping], path: Path) -> None:
+    """Warn of boxes that are implausible as [x, y, width, height] in pixels of their images."""
+    images = [coco.imgs[result["image_id"]] for result in results]
+    boxes = np.array([result["bbox"] for result in results], dtype=np.float64).reshape(-1, 4)
+    sizes = np.array([(image["width"], image["height"]) for image in images]).reshape(-1, 2)
+
+    def describe(number: int) -> str:
+        return f"result {number} of image {images[number]['id']} ({images[number]['file_name']}), bbox {results[number]['bbox']}"
+
+    plausibility.report(plausibility.judge_detections(boxes, sizes, describe), path)
 
 
 def _tell_apart(paths: Sequence[Path]) -> list[str]:

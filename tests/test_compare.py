@@ -1,6 +1,7 @@
 """compare.py from end to end, on sets small enough to compute by hand."""
 
 import json
+import re
 
 import pytest
 from pytest import approx
@@ -183,6 +184,50 @@ def test_a_wrong_file_of_results_is_named_with_the_entry(truth, tmp_path, conten
     good, wrong = write(tmp_path / "good.json", []), write(tmp_path / "wrong.json", content)
     said = message("--annotations", truth, good, wrong)
     assert said.startswith(f"compare.py: {wrong}") and expected in said
+
+
+def boxes_in_images():
+    """A box in each of 24 images of 640 x 480, as many at the right and lower border as elsewhere."""
+    return {i: [25 * (i % 13) + (200 if i % 2 else 0), 10 * i, 100 + i, 80 + 5 * i] for i in range(1, 25)}
+
+
+FORMS = {
+    "xyxy": (lambda x, y, w, h: [x, y, x + w, y + h], r"They are more plausible as \[x1, y1, x2, y2\] \(100% fit\)"),
+    "normalised": (lambda x, y, w, h: [x / 640, y / 480, w / 640, h / 480], "all 24 boxes are below a pixel; .* They are normalised"),
+    "another size": (lambda x, y, w, h: [3 * x, 3 * y, 3 * w, 3 * h], "of 24 boxes .*reach more than a pixel out of their image"),
+    "percentages": (lambda x, y, w, h: [x / 6.4, y / 4.8, w / 6.4, h / 4.8], "no box ends beyond .* percentages"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_results_in_other_coordinates_are_warned_of(tmp_path, caplog, form):
+    boxes = boxes_in_images()
+    truth = write(tmp_path / "instances.json", coco(*(annotation(i, box) for i, box in boxes.items()), images=boxes).dataset)
+    good = write(tmp_path / "good.json", [result(i, box) for i, box in boxes.items()])
+    convert, expected = FORMS[form]
+    wrong = write(tmp_path / "wrong.json", [result(i, convert(*box)) for i, box in boxes.items()])
+    _, (sound, spoiled) = compare.compare(truth, [good, wrong], resamples=2)
+    assert sound.ap["AP"].value == approx(100) and spoiled.ap["AP"].value < 10
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{wrong}: ") and re.search(expected, warning) and "result " in warning
+
+
+def test_some_boxes_outside_their_image_are_usual(tmp_path, caplog):
+    boxes = boxes_in_images()
+    truth = write(tmp_path / "instances.json", coco(*(annotation(i, box) for i, box in boxes.items()), images=boxes).dataset)
+    few = {1: [600, 400, 90, 90], 2: [-30, 5, 200, 200], 3: [5, 5, 0.5, 0.5], 4: [7, 7, 0, 0]}
+    compare.compare(truth, [write(tmp_path / "results.json", [result(i, box) for i, box in (boxes | few).items()])], resamples=2)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("form", ["xyxy", "normalised"])
+def test_annotations_in_other_coordinates_are_refused(tmp_path, form):
+    boxes = boxes_in_images()
+    convert, expected = FORMS[form]
+    wrong = [annotation(i, convert(*box)) for i, box in boxes.items()]
+    truth = write(tmp_path / "instances.json", coco(*wrong, images=boxes).dataset)
+    said = message("--annotations", truth, write(tmp_path / "results.json", [result(i, box) for i, box in boxes.items()]))
+    assert said.startswith(f"compare.py: {truth}: ") and re.search(expected, said)
 
 
 def test_files_that_cannot_be_read(truth, tmp_path):

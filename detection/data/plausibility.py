@@ -78,24 +78,39 @@ def judge_boxes(boxes: np.ndarray, sizes: np.ndarray, describe: Callable[[int], 
     ends = boxes[:, :2] + boxes[:, 2:]
     fits = _fits(boxes[:, :2], ends, sizes)
     if not fits.all():
-        others = {
-            "[x1, y1, x2, y2]": _fits(boxes[:, :2], boxes[:, 2:], sizes),
-            "[centre x, centre y, width, height]": _fits(boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2, sizes),
-        }
-        better = {order: share for order, fit in others.items() if (share := fit.mean()) >= 0.99 and fits.mean() < 0.95}
-        first, many = describe(int(np.argmin(fits))), len(boxes) >= MIN_BOXES
-        text = f"{np.sum(~fits)} of {len(boxes)} boxes reach more than a pixel out of their image; the first is {first}"
-        if better:
-            orders = " or ".join(f"{order} ({share:.0%} fit)" for order, share in better.items())
-            yield Finding(f"{text}. They are more plausible as {orders}: convert them to [x, y, width, height]", is_fatal=many)
+        text = f"{np.sum(~fits)} of {len(boxes)} boxes reach more than a pixel out of their image; the first is "
+        text += describe(int(np.argmin(fits)))
+        if remedy := _better_order(boxes, sizes, fits):
+            yield Finding(f"{text}. {remedy}", is_fatal=len(boxes) >= MIN_BOXES)
         else:
             yield Finding(f"{text}. They are cut to the image. Was the image resized after it was annotated?")
-    reach = (ends / sizes).max(axis=0)
-    if len(boxes) >= MIN_BOXES and (reach < 2 / 3).all():
+    if finding := _short_reach(ends / sizes, describe):
+        yield finding
+
+
+def judge_detections(boxes: np.ndarray, sizes: np.ndarray, describe: Callable[[int], str]) -> Iterator[Finding]:
+    """Judge detected boxes by what most of them have in common: a sound detector may find some outside their image. None is fatal.
+
+    Args:
+        boxes: `[n, 4]`, x, y, width, height in pixels.
+        sizes: `[n, 2]`, width and height of the image of each box.
+        describe: names box i with its image, for the messages.
+    """
+    if len(boxes) == 0:
+        return
+    if (finding := _below_a_pixel(boxes[:, 2:], boxes, "boxes", describe)) and finding.is_fatal:
+        yield Finding(finding.text)
+        return
+    ends = boxes[:, :2] + boxes[:, 2:]
+    fits = _fits(boxes[:, :2], ends, sizes)
+    remedy = _better_order(boxes, sizes, fits)
+    if remedy or fits.mean() < 0.5:
         yield Finding(
-            f"no box ends beyond {reach[0]:.0%} of the width and {reach[1]:.0%} of the height of its image; the first is {describe(0)}. "
-            "Were they made for smaller images, or are they percentages?"
+            f"{np.sum(~fits)} of {len(boxes)} boxes have no area or reach more than a pixel out of their image; the first is "
+            f"{describe(int(np.argmin(fits)))}. {remedy or 'Were they made for other images, or at another size?'}"
         )
+    if finding := _short_reach(ends / sizes, describe):
+        yield finding
 
 
 def judge_annotations(
@@ -209,6 +224,29 @@ def _below_a_pixel(sides: np.ndarray, boxes: np.ndarray, what: str, describe: Ca
         first = describe(int(np.argmax(tiny)))
         return Finding(f"{tiny.sum()} of {len(boxes)} {what} are smaller than a pixel; the first is {first}. Are they in pixels?")
     return None
+
+
+def _better_order(boxes: np.ndarray, sizes: np.ndarray, fits: np.ndarray) -> str | None:
+    """Name the order of coordinates in which nearly all boxes lie in their image, where as [x, y, width, height] too few do."""
+    if fits.mean() >= 0.95:
+        return None
+    others = {
+        "[x1, y1, x2, y2]": _fits(boxes[:, :2], boxes[:, 2:], sizes),
+        "[centre x, centre y, width, height]": _fits(boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2, sizes),
+    }
+    better = " or ".join(f"{order} ({fit.mean():.0%} fit)" for order, fit in others.items() if fit.mean() >= 0.99)
+    return f"They are more plausible as {better}: convert them to [x, y, width, height]" if better else None
+
+
+def _short_reach(ends: np.ndarray, describe: Callable[[int], str]) -> Finding | None:
+    """Judge where boxes end, `[n, 2]` as shares of the width and height of their image."""
+    reach = ends.max(axis=0)
+    if len(ends) < MIN_BOXES or (reach >= 2 / 3).any():
+        return None
+    return Finding(
+        f"no box ends beyond {reach[0]:.0%} of the width and {reach[1]:.0%} of the height of its image; the first is {describe(0)}. "
+        "Were they made for smaller images, or are they percentages?"
+    )
 
 
 def _fits(low: np.ndarray, high: np.ndarray, sizes: np.ndarray) -> np.ndarray:

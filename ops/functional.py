@@ -7,7 +7,6 @@ on a CUDA GPU. On other devices, and for float64 on a GPU, plain PyTorch runs (`
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import astuple
 from functools import cache
@@ -20,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from roi_quantization.ops import eager, library
 from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule, smallest_winners_dtype
-from roi_quantization.ops.inputs import check_boxes, mask_invalid_boxes, prepare
+from roi_quantization.ops.inputs import check_boxes, check_scale, mask_invalid_boxes, prepare
 
 log = logging.getLogger(__name__)
 
@@ -187,8 +186,7 @@ def place_bins(
 ) -> tuple[Tensor, Any, Any]:
     """Return the image of each box, and where its bins look along y and along x."""
     image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=rule.has_box_gradient)
-    if not 0 < spatial_scale < math.inf:
-        raise ValueError(f"spatial_scale={spatial_scale!r}: expected cells a pixel, above 0, such as 1/16")
+    check_scale(spatial_scale)
     images, _, height, width = features.shape
     if places_by_kernel(features, box):
         return place_by_kernel(rule, image.detach(), box.detach(), spatial_scale, images, bins, (height, width))

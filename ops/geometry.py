@@ -18,7 +18,7 @@ PrRoIPool.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,11 +64,14 @@ class LatticeRule:
         for knob, choices in (("quantize_roi", ("none", "round", "floor")), ("quantize_bins", ("none", "cover", "truncate"))):
             if getattr(self, knob) not in choices:
                 raise ValueError(f"{knob}={getattr(self, knob)!r}: expected one of {', '.join(choices)}")
-        if self.sampling_ratio != int(self.sampling_ratio):
-            raise ValueError(f"sampling_ratio={self.sampling_ratio!r}: expected a whole number of samples, or 0 for an adaptive one")
+        if not _is_whole(self.sampling_ratio):
+            raise ValueError(
+                f"sampling_ratio={self.sampling_ratio!r}: expected a whole number of samples a bin and side, one for both axes, or 0 for an "
+                "adaptive one"
+            )
         for knob, low in (("sample_offset", -math.inf), ("border", 0.0), ("min_extent", 0.0)):
             value = getattr(self, knob)
-            if value is not None and not value >= low:
+            if not (value is None and knob == "min_extent") and not _is_at_least(low, value):
                 raise ValueError(f"{knob}={value!r}: expected a number{' of 0 at least' if low == 0 else ''}")
 
     @property
@@ -229,6 +232,20 @@ def straight_through(quantized: Tensor, x: Tensor) -> Tensor:
 
 def _indices(bins: int, like: Tensor) -> Tensor:
     return torch.arange(bins, dtype=like.dtype, device=like.device)
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        return bool(value == int(value))
+    except (TypeError, ValueError, OverflowError):  # another type, NaN, infinite
+        return False
+
+
+def _is_at_least(low: float, value: Any) -> bool:
+    try:
+        return bool(value >= low)
+    except TypeError:
+        return False
 
 
 def _propagate_nan(axis: Axis) -> Axis:

@@ -1,8 +1,10 @@
 """What every operator accepts, checked before anything is read."""
 
+import math
 from collections.abc import Sequence
 from operator import index
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,15 +50,26 @@ def prepare(
 
 
 def pair_of_bins(output_size: int | Sequence[int]) -> tuple[int, int]:
-    """Bins along height and width, from an integer (NumPy's as well) or two of them."""
+    """Bins along height and width, from an integer (NumPy's as well) or two of them, also in an array or a tensor."""
+    is_several = isinstance(output_size, Sequence) or (isinstance(output_size, np.ndarray | Tensor) and output_size.ndim > 0)
     try:
-        sides = tuple(output_size) if isinstance(output_size, Sequence) else (index(output_size),) * 2
+        sides = tuple(output_size) if is_several else (index(output_size),) * 2
         height, width = (side if isinstance(side, torch.SymInt) else index(side) for side in sides)
     except (TypeError, ValueError):
         height = width = 0
     if height < 1 or width < 1:
         raise ValueError(f"output_size: expected a positive int or two of them (height, width), got {output_size!r}")
     return height, width
+
+
+def check_scale(spatial_scale: float) -> None:
+    """Raise ValueError for what is not cells a pixel."""
+    try:
+        is_scale = 0 < spatial_scale < math.inf
+    except (TypeError, ValueError, RuntimeError):  # other types, arrays, tensors
+        is_scale = False
+    if not is_scale:
+        raise ValueError(f"spatial_scale={spatial_scale!r}: expected cells a pixel, above 0, such as 1/16: one number for both axes")
 
 
 def mask_invalid_boxes(image: Tensor, coordinates: Tensor, images: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Errors name the argument, and come before anything is read."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +58,17 @@ def test_an_unknown_reduction_names_the_choices():
         ({"border": -1.0}, "border=-1.0: expected a number of 0 at least"),
         ({"min_extent": -1.0}, "min_extent=-1.0: expected a number of 0 at least"),
         ({"sample_offset": float("nan")}, "sample_offset=nan: expected a number"),
+        ({"sampling_ratio": None}, "sampling_ratio=None: expected a whole number of samples a bin and side, one for both axes, or 0"),
+        ({"sampling_ratio": (2, 2)}, r"sampling_ratio=\(2, 2\): expected a whole number of samples a bin and side, one for both axes"),
+        ({"sampling_ratio": float("inf")}, "sampling_ratio=inf: expected a whole number"),
+        ({"sampling_ratio": "2"}, "sampling_ratio='2': expected a whole number"),
+        ({"border": None}, "border=None: expected a number of 0 at least"),
+        ({"min_extent": (1, 1)}, r"min_extent=\(1, 1\): expected a number of 0 at least"),
+        ({"sample_offset": None}, "sample_offset=None: expected a number"),
+        ({"spatial_scale": (1 / 16, 1 / 16)}, r"spatial_scale=\(0.0625, 0.0625\): expected cells a pixel, .* one number for both axes"),
+        ({"spatial_scale": "1/16"}, "spatial_scale='1/16': expected cells a pixel"),
+        ({"spatial_scale": None}, "spatial_scale=None: expected cells a pixel"),
+        ({"spatial_scale": torch.ones(2)}, r"spatial_scale=tensor\(\[1., 1.\]\): expected cells a pixel"),
         ({"spatial_scale": 0.0}, "spatial_scale=0.0: expected cells a pixel, above 0"),
         ({"spatial_scale": float("nan")}, "spatial_scale=nan: expected cells a pixel, above 0"),
     ],
@@ -64,6 +76,23 @@ def test_an_unknown_reduction_names_the_choices():
 def test_a_knob_out_of_its_range_is_named(knobs, message):
     with pytest.raises(ValueError, match=message):
         ops.lattice_pool(F, BOX, 2, **knobs)
+
+
+@pytest.mark.parametrize("operator", [ops.roi_align, ops.roi_warp], ids=lambda o: o.__name__)
+def test_a_ratio_of_two_is_named_by_each_operator_that_has_one(operator):
+    with pytest.raises(ValueError, match=r"sampling_ratio=\(2, 2\): expected a whole number of samples a bin and side"):
+        operator(F, BOX, 2, 1.0, (2, 2))
+
+
+@pytest.mark.parametrize("size", [np.array([3, 4]), torch.tensor([3, 4]), (np.int64(3), 4), [3, 4]], ids=lambda size: type(size).__name__)
+def test_bins_may_be_in_an_array(size):
+    assert ops.roi_align(F, BOX, size).shape == (1, 3, 3, 4)
+    assert ops.RoIAlign(size, 1.0, 2)(F, BOX).shape == (1, 3, 3, 4)
+    for one in (np.array(3), np.int64(3), torch.tensor(3)):
+        assert ops.roi_align(F, BOX, one).shape == (1, 3, 3, 3)
+    for wrong in (np.array([3.0, 4.0]), np.array([3, 4, 5]), torch.tensor([0, 4]), np.array([[3, 4]])):
+        with pytest.raises(ValueError, match="output_size: expected a positive int or two of them"):
+            ops.roi_align(F, BOX, wrong)
 
 
 def test_on_other_devices_an_invalid_box_becomes_nan_and_reads_nothing_out_of_bounds():

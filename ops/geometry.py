@@ -66,8 +66,8 @@ class LatticeRule:
                 raise ValueError(f"{knob}={getattr(self, knob)!r}: expected one of {', '.join(choices)}")
         if not _is_whole(self.sampling_ratio):
             raise ValueError(
-                f"sampling_ratio={self.sampling_ratio!r}: expected a whole number of samples a bin and side, one for both axes, or 0 for an "
-                "adaptive one"
+                f"sampling_ratio={self.sampling_ratio!r}: expected a whole number of samples a bin and side, one for both axes, or 0 for "
+                "an adaptive one"
             )
         for knob, low in (("sample_offset", -math.inf), ("border", 0.0), ("min_extent", 0.0)):
             value = getattr(self, knob)

@@ -1,16 +1,25 @@
 """Features to RoI features: the place where an operator of `ops/` meets a detector."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import _filter_input, _setup_scales
 
-from roi_quantization.ops.inputs import pair_of_bins
+from roi_quantization.ops.inputs import check_scale, pair_of_bins
 
 RoIOperator = Callable[..., Tensor]
 """`(features [N, C, H, W], boxes: list of [L, 4], output_size, spatial_scale) -> [K, C, P, P]`"""
+
+
+PADDING = 31
+"""So many pixels torchvision's detectors add at most below and to the right of an image, up to a multiple of 32."""
+
+MARGIN = 4
+"""So many cells a map may have more or less than follow from its scale: convolutions without padding lose some."""
 
 
 class RoIExtractor(MultiScaleRoIAlign):
@@ -23,28 +32,37 @@ class RoIExtractor(MultiScaleRoIAlign):
         operator: any callable `(features, boxes, output_size, spatial_scale)`, such as `functools.partial(ops.roi_align,
             sampling_ratio=2)`.
         output_size: P, the pooled height and width in bins, or `(height, width)`; the operator gets an int where they are equal.
-        spatial_scale: cells per pixel, 1 / stride of the feature map.
+        spatial_scale: cells per pixel, 1 / stride of the feature map. `MultiScaleRoIAlign` infers it, this does not.
     """
 
     def __init__(self, operator: RoIOperator, output_size: int | Sequence[int], spatial_scale: float):
+        check_scale(spatial_scale)
         super().__init__(featmap_names=["0"], output_size=pair_of_bins(output_size), sampling_ratio=0)
         self.operator = operator
         self.spatial_scale = spatial_scale
 
-    def forward(self, features: Tensor | Mapping[str, Tensor], boxes: list[Tensor], image_shapes: object = None) -> Tensor:
+    def forward(
+        self, features: Tensor | Mapping[str, Tensor], boxes: list[Tensor], image_shapes: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
         """
         Args:
             features: the map `[N, C, H, W]`, or a mapping that holds it alone (torchvision's backbones give one).
             boxes: one `[L, 4]` an image, `(x1, y1, x2, y2)` in pixels.
-            image_shapes: not used; torchvision passes it to find the scale of each map.
+            image_shapes: (height, width) of each image in pixels, without its padding, as torchvision passes them. Where they are given as
+                integers, the size of the map is compared with them; not in code that is compiled, exported or traced.
 
         Returns:
             `[K, C, P, P]`, K the number of boxes of all images, in their order.
+
+        Raises:
+            ValueError: `spatial_scale` does not fit the sizes of the map and the images, and another power of two does; several maps; or
+                the operator gives another number of bins.
         """
         if isinstance(features, Mapping):
             if len(features) != 1:
                 raise ValueError(f"a RoI operator works on one feature map, the backbone gives {len(features)}: {', '.join(features)}")
             (features,) = features.values()
+        _check_map(features, self.spatial_scale, image_shapes)
         return _pool(self.operator, features, boxes, self.output_size, self.spatial_scale)
 
     def __repr__(self) -> str:
@@ -118,6 +136,38 @@ def _pool(operator: RoIOperator, features: Tensor, boxes: list[Tensor], size: tu
         got = " x ".join(map(str, pooled.shape[2:]))
         raise ValueError(f"the RoI operator gives {got} bins, the head wants {size[0]} x {size[1]}. Let it use its argument output_size")
     return pooled
+
+
+def _check_map(features: Tensor, scale: float, image_shapes: Sequence[Sequence[int]] | None) -> None:
+    """Raise ValueError where the scale does not fit the sizes of map and images, and another power of two does.
+
+    It has to be another that fits: a map that is larger may be of images that were padded to some fixed size. Only Python's integers are
+    looked at, so that no device is waited for and no guard is added to a graph.
+    """
+    if image_shapes is None or torch.compiler.is_compiling() or not isinstance(features, Tensor):
+        return
+    cells, shapes = tuple(features.shape[2:]), [tuple(shape) for shape in image_shapes]
+    sizes = [*cells, *(side for shape in shapes for side in shape)]
+    if not shapes or not all(isinstance(size, int) and size > 0 for size in sizes) or any(len(shape) != 2 for shape in shapes):
+        return
+    pixels = [max(sides) for sides in zip(*shapes, strict=True)]
+
+    def fits(scale: float) -> bool:
+        return all(scale * n - MARGIN <= there <= scale * (n + PADDING) + MARGIN for n, there in zip(pixels, cells, strict=True))
+
+    longer = pixels.index(max(pixels))
+    fitting = 2.0 ** round(math.log2(cells[longer] / pixels[longer]))
+    if not fits(scale) and fits(fitting):
+        sides, expected = (" x ".join(f"{n:g}" for n in size) for size in (pixels, [round(scale * n, 1) for n in pixels]))
+        raise ValueError(
+            f"spatial_scale={_fraction(scale)}: the map has {cells[0]} x {cells[1]} cells for images of {sides} pixels (height x width), "
+            f"and about {expected} are expected. The scale is the number of cells a pixel, 1 / stride. "
+            f"Set spatial_scale={_fraction(fitting)}"
+        )
+
+
+def _fraction(scale: float) -> str:
+    return f"1/{1 / scale:g}" if scale < 1 else f"{scale:g}"
 
 
 def _bins(size: tuple[int, int]) -> int | tuple[int, int]:

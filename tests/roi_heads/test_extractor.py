@@ -68,6 +68,60 @@ def test_it_stands_in_torchvisions_faster_rcnn():
     assert set(detector.eval()([torch.rand(3, 64, 64)])[0]) == {"boxes", "labels", "scores"}
 
 
+@pytest.mark.parametrize(
+    ("stride", "scale", "message"),
+    [
+        (
+            32,
+            1 / 16,
+            r"spatial_scale=1/16: the map has 8 x 10 cells for images of 256 x 320 pixels \(height x width\), and about 16 x 20 "
+            r"are expected\. The scale is the number of cells a pixel, 1 / stride\. Set spatial_scale=1/32",
+        ),
+        (16, 16, r"spatial_scale=16: the map has 16 x 20 cells .* about 4096 x 5120 are .* Set spatial_scale=1/16"),
+        (16, 1 / 32, r"spatial_scale=1/32: .* Set spatial_scale=1/16"),
+        (8, 1, r"spatial_scale=1: .* Set spatial_scale=1/8"),
+    ],
+)
+def test_a_scale_that_does_not_fit_the_map_is_an_error(stride, scale, message):
+    features, boxes = torch.rand(2, 3, 256 // stride, 320 // stride), [torch.tensor([[0.0, 0.0, 64.0, 64.0]])] * 2
+    extractor = RoIExtractor(align, 2, scale)
+    for given in (features, {"0": features}):
+        with pytest.raises(ValueError, match=message):
+            extractor(given, boxes, [(256, 200), (180, 320)])
+    assert extractor(features, boxes).shape == (2, 3, 2, 2), "without the sizes of the images nothing is known"
+    assert RoIExtractor(align, 2, 1 / stride)(features, boxes, [(256, 200), (180, 320)]).shape == (2, 3, 2, 2)
+
+
+@pytest.mark.parametrize("stride", [1, 4, 8, 16, 32, 64, 14])
+def test_a_map_of_any_image_that_is_padded_fits_its_scale(stride):
+    """torchvision pads to multiples of 32, `FastRCNN` to those of the stride. Some backbones round sizes up, some lose cells."""
+    extractor = RoIExtractor(lambda features, boxes, size, scale: torch.zeros(len(boxes[0]), 1, size, size), 2, 1 / stride)
+    boxes = [torch.zeros(1, 4)]
+    for height, width in ((1, 1), (5, 90), (33, 33), (97, 600), (600, 1001), (1333, 800)):
+        for multiple in (32, stride):
+            padded = [-(-side // multiple) * multiple for side in (height, width)]
+            for cells in ([side // stride for side in padded], [-(-side // stride) for side in padded], [s // stride - 3 for s in padded]):
+                if min(cells) > 0:
+                    extractor(torch.zeros(1, 1, *cells), boxes, [(height, width)])
+    fixed = -(-1024 // stride)  # all images padded to one size, for graphs of a fixed size
+    extractor(torch.zeros(1, 1, fixed, fixed), boxes, [(600, 1001)])
+
+
+@pytest.mark.filterwarnings("ignore")  # of tracing
+def test_the_scale_is_not_looked_at_in_graphs():
+    """What cannot be read without waiting or without a guard: sizes that are symbols or tensors, and code that is compiled."""
+    extractor = RoIExtractor(align, 2, 1 / 16)
+    maps, boxes = torch.rand(1, 3, 8, 10), [torch.tensor([[0.0, 0.0, 64.0, 64.0]])]
+
+    def pool(features, boxes):
+        return extractor(features, [boxes], [(256, 320)])
+
+    expected = extractor(maps, boxes)
+    assert torch.equal(torch.compile(pool, backend="eager", fullgraph=True)(maps, *boxes), expected)
+    assert torch.equal(torch.jit.trace(pool, (maps, *boxes), check_trace=False)(maps, *boxes), expected)
+    assert torch.equal(extractor(maps, boxes, torch.tensor([[256, 320]])), expected)
+
+
 def pyramid():
     """Four maps of two images with boxes for all levels, on the border between two, and none in the second image."""
     torch.manual_seed(0)

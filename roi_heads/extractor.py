@@ -5,15 +5,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import _filter_input, _setup_scales
 
+from roi_quantization import ops
 from roi_quantization.ops.inputs import check_scale, pair_of_bins
 
 RoIOperator = Callable[..., Tensor]
 """`(features [N, C, H, W], boxes: list of [L, 4], output_size, spatial_scale) -> [K, C, P, P]`"""
 
+MODULES = (ops.RoIAlign, ops.RoIPool, ops.RoIWarp, ops.PrRoIPool)
+MODULES += tuple(getattr(torchvision.ops, name) for name in ("RoIAlign", "RoIPool", "PSRoIAlign", "PSRoIPool"))
+"""Operators that have their own output size and scale and are called `(input, rois)`."""
 
 PADDING = 31
 """So many pixels torchvision's detectors add at most below and to the right of an image, up to a multiple of 32."""
@@ -36,6 +41,7 @@ class RoIExtractor(MultiScaleRoIAlign):
     """
 
     def __init__(self, operator: RoIOperator, output_size: int | Sequence[int], spatial_scale: float):
+        _check_operator(operator)
         check_scale(spatial_scale)
         super().__init__(featmap_names=["0"], output_size=pair_of_bins(output_size), sampling_ratio=0)
         self.operator = operator
@@ -81,6 +87,11 @@ class MultiScaleRoIExtractor(MultiScaleRoIAlign):
     """
 
     def __init__(self, operator: RoIOperator, pooler: MultiScaleRoIAlign):
+        _check_operator(operator)
+        if not isinstance(pooler, MultiScaleRoIAlign):
+            raise ValueError(
+                f"pooler: expected the MultiScaleRoIAlign to take the place of, such as detector.roi_heads.box_roi_pool, got {pooler!r}"
+            )
         super().__init__(
             pooler.featmap_names,
             pooler.output_size,
@@ -127,6 +138,18 @@ def replaced_operator(model: nn.Module, operator: RoIOperator) -> Iterator[None]
     finally:
         for extractor, before in zip(extractors, own, strict=True):
             extractor.operator = before
+
+
+def _check_operator(operator: RoIOperator) -> None:
+    """Raise ValueError for what is not called as an operator, such as a module in the place of a function."""
+    kind = operator if isinstance(operator, type) else type(operator)
+    has_own_size = issubclass(kind, MultiScaleRoIAlign) or getattr(kind, "forward", None) in {module.forward for module in MODULES}
+    if has_own_size or not callable(operator):
+        what = f"{kind.__name__}, which has an output size and a scale of its own" if has_own_size else repr(operator)
+        raise ValueError(
+            f"operator: got {what}. Expected a function, such as functools.partial(roi_align, sampling_ratio=2, aligned=True) with the "
+            "roi_align of roi_quantization.ops, or a callable (features, boxes, output_size, spatial_scale) of your own"
+        )
 
 
 def _pool(operator: RoIOperator, features: Tensor, boxes: list[Tensor], size: tuple[int, int], scale: float) -> Tensor:

@@ -3,11 +3,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
+from roi_quantization import ops
 from roi_quantization.roi_heads import MultiScaleRoIExtractor, RoIExtractor
 from roi_quantization.roi_heads.extractor import replaced_operator
 
@@ -29,6 +31,45 @@ def test_any_callable_is_an_operator():
 
     pooled = RoIExtractor(corners, output_size=1, spatial_scale=0.5)(torch.zeros(1, 4, 2, 2), [torch.tensor([[2.0, 4.0, 6.0, 8.0]])])
     assert pooled.flatten().tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        ops.RoIAlign(7, 1 / 16, 2),
+        ops.RoIWarp(7, 1 / 16),
+        ops.PrRoIPool,
+        torchvision.ops.RoIPool(7, 1 / 16),
+        torchvision.ops.PSRoIAlign(7, 1 / 16, 2),
+        MultiScaleRoIAlign(["0"], 7, 2),
+        RoIExtractor(align, 7, 1 / 16),
+    ],
+    ids=lambda operator: getattr(operator, "__name__", type(operator).__name__),
+)
+def test_a_module_in_the_place_of_a_function_is_an_error(operator):
+    for make in (lambda: RoIExtractor(operator, 7, 1 / 16), lambda: MultiScaleRoIExtractor(operator, MultiScaleRoIAlign(["0"], 7, 2))):
+        with pytest.raises(ValueError, match=r"operator: got \w+, which has an output size and a scale of its own\. Expected a function"):
+            make()
+
+
+def test_other_arguments_of_another_type_are_named():
+    with pytest.raises(ValueError, match=r"operator: got 'align'\. Expected a function, such as functools\.partial"):
+        RoIExtractor("align", 7, 1 / 16)
+    with pytest.raises(ValueError, match=r"spatial_scale=\(0.0625, 0.0625\): expected cells a pixel"):
+        RoIExtractor(align, 7, (1 / 16, 1 / 16))
+    with pytest.raises(ValueError, match=r"pooler: expected the MultiScaleRoIAlign .* detector\.roi_heads\.box_roi_pool, got functools"):
+        MultiScaleRoIExtractor(align, align)
+
+
+@pytest.mark.parametrize("base", [nn.Module, ops.RoIAlign])
+def test_a_module_of_ones_own_that_is_called_as_an_operator_is_one(base):
+    class Mine(base):
+        def forward(self, features, boxes, output_size, spatial_scale):
+            return align(features, boxes, output_size, spatial_scale)
+
+    features, boxes = torch.rand(1, 3, 8, 8), [torch.tensor([[0.0, 0.0, 64.0, 48.0]])]
+    mine = Mine() if base is nn.Module else Mine(7, 1 / 16, 2)
+    assert torch.equal(RoIExtractor(mine, 7, 1 / 16)(features, boxes), align(features, boxes, 7, 1 / 16))
 
 
 def test_bins_need_not_be_as_many_in_height_as_in_width():

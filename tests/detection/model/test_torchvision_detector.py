@@ -160,7 +160,7 @@ def labelled(detector, labels):
 
 def test_detections_have_the_labels_of_the_data():
     """By the ids of its categories, which are not counted without a gap. Those of other classes are left out."""
-    detector = labelled(TorchvisionDetector(random_model(num_classes=5), None, class_names=NAMES).eval(), [3, 4, 1, 3])
+    detector = labelled(TorchvisionDetector(random_model(num_classes=5), torch_operator("pool"), class_names=NAMES).eval(), [3, 4, 1, 3])
     images, targets = images_and_targets()
     targets[0]["original_size"] = (140, 200)
     for categories, labels, scores in [(BOTH, [2, 1, 2], [0.9, 0.6333, 0.5]), (ALL, [2, 3, 1, 2], [0.9, 0.7667, 0.6333, 0.5])]:
@@ -182,7 +182,7 @@ def test_detections_have_the_labels_of_the_data():
     ],
 )
 def test_categories_that_are_not_the_weights_are_an_error(category, message):
-    detector = TorchvisionDetector(random_model(num_classes=5), None, class_names=NAMES)
+    detector = TorchvisionDetector(random_model(num_classes=5), torch_operator("pool"), class_names=NAMES)
     with pytest.raises(InputError, match=message):
         detector.match_categories([category])
 

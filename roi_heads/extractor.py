@@ -81,9 +81,14 @@ class MultiScaleRoIExtractor(MultiScaleRoIAlign):
     Scales and levels are computed by torchvision's code, from the maps and images of each call. (`MultiScaleRoIAlign` keeps the scales of
     its first call. They are the same as long as no image is so small that its padding changes them.)
 
+    The operator is called as it is. In a detector with torchvision's weights it needs what they were trained with: the pooler's number of
+    samples and no shift by half a pixel, as `functools.partial(ops.roi_warp, sampling_ratio=pooler.sampling_ratio, aligned=False)`. Each
+    pooler of a detector is replaced by itself: `box_roi_pool`, `mask_roi_pool` and `keypoint_roi_pool`.
+
     Args:
         operator: see `RoIExtractor`.
-        pooler: the one that this takes the place of. Its names of maps, output size and canonical level are kept.
+        pooler: the one that this takes the place of. Its names of maps, output size and canonical level are kept, its `sampling_ratio` is
+            not.
     """
 
     def __init__(self, operator: RoIOperator, pooler: MultiScaleRoIAlign):

@@ -187,6 +187,17 @@ def test_boxes_are_read_from_the_levels_that_torchvision_reads(names):
         torch.testing.assert_close(mine, its)
 
 
+def test_the_number_of_samples_is_the_operators_not_the_poolers():
+    """As its docstring and docs/recipes.md say."""
+    pooler = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=3, sampling_ratio=2, canonical_scale=112)
+    maps, boxes, shapes = pyramid()
+    expected = pooler(maps, boxes, shapes)
+    same = partial(ops.roi_align, sampling_ratio=pooler.sampling_ratio)
+    torch.testing.assert_close(MultiScaleRoIExtractor(same, pooler)(maps, boxes, shapes), expected, rtol=0, atol=1e-5)
+    for other in (ops.roi_align, partial(same, aligned=True)):
+        assert (MultiScaleRoIExtractor(other, pooler)(maps, boxes, shapes) - expected).abs().max() > 0.01
+
+
 def test_a_level_has_its_scale_and_an_operator_its_size():
     calls = []
 

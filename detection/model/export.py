@@ -50,7 +50,7 @@ class ExportedDetector(nn.Module):
             proposals: `[L, 4]` `(x1, y1, x2, y2)` in pixels of this image.
 
         Returns:
-            `boxes` `[L, C, 4]` in pixels of this image, of each class without the background, and `scores` `[L, C]`.
+            `boxes` `[L, C, 4]` in pixels of this image, of each class without the background, and `scores` `[L, C]`. Column 0 is label 1.
         """
         height, width = image.shape[1:]
         stride = self.detector.backbone.stride

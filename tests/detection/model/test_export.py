@@ -5,12 +5,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torchvision.ops import batched_nms
+import torchvision
 
 from roi_quantization.detection.common.errors import MissingPackageError
 from roi_quantization.detection.model.build import build_detector, instantiate, read_operator
 from roi_quantization.detection.model.export import ExportedDetector, export_onnx, export_program, onnx_operator
-from tests.configuration import composed
+from tests.configuration import ROOT, composed
+from tests.test_documents import blocks
 
 SMALL = ["backbone.width=0.0625", "head.box_head.hidden=32", "head.box_predictor.score_std=0.5", "head.box_predictor.delta_std=0.1"]
 
@@ -43,14 +44,15 @@ def test_the_exported_form_finds_what_the_detector_finds(image, proposals):
 
 
 def assert_detections(heads, boxes, scores, expected):
-    """What is left after the NMS is what the detector finds."""
-    index, label = (scores > heads.score_thresh).nonzero(as_tuple=True)
-    boxes, scores = boxes[index, label], scores[index, label]
-    kept = batched_nms(boxes, scores, label, heads.nms_thresh)[: heads.detections_per_img]
-    assert len(kept) == len(expected["scores"]) > 10
-    assert torch.equal(label[kept] + 1, expected["labels"])
-    torch.testing.assert_close(boxes[kept], expected["boxes"], atol=1e-3, rtol=0)
-    torch.testing.assert_close(scores[kept], expected["scores"], atol=1e-5, rtol=0)
+    """What is left after the NMS of docs/python_api.md is what the detector finds."""
+    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.05, 0.5, 100), "as in the document"
+    (text,) = (text for text in blocks(ROOT / "docs" / "python_api.md", "python") if "batched_nms" in text)
+    found = {"torchvision": torchvision, "boxes": boxes, "scores": scores}
+    exec(compile(text, "<block>", "exec"), found)
+    assert len(found["scores"]) == len(expected["scores"]) > 10
+    assert torch.equal(found["labels"], expected["labels"])
+    torch.testing.assert_close(found["boxes"], expected["boxes"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(found["scores"], expected["scores"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("roi", ["align_max", *(pytest.param(roi, marks=pytest.mark.slow) for roi in ("pool_floor", "prroi"))])

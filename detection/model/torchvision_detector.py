@@ -2,7 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 GROUPS = ("backbone", "head", "proposals")  # which these detectors have themselves
 SETTINGS = ("weights", "weights_backbone", "num_classes", "progress", "backbone")  # arguments of a builder that are no options
+TRAINED_NORM = ("fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn_v2")  # torchvision trains their batch norm with weights as well
 EPS_0 = {f"{kind}rcnn_resnet50_fpn": "COCO_V1" for kind in ("faster", "mask", "keypoint")}  # weights that torchvision gives such norms
 
 
@@ -262,11 +264,23 @@ def _build_for_training(
 
 
 def _build_plain(builder: str, num_classes: int, is_trained: bool, has_eps_0: bool, options: Mapping[str, Any]) -> GeneralizedRCNN:
-    """Build a detector whose weights are loaded afterwards, with the norms that torchvision gives one that `is_trained`."""
-    options = {name: value for name, value in options.items() if name != "trainable_backbone_layers"}  # of no use without training
-    model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=num_classes, **options)
-    if is_trained:
+    """Build a detector whose weights are loaded afterwards, with the norms and frozen layers of torchvision's where it `is_trained`."""
+    with _freezing(builder, is_trained or options.get("trainable_backbone_layers") is not None):
+        model = get_model_builder(builder)(weights=None, weights_backbone=None, num_classes=num_classes, **options)
+    if is_trained and builder not in TRAINED_NORM:
         freeze_norm(model.backbone.body)
     if has_eps_0:
         overwrite_eps(model, 0.0)
     return model
+
+
+@contextmanager
+def _freezing(builder: str, is_trained: bool) -> Iterator[None]:
+    """Let a builder freeze the layers that it freezes where it loads weights. How many is decided by a private function of its module."""
+    module = inspect.unwrap(get_model_builder(builder)).__globals__
+    validate = module["_validate_trainable_layers"]
+    module["_validate_trainable_layers"] = lambda _, *numbers: validate(is_trained, *numbers)
+    try:
+        yield
+    finally:
+        module["_validate_trainable_layers"] = validate

@@ -6,7 +6,8 @@ import pytest
 import torch
 from omegaconf import open_dict
 from torch import nn
-from torchvision.models import detection, get_model_builder
+from torchvision.models import MobileNet_V3_Large_Weights, ResNet50_Weights, detection, get_model_builder
+from torchvision.models._api import WeightsEnum
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
@@ -139,6 +140,45 @@ def test_the_norms_are_torchvisions(builder, cache):
     expected = eps_of(get_model_builder(builder)(weights=entry))
     assert eps_of(build_detector(cfg, 3)) == eps_of(build_detector(cfg, 3, pretrained=False)) == expected
     assert (builder in EPS_0) == ({eps for _, eps in expected.values()} == {0.0})
+
+
+BACKBONES = {
+    "fasterrcnn_resnet50_fpn": ResNet50_Weights.IMAGENET1K_V1,
+    "fasterrcnn_resnet50_fpn_v2": ResNet50_Weights.IMAGENET1K_V1,
+    "fasterrcnn_mobilenet_v3_large_320_fpn": MobileNet_V3_Large_Weights.IMAGENET1K_V1,
+}
+
+
+@pytest.mark.parametrize("option", [None, 0, 1, 5])
+@pytest.mark.parametrize("builder", BACKBONES)
+def test_what_is_started_from_a_checkpoint_has_the_frozen_layers_of_torchvision(builder, option, monkeypatch):
+    """`init_from` builds without weights. On meta tensors, and what would be downloaded is not loaded."""
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: {})
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
+    weights = BACKBONES[builder]
+    words = [] if option is None else [f"+detector.options.trainable_backbone_layers={option}"]
+    with torch.device("meta"):
+        expected = get_model_builder(builder)(weights=None, weights_backbone=weights, num_classes=3, trainable_backbone_layers=option)
+        cfg = configuration(f"detector.weights_backbone={weights.name}", *words, builder=builder)
+        detector = build_detector(cfg, 3, pretrained=False)
+    assert trained(detector) == trained(expected)
+    assert eps_of(detector) == eps_of(expected)
+    assert not all(trained(expected.backbone.body).values()) or option == 5
+
+
+def trained(model):
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def test_layers_are_frozen_with_the_weights_of_init_from_alone_where_they_are_named(tiny):  # noqa: F811
+    """Without weights of torchvision all layers are trained, unless the option says how many."""
+    backbone = build_detector(configuration(), 3, pretrained=False).backbone
+    assert all(trained(backbone).values())
+    words = ["+detector.options.trainable_backbone_layers=1"]
+    backbone = build_detector(configuration(*words), 3, pretrained=False).backbone
+    frozen = {name.partition(".")[0] for name, is_trained in trained(backbone.body).items() if not is_trained}
+    assert frozen == {"layer0", "layer1", "layer2"}
+    assert all(trained(build_detector(configuration(), 3, pretrained=False)).values()), "torchvision's function is put back"
 
 
 def test_training_gives_losses_that_reach_the_weights(tiny):  # noqa: F811

@@ -10,7 +10,7 @@ from torchvision.models._api import BUILTIN_MODELS, Weights, WeightsEnum
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, _validate_trainable_layers
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
@@ -42,13 +42,16 @@ def tiny_rcnn(
     trainable_backbone_layers: Optional[int] = None,  # noqa: UP045
     **kwargs: Any,
 ) -> FasterRCNN:
-    norm = nn.BatchNorm2d if weights is weights_backbone is None else FrozenBatchNorm2d
+    is_trained = weights is not None or weights_backbone is not None
+    norm = FrozenBatchNorm2d if is_trained else nn.BatchNorm2d
     num_classes = len(NAMES) if weights is not None else num_classes
     layers, channels = OrderedDict(), 3
     for level in range(4):  # strides 4 to 32
         stride = 4 if level == 0 else 2
         layers[f"layer{level}"] = nn.Sequential(nn.Conv2d(channels, 8, 3, stride, padding=1), norm(8), nn.ReLU())
         channels = 8
+    for level in range(4 - _validate_trainable_layers(is_trained, trainable_backbone_layers, 4, 3)):
+        layers[f"layer{level}"].requires_grad_(False)
     returned = {f"layer{level}": str(level) for level in range(4)}
     model = FasterRCNN(
         BackboneWithFPN(nn.Sequential(layers), returned, [8] * 4, 8),

@@ -51,9 +51,10 @@ def prepare(
 
 def pair_of_bins(output_size: int | Sequence[int]) -> tuple[int, int]:
     """Bins along height and width, from an integer (NumPy's as well) or two of them, also in an array or a tensor."""
-    is_several = isinstance(output_size, Sequence) or (isinstance(output_size, np.ndarray | Tensor) and output_size.ndim > 0)
+    if isinstance(output_size, np.ndarray | Tensor) and output_size.ndim > 0:
+        output_size = list(output_size)
     try:
-        sides = tuple(output_size) if is_several else (index(output_size),) * 2
+        sides = tuple(output_size) if isinstance(output_size, Sequence) else (index(output_size),) * 2
         height, width = (side if isinstance(side, torch.SymInt) else index(side) for side in sides)
     except (TypeError, ValueError):
         height = width = 0

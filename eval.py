@@ -9,7 +9,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from roi_quantization.detection.common.configuration import CONFIGS, path_setting
+from roi_quantization.detection.common.configuration import CONFIGS, evaluated_split, path_setting
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
@@ -38,7 +38,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     An earlier evaluation in this folder is replaced, once nothing is missing to begin this one.
 
     Returns:
-        The metrics: `test/AP`, `test/AP50`, ... in percent.
+        The metrics: `test/AP`, `test/AP50`, ... in percent, with the name of the split.
 
     Raises:
         InputError: the folder has a training or a prediction, or another process is running there.
@@ -49,6 +49,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 def _evaluate(cfg: DictConfig) -> dict[str, float]:
     check_run_folder(cfg.run_dir, "eval.py")
+    cfg.split = cfg.split or evaluated_split(cfg.data)
     if cfg.split not in ("test", "val", "train"):
         raise InputError(f"split={cfg.split}: expected test, val or train")
     split = "val" if cfg.split == "val" else "test"  # that of the data module
@@ -99,7 +100,7 @@ def _main(cfg: DictConfig) -> float:
     metrics = {}
     with handle_errors("eval.py"):
         metrics = evaluate(compose_with_checkpoint(cfg))
-    return next((value for name, value in metrics.items() if name.startswith(f"{cfg.split}/AP")), math.nan)  # the first is AP
+    return next((value for name, value in metrics.items() if "/AP" in name), math.nan)  # the first is AP
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from roi_quantization.detection.alignment.explanation import Explanation, format
 from roi_quantization.detection.alignment.explanation import explain as explain_operator
 from roi_quantization.detection.alignment.explanation_figure import Photograph, draw_explanations
 from roi_quantization.detection.alignment.misalignment import Operator, format_summary, is_supported, lattice_rule, summarize
-from roi_quantization.detection.common.configuration import CONFIGS, check_groups
+from roi_quantization.detection.common.configuration import CONFIGS, check_groups, evaluated_split
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.images import decode
 from roi_quantization.detection.model.build import instantiate, read_operator
@@ -70,7 +70,7 @@ def explain_data(cfg: DictConfig) -> list[dict]:
     operators = load_operators(cfg.operators)
     data = instantiate(cfg.data)
     data.prepare_data()
-    split = "test" if data.paths["test"] is not None else "val"
+    split = evaluated_split(cfg.data)
     data.setup("test" if split == "test" else "validate")
     dataset = getattr(data, split)
     items = (dataset[i] for i in tqdm(range(len(dataset)), desc="images"))

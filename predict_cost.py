@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from roi_quantization.detection.alignment.misalignment import Operator, is_supported
 from roi_quantization.detection.common.config_sources import choices
-from roi_quantization.detection.common.configuration import CONFIGS, check_groups, differences
+from roi_quantization.detection.common.configuration import CONFIGS, check_groups, differences, evaluated_split
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.coco import CocoDetection
@@ -100,12 +100,10 @@ def load_operators(names: Sequence[str]) -> dict[str, Operator]:
 
 
 def load_split(cfg: DictConfig) -> CocoDetection:
-    """Return the data set of `cfg.split`, or of val where there is no test split."""
+    """Return the data set of `cfg.split`; null: `evaluated_split`."""
+    cfg.split = cfg.split or evaluated_split(cfg.data)
     if cfg.split not in ("val", "test"):
         raise InputError(f"split={cfg.split}: expected test or val")
-    if cfg.split == "test" and cfg.data.get("test") is None:
-        print("There is no test split, so val is used.")
-        cfg.split = "val"
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup({"val": "validate", "test": "test"}[cfg.split])

@@ -49,7 +49,7 @@ def lattice_pool(
         input: the feature map `[N, C, H, W]`.
         boxes: `(x1, y1, x2, y2)` in pixels of the image: a list of `[L, 4]`, one for each image, or `[K, 5]` with the image's index before.
         output_size: bins along height and width.
-        spatial_scale: cells a pixel, such as 1/16.
+        spatial_scale: cells per pixel, such as 1/16.
         quantize_roi: what happens to the projected edges: `none`, `round` (halves away from zero, as Caffe) or `floor`.
         inclusive_end: Caffe's reading of the end as the last cell inside: one cell is added to the extent.
         half_pixel: interpolate with cell centres at `i + 0.5` (torchvision's `aligned=True`). Where bins are quantized nothing is
@@ -57,7 +57,7 @@ def lattice_pool(
         min_extent: smallest extent of a RoI in cells; None: 1 without `half_pixel`, no minimum with it (both as torchvision).
         quantize_bins: `none`; `cover`: from the floor of a bin's start to the ceil of its end; bins overlap, nothing is lost; `truncate`:
             the bin size is floored (one cell at least) and the remainder at the RoI's end is lost. Such bins visit each of their cells.
-        sampling_ratio: samples a bin and side where bins are not quantized; 0 or less: adaptive, `ceil(extent / P)`.
+        sampling_ratio: samples per bin along each axis where bins are not quantized; 0 or less: adaptive, `ceil(extent / P)`.
         sample_offset: place of a sample in its share of the bin: 0.5 the middle, 0 the start.
         border: how far beyond the outermost cell centres a sample is still worth the outermost cell, in cells; further out it is worth 0.
         reduce: `mean` or `max` over a bin's samples. A bin without samples is 0. The gradient of a maximum goes to the first of equals.
@@ -96,7 +96,7 @@ def lattice_pool(
 
 
 ROI_POOL = LatticeRule(quantize_roi="round", inclusive_end=True, half_pixel=False, quantize_bins="cover")
-"""Where RoIPool looks."""
+"""The rounding rule of RoIPool."""
 
 
 def _pool_lattice(rule: LatticeRule, features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float, reduce: str) -> Tensor:
@@ -115,7 +115,7 @@ def roi_pool(input: Tensor, boxes: Boxes, output_size: Size, spatial_scale: floa
 
     Girshick, "Fast R-CNN", 2015. Equal to `torchvision.ops.roi_pool`, gradients included. No gradient for the boxes: asking is an error.
 
-    Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
+    Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. The rest: `lattice_pool`.
     """
     if has_torch_function_unary(input):
         return handle_torch_function(roi_pool, (input,), input, boxes, output_size, spatial_scale)
@@ -133,11 +133,11 @@ def roi_align(
 ) -> Tensor:
     """Pool each box by RoIAlign: nothing is quantized, and samples are bilinear.
 
-    He et al., "Mask R-CNN", 2017. Equal to `torchvision.ops.roi_align`, defaults included: `aligned=False` and adaptive samples are
-    torchvision's old ways; what is called RoIAlign today is `aligned=True, sampling_ratio=2`. `aligned` is `half_pixel` of `lattice_pool`.
+    He et al., "Mask R-CNN", 2017. Equal to `torchvision.ops.roi_align`, with its defaults: `aligned=False` and an adaptive number of
+    samples. The usual RoIAlign is `aligned=True, sampling_ratio=2`. `aligned` is `half_pixel` of `lattice_pool`.
     `reduce="max"` takes the largest interpolated sample. Differentiable in the boxes too.
 
-    Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
+    Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. The rest: `lattice_pool`.
     """
     return lattice_pool(input, boxes, output_size, spatial_scale, half_pixel=aligned, sampling_ratio=sampling_ratio, reduce=reduce)
 
@@ -157,7 +157,7 @@ def roi_warp(
     through the rounding. `aligned` is `half_pixel` of `lattice_pool`, and its default is not that of `roi_align`. The layer that was
     released with MNC is `configs/roi/warp_mnc.yaml`.
 
-    Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
+    Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. The rest: `lattice_pool`.
     """
     return lattice_pool(
         input, boxes, output_size, spatial_scale, quantize_roi="round", half_pixel=aligned, sampling_ratio=sampling_ratio, reduce=reduce
@@ -171,7 +171,7 @@ def prroi_pool(input: Tensor, boxes: Boxes, output_size: Size, spatial_scale: fl
     its outermost cells; a bin without area is 0. `half_pixel` is that of `lattice_pool`; False is the released
     layer. Differentiable in the boxes too.
 
-    Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. Arguments and errors: `lattice_pool`.
+    Takes `[N, C, H, W]` and boxes in pixels, one `[L, 4]` an image or `[K, 5]`; gives `[K, C, P, P]`. The rest: `lattice_pool`.
     """
     if has_torch_function_unary(input):
         return handle_torch_function(prroi_pool, (input,), input, boxes, output_size, spatial_scale, half_pixel)

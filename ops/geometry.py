@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 MOST_SAMPLES_TESTED = 16
-"""Up to so many samples a bin and side, each is tested for being on the map."""
+"""Up to so many samples per bin along each axis, each is tested for being on the map."""
 
 
 class Axis(NamedTuple):
@@ -66,7 +66,7 @@ class LatticeRule:
                 raise ValueError(f"{knob}={getattr(self, knob)!r}: expected one of {', '.join(choices)}")
         if not _is_whole(self.sampling_ratio):
             raise ValueError(
-                f"sampling_ratio={self.sampling_ratio!r}: expected a whole number of samples a bin and side, one for both axes, or 0 for "
+                f"sampling_ratio={self.sampling_ratio!r}: expected a whole number of samples per bin along each axis, one number, or 0 for "
                 "an adaptive one"
             )
         for knob, low in (("sample_offset", -math.inf), ("border", 0.0), ("min_extent", 0.0)):

@@ -64,13 +64,13 @@ def pair_of_bins(output_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def check_scale(spatial_scale: float) -> None:
-    """Raise ValueError for what is not cells a pixel."""
+    """Raise ValueError for what is not cells per pixel."""
     try:
         is_scale = 0 < spatial_scale < math.inf
     except (TypeError, ValueError, RuntimeError):  # other types, arrays, tensors
         is_scale = False
     if not is_scale:
-        raise ValueError(f"spatial_scale={spatial_scale!r}: expected cells a pixel, above 0, such as 1/16: one number for both axes")
+        raise ValueError(f"spatial_scale={spatial_scale!r}: expected cells per pixel, above 0, such as 1/16: one number for both axes")
 
 
 def mask_invalid_boxes(image: Tensor, coordinates: Tensor, images: int) -> tuple[Tensor, Tensor]:

@@ -21,14 +21,28 @@ class _RoIModule(nn.Module):
 
 
 class RoIPool(_RoIModule):
-    """Calls `ops.roi_pool`, which explains the arguments, with those given here."""
+    """RoIPool as a module, with the arguments of `torchvision.ops.RoIPool`. The operator is `ops.roi_pool`.
+
+    Args:
+        output_size: P, bins: one number, or (height, width).
+        spatial_scale: cells per pixel, 1 / stride.
+    """
 
     def forward(self, input: Tensor, rois: functional.Boxes) -> Tensor:
+        """Pool `[N, C, H, W]` at boxes in pixels, one `[L, 4]` an image or `[K, 5]`: `[K, C, P, P]`. Errors: `ops.lattice_pool`."""
         return functional.roi_pool(input, rois, self.output_size, self.spatial_scale)
 
 
 class RoIAlign(_RoIModule):
-    """Calls `ops.roi_align`, which explains the arguments, with those given here."""
+    """RoIAlign as a module, with the arguments of `torchvision.ops.RoIAlign`, and `reduce`. The operator is `ops.roi_align`.
+
+    Args:
+        output_size: P, bins: one number, or (height, width).
+        spatial_scale: cells per pixel, 1 / stride.
+        sampling_ratio: samples per bin along each axis; 0 or less: adaptive, ceil(extent / P).
+        aligned: whether cell centres lie at i + 0.5, so that half a cell is subtracted. False is torchvision's default.
+        reduce: mean or max of a bin's samples.
+    """
 
     def __init__(
         self,
@@ -44,11 +58,20 @@ class RoIAlign(_RoIModule):
         self.reduce = reduce
 
     def forward(self, input: Tensor, rois: functional.Boxes) -> Tensor:
+        """Pool `[N, C, H, W]` at boxes in pixels, one `[L, 4]` an image or `[K, 5]`: `[K, C, P, P]`. Errors: `ops.lattice_pool`."""
         return functional.roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned, self.reduce)
 
 
 class RoIWarp(_RoIModule):
-    """Calls `ops.roi_warp`, which explains the arguments, with those given here."""
+    """RoIWarp as a module. The operator is `ops.roi_warp`.
+
+    Args:
+        output_size: P, bins: one number, or (height, width).
+        spatial_scale: cells per pixel, 1 / stride.
+        sampling_ratio: samples per bin along each axis; 0 or less: adaptive, ceil(extent / P).
+        aligned: whether cell centres lie at i + 0.5, so that half a cell is subtracted. False fits torchvision's weights.
+        reduce: mean or max of a bin's samples.
+    """
 
     def __init__(
         self,
@@ -64,15 +87,23 @@ class RoIWarp(_RoIModule):
         self.reduce = reduce
 
     def forward(self, input: Tensor, rois: functional.Boxes) -> Tensor:
+        """Pool `[N, C, H, W]` at boxes in pixels, one `[L, 4]` an image or `[K, 5]`: `[K, C, P, P]`. Errors: `ops.lattice_pool`."""
         return functional.roi_warp(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned, self.reduce)
 
 
 class PrRoIPool(_RoIModule):
-    """Calls `ops.prroi_pool`, which explains the arguments, with those given here."""
+    """Precise RoI pooling as a module. The operator is `ops.prroi_pool`.
+
+    Args:
+        output_size: P, bins: one number, or (height, width).
+        spatial_scale: cells per pixel, 1 / stride.
+        half_pixel: whether cell centres lie at i + 0.5; False is the released layer.
+    """
 
     def __init__(self, output_size: functional.Size, spatial_scale: float, half_pixel: bool = False) -> None:
         super().__init__(output_size, spatial_scale)
         self.half_pixel = half_pixel
 
     def forward(self, input: Tensor, rois: functional.Boxes) -> Tensor:
+        """Pool `[N, C, H, W]` at boxes in pixels, one `[L, 4]` an image or `[K, 5]`: `[K, C, P, P]`. Errors: `ops.lattice_pool`."""
         return functional.prroi_pool(input, rois, self.output_size, self.spatial_scale, self.half_pixel)

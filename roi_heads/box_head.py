@@ -18,7 +18,7 @@ class TwoFCHead(nn.Sequential):
 
     Args:
         in_channels: C, channels of the feature map.
-        output_size: P, bins a side.
+        output_size: P, bins per side.
         hidden: width of both layers, 4096 in VGG16.
         dropout: 0.5 in Fast R-CNN.
         weights: as for `load_vgg16`. fc6 and fc7 are taken from `classifier.0` and `classifier.3` where the weights have them; else, and

@@ -50,7 +50,8 @@ class RoIExtractor(MultiScaleRoIAlign):
     def forward(
         self, features: Tensor | Mapping[str, Tensor], boxes: list[Tensor], image_shapes: Sequence[Sequence[int]] | None = None
     ) -> Tensor:
-        """
+        """Pool boxes from the one map.
+
         Args:
             features: the map `[N, C, H, W]`, or a mapping that holds it alone (torchvision's backbones give one).
             boxes: one `[L, 4]` an image, `(x1, y1, x2, y2)` in pixels.
@@ -107,7 +108,8 @@ class MultiScaleRoIExtractor(MultiScaleRoIAlign):
         self.operator = operator
 
     def forward(self, features: Mapping[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """
+        """Pool each box from the map that torchvision chooses for its size.
+
         Args:
             features: the maps by name, finest first, each `[N, C, H, W]`.
             boxes: one `[L, 4]` an image, `(x1, y1, x2, y2)` in pixels.
@@ -189,7 +191,7 @@ def _check_map(features: Tensor, scale: float, image_shapes: Sequence[Sequence[i
         sides, expected = (" x ".join(f"{n:g}" for n in size) for size in (pixels, [round(scale * n, 1) for n in pixels]))
         raise ValueError(
             f"spatial_scale={_fraction(scale)}: the map has {cells[0]} x {cells[1]} cells for images of {sides} pixels (height x width), "
-            f"and about {expected} are expected. The scale is the number of cells a pixel, 1 / stride. "
+            f"and about {expected} are expected. The scale is the number of cells per pixel, 1 / stride. "
             f"Set spatial_scale={_fraction(fitting)}"
         )
 

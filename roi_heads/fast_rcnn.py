@@ -45,7 +45,7 @@ class FastRCNNHeads(RoIHeads):
     Args:
         extractor: `(features, boxes, image_shapes) -> [K, C, P, P]`.
         box_head: `[K, C, P, P] -> [K, hidden]`.
-        box_predictor: `[K, hidden] -> (scores [K, C + 1], deltas [K, 4 (C + 1)])`.
+        box_predictor: `[K, hidden] -> (scores [K, num_classes], deltas [K, 4 * num_classes])`, the background included.
         rois_per_image: RoIs sampled of each training image.
         foreground_fraction: at most this part of them is foreground.
         foreground_iou: IoU with an object from which a proposal is foreground.
@@ -58,7 +58,7 @@ class FastRCNNHeads(RoIHeads):
         score_threshold, nms_threshold, detections_per_image: of the post-processing; NMS is per class.
         mask_extractor: as `extractor`, with an output size of its own, such as 14.
         mask_head: `[K, C, P, P] -> [K, hidden, P, P]`, such as torchvision's `MaskRCNNHeads`.
-        mask_predictor: `[K, hidden, P, P] -> [K, C + 1, M, M]`, logits for each class, such as torchvision's `MaskRCNNPredictor`.
+        mask_predictor: `[K, hidden, P, P] -> [K, num_classes, M, M]`, logits for each class, such as torchvision's `MaskRCNNPredictor`.
         seed: with `epoch` (an attribute that the training loop sets) and a target's `image_id` it decides which RoIs are sampled.
     """
 
@@ -114,12 +114,13 @@ class FastRCNNHeads(RoIHeads):
     def forward(
         self, features: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]], targets: list[Target] | None = None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """
+        """Sample RoIs and compute losses in training; detect in evaluation, with losses where targets are given.
+
         Args:
             features: `[N, C, H, W]`.
             proposals: one `[L, 4]` an image, pixels.
             image_shapes: (height, width) in pixels of each image without its padding; boxes are clipped to it.
-            targets: one dict an image with `boxes` [G, 4], `labels` [G] (1..C), `image_id` and, where there are any, `crowd` [M, 4]; and
+            targets: one dict an image with `boxes` [G, 4], `labels` [G] from 1, `image_id` and, where there are any, `crowd` [M, 4]; and
                 `masks` [G, height, width] where masks are learnt. In evaluation there is no loss of masks without them. In training there
                 may be `sampled`, what `sample_for_training` gives for the image, instead of `boxes` and `crowd`.
 

@@ -1,5 +1,8 @@
 """What does quantizing RoI coordinates cost a detector? The operators, a Fast R-CNN that measures them, and their configurations.
 
+Public are `load` and `Detector`, which detect objects in pictures; `compose`, `train` and `evaluate`, which run a configuration;
+`accelerate_torchvision`; and the operators in `roi_quantization.ops`.
+
 In a checkout the subpackages are folders of its top level, which the installation puts under this name (pyproject.toml).
 """
 

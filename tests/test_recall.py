@@ -22,4 +22,4 @@ def test_the_table_of_a_split(tmp_path, capsys):
 
 def test_a_missing_split_is_named_with_those_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"split=test: this data set has no such split\. Choose split= one of train, val"):
-        print_recall(composed(f"data.root={tmp_path}", "data.test=null"))
+        print_recall(composed(f"data.root={tmp_path}", "data.test=null", "split=test"))

@@ -135,7 +135,9 @@ def test_an_evaluation_of_nothing_is_refused_before_training(trained, tmp_path):
 def test_a_split_that_is_not_there_names_the_other(trained, tmp_path):
     folder, _ = trained
     with pytest.raises(ValueError, match=r"split=test: this data set has no such split\. Set split=val"):
-        run_eval(folder / "run" / "best.ckpt", tmp_path, "data.test=null")
+        run_eval(folder / "run" / "best.ckpt", tmp_path, "data.test=null", "split=test")
+    metrics = run_eval(folder / "run" / "best.ckpt", tmp_path, "data.test=null")
+    assert "val/AP" in metrics and OmegaConf.load(tmp_path / "config.yaml").split == "val", "as train.py reports"
 
 
 def test_a_folder_may_have_the_name_of_a_number(trained, tmp_path, monkeypatch):

@@ -47,6 +47,11 @@ def path_setting(value: Any, key: str) -> str:
     raise InputError(f"{key}={value}: expected a path. Quote a name that is not plain text: '{key}=\"...\"'")
 
 
+def evaluated_split(data: Mapping[str, Any]) -> str:
+    """Return the split that results are of, from the settings of the data: test, or val where there is none."""
+    return "val" if data.get("test") is None else "test"
+
+
 def check_groups(cfg: DictConfig, groups: Sequence[str]) -> None:
     """Check that something is chosen of each of these groups: none was removed (`~data`, `data=null`).
 

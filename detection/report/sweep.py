@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from pycocotools.coco import COCO
 
-from roi_quantization.detection.common.configuration import differences_beside_seeds, flatten, shorten, sweep_lines
+from roi_quantization.detection.common.configuration import differences_beside_seeds, evaluated_split, flatten, shorten, sweep_lines
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.annotations import as_coco, choose_classes, choose_images, read_instances, restrict
@@ -293,7 +293,7 @@ def _plan(path: Path) -> tuple[list[str], list[int]]:
 
 def _split(run: Run) -> DictConfig:
     """Return the settings of the split that a run is evaluated on."""
-    return run.config.data.test if run.config.data.test is not None else run.config.data.val
+    return run.config.data[evaluated_split(run.config.data)]
 
 
 def _annotations_path(run: Run) -> Path:

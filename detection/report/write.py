@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from roi_quantization.detection.common.configuration import shorten
+from roi_quantization.detection.common.configuration import evaluated_split, shorten
 from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.report import prose
 from roi_quantization.detection.report.figures import ReportFigure, make_figures
@@ -119,8 +119,7 @@ def _made_from(findings: Findings) -> list[tuple[str, str]]:
     config, starts = run.config, read_origin(findings.sweep.folder)
     data = starts[-1]["data"] if starts else {}
     truth = findings.sweep.annotations
-    split = "val" if config.data.get("test") is None else "test"
-    evaluated = f"{split}, {len(truth.imgs)} images, {len(truth.anns)} objects of {len(truth.cats)} categories"
+    evaluated = f"{evaluated_split(config.data)}, {len(truth.imgs)} images, {len(truth.anns)} objects of {len(truth.cats)} categories"
     facts = [("data", str(config.data.root)), *((f"data: {split}", words) for split, words in data.items())]
     strides = dict.fromkeys(
         f"{run.stride} pixels per cell" if run.stride else "that of each map of the detector's pyramid" for run in findings.sweep.finished

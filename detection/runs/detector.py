@@ -64,7 +64,7 @@ class Detector:
     """A trained detector with its preprocessing and its proposals.
 
     Attributes:
-        model: the network (`FastRCNN`), in evaluation mode.
+        model: the network, `FastRCNN` or a detector of torchvision, in evaluation mode.
         categories: `{"id", "name"}` of each class; label `i` is entry `i - 1`.
         names: label -> name.
         transform: what an image goes through before the network.
@@ -98,10 +98,10 @@ class Detector:
                 None: the provider of the checkpoint computes them.
 
         Returns:
-            For each picture a dict of `boxes` `[D, 4]` in pixels of the picture given, `scores` `[D]`, highest first, `labels` `[D]`, the
-            `names` of the classes, a list, and `proposals` `[D, 4]`, from which the boxes were regressed, where the detector
-            names them. Tensors on the CPU. Boxes of a file are in pixels of the upright picture. A list where several pictures were
-            given.
+            For each picture a dict of `boxes` `[D, 4]` in pixels of the picture given, `scores` `[D]`, highest first, `labels` `[D]`
+            from 1, the `names` of the classes, a list, `proposals` `[D, 4]`, from which the boxes were regressed, where the detector
+            names them, and `masks`, bool `[D, H, W]`, where it has them. Tensors on the CPU. Boxes of a file are in pixels of the
+            upright picture. A list where several pictures were given.
 
         Raises:
             TypeError, InputError, MissingFileError: a picture or proposals that cannot be used.

@@ -1,4 +1,4 @@
-"""The programs `train`, `eval`, `predict`, `recall` and `explain`. In a checkout they are the files of its top level."""
+"""The programs: `train`, `eval`, `predict`, `recall`, `explain` and so on. In a checkout they are the files of its top level."""
 
 from pathlib import Path
 

@@ -58,19 +58,19 @@ def test_an_unknown_reduction_names_the_choices():
         ({"border": -1.0}, "border=-1.0: expected a number of 0 at least"),
         ({"min_extent": -1.0}, "min_extent=-1.0: expected a number of 0 at least"),
         ({"sample_offset": float("nan")}, "sample_offset=nan: expected a number"),
-        ({"sampling_ratio": None}, "sampling_ratio=None: expected a whole number of samples a bin and side, one for both axes, or 0"),
-        ({"sampling_ratio": (2, 2)}, r"sampling_ratio=\(2, 2\): expected a whole number of samples a bin and side, one for both axes"),
+        ({"sampling_ratio": None}, "sampling_ratio=None: expected a whole number of samples per bin along each axis, one number, or 0"),
+        ({"sampling_ratio": (2, 2)}, r"sampling_ratio=\(2, 2\): expected a whole number of samples per bin along each axis, one number"),
         ({"sampling_ratio": float("inf")}, "sampling_ratio=inf: expected a whole number"),
         ({"sampling_ratio": "2"}, "sampling_ratio='2': expected a whole number"),
         ({"border": None}, "border=None: expected a number of 0 at least"),
         ({"min_extent": (1, 1)}, r"min_extent=\(1, 1\): expected a number of 0 at least"),
         ({"sample_offset": None}, "sample_offset=None: expected a number"),
-        ({"spatial_scale": (1 / 16, 1 / 16)}, r"spatial_scale=\(0.0625, 0.0625\): expected cells a pixel, .* one number for both axes"),
-        ({"spatial_scale": "1/16"}, "spatial_scale='1/16': expected cells a pixel"),
-        ({"spatial_scale": None}, "spatial_scale=None: expected cells a pixel"),
-        ({"spatial_scale": torch.ones(2)}, r"spatial_scale=tensor\(\[1., 1.\]\): expected cells a pixel"),
-        ({"spatial_scale": 0.0}, "spatial_scale=0.0: expected cells a pixel, above 0"),
-        ({"spatial_scale": float("nan")}, "spatial_scale=nan: expected cells a pixel, above 0"),
+        ({"spatial_scale": (1 / 16, 1 / 16)}, r"spatial_scale=\(0.0625, 0.0625\): expected cells per pixel, .* one number for both axes"),
+        ({"spatial_scale": "1/16"}, "spatial_scale='1/16': expected cells per pixel"),
+        ({"spatial_scale": None}, "spatial_scale=None: expected cells per pixel"),
+        ({"spatial_scale": torch.ones(2)}, r"spatial_scale=tensor\(\[1., 1.\]\): expected cells per pixel"),
+        ({"spatial_scale": 0.0}, "spatial_scale=0.0: expected cells per pixel, above 0"),
+        ({"spatial_scale": float("nan")}, "spatial_scale=nan: expected cells per pixel, above 0"),
     ],
 )
 def test_a_knob_out_of_its_range_is_named(knobs, message):
@@ -80,7 +80,7 @@ def test_a_knob_out_of_its_range_is_named(knobs, message):
 
 @pytest.mark.parametrize("operator", [ops.roi_align, ops.roi_warp], ids=lambda o: o.__name__)
 def test_a_ratio_of_two_is_named_by_each_operator_that_has_one(operator):
-    with pytest.raises(ValueError, match=r"sampling_ratio=\(2, 2\): expected a whole number of samples a bin and side"):
+    with pytest.raises(ValueError, match=r"sampling_ratio=\(2, 2\): expected a whole number of samples per bin along each axis"):
         operator(F, BOX, 2, 1.0, (2, 2))
 
 

@@ -55,7 +55,7 @@ def test_a_module_in_the_place_of_a_function_is_an_error(operator):
 def test_other_arguments_of_another_type_are_named():
     with pytest.raises(ValueError, match=r"operator: got 'align'\. Expected a function, such as functools\.partial"):
         RoIExtractor("align", 7, 1 / 16)
-    with pytest.raises(ValueError, match=r"spatial_scale=\(0.0625, 0.0625\): expected cells a pixel"):
+    with pytest.raises(ValueError, match=r"spatial_scale=\(0.0625, 0.0625\): expected cells per pixel"):
         RoIExtractor(align, 7, (1 / 16, 1 / 16))
     with pytest.raises(ValueError, match=r"pooler: expected the MultiScaleRoIAlign .* detector\.roi_heads\.box_roi_pool, got functools"):
         MultiScaleRoIExtractor(align, align)
@@ -116,7 +116,7 @@ def test_it_stands_in_torchvisions_faster_rcnn():
             32,
             1 / 16,
             r"spatial_scale=1/16: the map has 8 x 10 cells for images of 256 x 320 pixels \(height x width\), and about 16 x 20 "
-            r"are expected\. The scale is the number of cells a pixel, 1 / stride\. Set spatial_scale=1/32",
+            r"are expected\. The scale is the number of cells per pixel, 1 / stride\. Set spatial_scale=1/32",
         ),
         (16, 16, r"spatial_scale=16: the map has 16 x 20 cells .* about 4096 x 5120 are .* Set spatial_scale=1/16"),
         (16, 1 / 32, r"spatial_scale=1/32: .* Set spatial_scale=1/16"),

@@ -83,7 +83,7 @@ def has_box_gradient(operator: partial) -> bool:
 
 def test_every_preset_of_the_family_is_shipped():
     pools = {"pool", "pool_floor", "pool_bins", "pool_exclusive"}
-    warps = {"warp", "warp_max", "warp_max_inclusive", "warp_mnc"}
+    warps = {"warp", "warp_max", "warp_max_inclusive", "warp_mnc", "warp_no_half_pixel"}
     aligns = {"align", "align_max", "align_no_half_pixel", "align_1_sample", "align_adaptive"}
     assert set(PRESETS) == pools | warps | aligns | {"prroi"}
     assert {name for name in PRESETS if not has_box_gradient(preset(name))} == WITHOUT_BOX_GRADIENT

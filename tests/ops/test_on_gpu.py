@@ -109,7 +109,7 @@ def test_a_compiled_model_is_the_same(name):
         torch.testing.assert_close(compiled(images, boxes), model(images, boxes), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - WITHOUT_BOX_GRADIENT - {"warp", "warp_max", "warp_max_inclusive", "warp_mnc"}))
+@pytest.mark.parametrize("name", [n for n in sorted(set(PRESETS) - WITHOUT_BOX_GRADIENT) if not n.startswith("warp")])  # rounded RoIs
 def test_gradcheck(name):
     features = torch.randn(1, 2, 5, 6, dtype=torch.float64, device="cuda", requires_grad=True)
     boxes = torch.tensor([[0, 3.1, 9.9, 61.3, 51.2], [0, 20.3, -9.4, 93.7, 77.7]], dtype=torch.float64, device="cuda")

@@ -143,6 +143,27 @@ def test_any_number_of_channels(operator, channels):
     assert_same(results(operator, *args), results(partial(through, eager, operator), *args), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("operator", [pytest.param(preset(name), id=name) for name in ("align", "align_max", "pool", "prroi")])
+def test_an_invalid_box_affects_no_other_in_plain_pytorch(operator):
+    """NaN, an image that is not there, and a box whose size float32 cannot hold; Triton's kernels have this test in `test_cuda`."""
+    features, good = feature_map(2, 3, 6, 7, dtype=torch.float32), random_boxes(3, 2, 112, 96).float()
+    bad = torch.tensor([[0, torch.nan, 1, 30, 30], [2, 1, 1, 30, 30], [0, 1, 1, torch.inf, 30], [0, -3e38, -3e38, 3e38, 3e38]])
+    box_gradient = has_box_gradient(operator)
+
+    def output_and_gradients(boxes: Tensor) -> list[Tensor]:
+        inputs = [features.clone().requires_grad_(), boxes.clone().requires_grad_(box_gradient)]
+        out = through(eager, operator, *inputs, 3, 1 / 16)
+        return [out.detach(), *torch.autograd.grad(out[-3:].square().sum(), inputs if box_gradient else inputs[:1])]
+
+    both, alone = output_and_gradients(torch.cat([bad, good])), output_and_gradients(good)
+    assert both[0][:3].isnan().all()
+    assert torch.equal(both[0][-3:], alone[0])
+    torch.testing.assert_close(both[1], alone[1])
+    for of_boxes, of_good in zip(both[2:], alone[2:], strict=True):
+        torch.testing.assert_close(of_boxes[-3:], of_good)
+        assert of_boxes[:3].abs().sum() == 0
+
+
 @pytest.mark.parametrize("operator", ONE_OF_EACH)
 def test_the_same_bits_for_every_number_of_threads(operator):
     args = feature_map(2, 150, 9, 11, dtype=torch.float32), random_boxes(40, 2, 176, 144).float(), 7, 1 / 16, has_box_gradient(operator)

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, box_area
 from torchvision.ops.poolers import _filter_input, _setup_scales
 
 from roi_quantization import ops
-from roi_quantization.ops.inputs import check_scale, pair_of_bins
+from roi_quantization.ops.inputs import check_boxes, check_scale, pair_of_bins, prepare
 
 RoIOperator = Callable[..., Tensor]
 """`(features [N, C, H, W], boxes: list of [L, 4], output_size, spatial_scale) -> [K, C, P, P]`"""
@@ -64,6 +64,7 @@ class RoIExtractor(MultiScaleRoIAlign):
         Raises:
             ValueError: `spatial_scale` does not fit the sizes of the map and the images, and another power of two does; several maps; or
                 the operator gives another number of bins.
+            TypeError, ValueError: what the operator raises, such as those of `ops` for a box that is NaN (on a CPU).
         """
         if isinstance(features, Mapping):
             if len(features) != 1:
@@ -117,10 +118,25 @@ class MultiScaleRoIExtractor(MultiScaleRoIAlign):
 
         Returns:
             `[K, C, P, P]`, K the number of boxes of all images, in their order.
+
+        Raises:
+            TypeError, ValueError: none of the maps is there, or the finest is not the first; boxes of another shape, type or device, or not
+                one tensor an image; a box that is NaN or infinite (on a CPU; elsewhere the operator decides, and those of `ops` give NaN);
+                the operator gives another number of bins, or raises the error.
         """
         maps = _filter_input(features, self.featmap_names)
+        if not maps:
+            raise ValueError(f"features: expected some of the maps {', '.join(self.featmap_names)}, got {', '.join(features) or 'none'}")
+        image, coordinates, _ = prepare(maps[0], boxes, self.output_size, differentiable_boxes=True)
+        if maps[0].is_cpu:  # here, because the operator sees the boxes of one map, and would number them otherwise
+            check_boxes(image, coordinates.detach(), maps[0].detach())
         scales, map_levels = _setup_scales(maps, image_shapes, self.canonical_scale, self.canonical_level)
-        levels = map_levels(boxes)
+        if scales != sorted(scales, reverse=True):
+            raise ValueError(f"features: expected the finest map first, got the scales {', '.join(map(_fraction, scales))}: reverse them")
+        # NaN and a negative area have no level, and torchvision leaves their output 0. Here they go with the boxes without area, to the
+        # finest map. Where rounded scales leave out a level, its boxes have the coarsest map.
+        has_level = box_area(torch.cat(boxes).detach()) >= 0
+        levels = torch.where(has_level, map_levels(boxes), 0).clamp(0, len(maps) - 1)
         by_image = levels.split([len(of_image) for of_image in boxes])
         pooled = maps[0].new_zeros(len(levels), maps[0].shape[1], *self.output_size)
         for level, (features_of_level, scale) in enumerate(zip(maps, scales, strict=True)):

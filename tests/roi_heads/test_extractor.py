@@ -10,7 +10,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from roi_quantization import ops
+from roi_quantization.ops import functional
 from roi_quantization.roi_heads import MultiScaleRoIExtractor, RoIExtractor
+from roi_quantization.roi_heads import extractor as extractor_module
 from roi_quantization.roi_heads.extractor import replaced_operator
 
 align = partial(roi_align, sampling_ratio=2, aligned=True)
@@ -185,6 +187,56 @@ def test_boxes_are_read_from_the_levels_that_torchvision_reads(names):
     used = [maps[name] for name in names]
     for mine, its in zip(*(torch.autograd.grad(one.square().sum(), used) for one in (pooled, expected)), strict=True):
         torch.testing.assert_close(mine, its)
+
+
+@pytest.mark.parametrize("operator", [partial(ops.roi_align, sampling_ratio=2), align], ids=["ours", "torchvision's"])
+@pytest.mark.parametrize("edge", [torch.nan, torch.inf])
+def test_an_invalid_box_of_a_pyramid_is_an_error_that_counts_all_boxes(operator, edge):
+    maps, (boxes, _), shapes = pyramid()
+    boxes[2, 0] = edge
+    extractor = MultiScaleRoIExtractor(operator, MultiScaleRoIAlign(["0", "1", "2", "3"], 2, 2))
+    with pytest.raises(ValueError, match=rf"boxes: box 5 is \[{edge}, .* must be finite"):
+        extractor(maps, [torch.tensor([[0.0, 0, 20, 20]] * 3), boxes], shapes)
+
+
+def test_on_other_devices_an_invalid_box_of_a_pyramid_is_nan(monkeypatch):
+    """They do not look at boxes, because that would wait for the device. torchvision gives zeros."""
+    for module in (extractor_module, functional):
+        monkeypatch.setattr(module, "check_boxes", lambda image, *_: image)
+    monkeypatch.setattr(functional, "_has_kernels", lambda features: False)
+    maps, _, shapes = pyramid()
+    boxes = torch.tensor([[0, 0, 20, 20], [torch.nan, 0, 20, 20], [0, 0, torch.inf, 20], [0, torch.inf, 0, torch.inf], [0, 0, 150, 150]])
+    extractor = MultiScaleRoIExtractor(ops.roi_align, MultiScaleRoIAlign(["0", "1", "2", "3"], 2, 2, canonical_scale=112))
+    pooled, alone = extractor(maps, [boxes, boxes[:1]], shapes), extractor(maps, [boxes[[0, 4]], boxes[:1]], shapes)
+    assert pooled.flatten(1).isnan().all(1).tolist() == [False, True, True, True, False, False]
+    assert torch.equal(pooled[[0, 4, 5]], alone)
+
+
+@pytest.mark.parametrize(
+    "operator", [partial(ops.roi_align, sampling_ratio=2, aligned=True), ops.roi_pool, align], ids=["align", "pool", "torchvision's"]
+)
+def test_a_box_of_a_pyramid_that_is_reversed_along_one_axis_is_read_from_the_finest_map(operator):
+    maps, _, shapes = pyramid()
+    boxes = [torch.tensor([[90.0, 10, 20, 100], [10, 90, 120, 20]]), torch.zeros(0, 4)]
+    pooled = MultiScaleRoIExtractor(operator, MultiScaleRoIAlign(["0", "1", "2", "3"], 2, 2))(maps, boxes, shapes)
+    assert torch.equal(pooled, operator(maps["0"], boxes, 2, 1 / 4))
+    assert (pooled.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_a_box_whose_level_has_no_map_is_read_from_the_coarsest():
+    """Scales of 1/4 and 1/16 are three levels for torchvision, which leaves the output of the third 0."""
+    maps, (boxes, none), shapes = pyramid()
+    pooled = MultiScaleRoIExtractor(align, MultiScaleRoIAlign(["0", "2"], 2, 2, canonical_scale=56))(maps, [boxes[-1:], none], shapes)
+    assert torch.equal(pooled, align(maps["2"], [boxes[-1:], none], 2, 1 / 16))
+
+
+def test_maps_of_a_pyramid_that_are_absent_or_in_another_order_are_an_error():
+    maps, boxes, shapes = pyramid()
+    extractor = MultiScaleRoIExtractor(align, MultiScaleRoIAlign(["0", "1"], 2, 2))
+    with pytest.raises(ValueError, match="features: expected some of the maps 0, 1, got 2"):
+        extractor({"2": maps["2"]}, boxes, shapes)
+    with pytest.raises(ValueError, match="expected the finest map first, got the scales 1/8, 1/4: reverse them"):
+        extractor({"1": maps["1"], "0": maps["0"]}, boxes, shapes)
 
 
 def test_the_number_of_samples_is_the_operators_not_the_poolers():

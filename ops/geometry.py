@@ -204,6 +204,14 @@ def smallest_winners_dtype(samples: int) -> torch.dtype:
     return torch.int8 if samples <= 2**7 - 1 else torch.int16 if samples <= 2**15 - 1 else torch.int32
 
 
+def empty_planes(box: Tensor, planes: int, rois: int, bins: int) -> Tensor:
+    """Memory `[planes, K, P]` for lattices placed by a kernel, float32.
+
+    Each plane starts at a multiple of 16 bytes for every number of boxes: Triton compiles a kernel for how its pointers are aligned.
+    """
+    return box.new_empty_strided((planes, rois, bins), ((rois + 3) // 4 * 4 * bins, bins, 1), dtype=torch.float32)
+
+
 def round_half_away(x: Tensor) -> Tensor:
     """Round to the nearest integer, halves away from zero, as C's `round` does (`torch.round` takes halves to even)."""
     size = x.abs()  # torch.trunc would be shorter, and takes milliseconds where it waits for MKL's threads

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic as _deterministic
 
-from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule
+from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule, empty_planes
 
 deterministic: Any = _deterministic  # a module with a property, which mypy does not know
 _DEVICES = ("cpu", "cuda")
@@ -82,9 +82,9 @@ def _(
     counts = (image.new_empty(rois, of_side, dtype=torch.int32) for of_side in bins)
     return (
         image.new_empty(rois, dtype=torch.int64),
-        box.new_empty(3, rois, bins_y),
+        empty_planes(box, 3, rois, bins_y),
         next(counts),
-        box.new_empty(3, rois, bins_x),
+        empty_planes(box, 3, rois, bins_x),
         next(counts),
     )
 
@@ -103,7 +103,7 @@ def place_edges(
 @place_edges.register_fake
 def _(image: Tensor, box: Tensor, spatial_scale: float, images: int, bins: list[int], half_pixel: bool) -> tuple[Tensor, Tensor, Tensor]:
     rois, (bins_y, bins_x) = image.shape[0], bins
-    return image.new_empty(rois, dtype=torch.int64), box.new_empty(2, rois, bins_y), box.new_empty(2, rois, bins_x)
+    return image.new_empty(rois, dtype=torch.int64), empty_planes(box, 2, rois, bins_y), empty_planes(box, 2, rois, bins_x)
 
 
 @torch.library.custom_op("roi_quantization::lattice_pool", mutates_args=(), device_types=_DEVICES)

@@ -20,7 +20,7 @@ from roi_quantization.ops.cuda.integral import integral_slopes
 from roi_quantization.ops.cuda.lattice import lattice_slopes, max_forward, mean_forward
 from roi_quantization.ops.cuda.scatter import clear_and_find_largest, scatter_max, write_sums
 from roi_quantization.ops.cuda.tiles import mark_rois_by_tile, mean_backward
-from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule
+from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule, empty_planes
 
 # Sizes of programs: no register spills on sm_80, sm_90, sm_100 (tests/ops/compile_kernels.py)
 BINS_PLACED = 256  # of a program of the geometry
@@ -37,12 +37,12 @@ def place_boxes(
 
     Returns:
         The image of each box `[K]`, int64; first, step and total of y `[3, K, P]` (of an integral low and high `[2, K, P]`) and the visited
-        samples `[K, P]`, int32; the same of x.
+        samples `[K, P]`, int32; the same of x. Each plane `[K, P]` starts at a multiple of 16 bytes.
     """
     is_integral = isinstance(rule, IntegralRule)
     knobs = LatticeRule() if isinstance(rule, IntegralRule) else rule
     rois, kinds = len(image), 2 if is_integral else 3
-    of_axis = [torch.empty(kinds, rois, of_side, device=box.device) for of_side in bins]
+    of_axis = [empty_planes(box, kinds, rois, of_side) for of_side in bins]
     counts = [torch.empty(0 if is_integral else rois, of_side, dtype=torch.int32, device=box.device) for of_side in bins]
     image_out = torch.empty(rois, dtype=torch.int64, device=box.device)
     if rois:

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.absent_gpu import AbsentGPU
 from roi_quantization.ops.cuda import kernels as cuda
 from roi_quantization.ops.functional import ROI_POOL
-from roi_quantization.ops.geometry import IntegralRule, LatticeRule, smallest_winners_dtype
+from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule, smallest_winners_dtype
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -35,16 +35,16 @@ def compile_all(
     triton.runtime.driver.set_active(AbsentGPU(capability))
     JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **k: compiled.append(kernel.run(*a, grid=grid, warmup=True, **k))
     features, image = torch.zeros(1, channels, height, width, dtype=dtype), torch.zeros(rois, dtype=torch.int64)
-    low, high, box = torch.zeros(rois), torch.full((rois,), 300.0), torch.zeros(rois, 4)
+    box = torch.zeros(rois, 4)
     for reduce, rule in (("mean", LatticeRule()), ("max", LatticeRule()), ("max", ROI_POOL)):
-        y, x = (rule.axis(low, high, 1 / 16, bins, size) for size in features.shape[2:])
+        _, y, count_y, x, count_x = cuda.place_boxes(rule, image, box, 1 / 16, 1, [bins, bins], [height, width])
+        y, x = Axis(y[0], y[1], count_y, y[2]), Axis(x[0], x[1], count_x, x[2])  # as of a call: aligned as they are there
         dtype_of_winners = smallest_winners_dtype(rule.most_samples(height) * rule.most_samples(width))
         is_cells = rule.quantize_bins != "none"
-        cuda.place_boxes(rule, image, box, 1 / 16, 1, [bins, bins], [height, width])
         out, winners = cuda.lattice_forward(features, image, y, x, reduce, dtype_of_winners, is_cells)
         cuda.lattice_backward(out, features, winners, image, y, x, reduce, torch.empty_like(features), rule.has_box_gradient, is_cells)
-    y, x = (IntegralRule().axis(low, high, 1 / 16, bins, size) for size in features.shape[2:])
-    cuda.place_boxes(IntegralRule(), image, box, 1 / 16, 1, [bins, bins], [height, width])
+    _, y, _, x, _ = cuda.place_boxes(IntegralRule(), image, box, 1 / 16, 1, [bins, bins], [height, width])
+    y, x = Bounds(*y), Bounds(*x)
     cuda.integral_backward(cuda.integral_forward(features, image, y, x), features, image, y, x, torch.empty_like(features), True)
     return compiled
 

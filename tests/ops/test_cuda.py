@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
@@ -238,6 +239,21 @@ def test_the_geometry_takes_images_as_integers_and_no_boxes():
         assert torch.equal(cuda.place_boxes(rule, image, box[:, 1:], 0.5, 2, [2, 3], [5, 6])[0], box[:, 0].long())
     empty = cuda.place_boxes(rule, box[:0, 0], box[:0, 1:], 0.5, 2, [2, 3], [5, 6])
     assert [tuple(t.shape) for t in empty] == [(0,), (3, 0, 2), (0, 2), (3, 0, 3), (0, 3)]
+
+
+@pytest.mark.parametrize("rois", [1, 2, 3, 5])
+def test_placed_planes_are_aligned_and_have_the_strides_of_the_fake_ones(rois):
+    """Triton would compile each kernel anew for pointers that are no multiple of 16 bytes."""
+    image, box = torch.zeros(rois, device=DEVICE), torch.zeros(rois, 4, device=DEVICE)
+    lattices = cuda.place_boxes(LatticeRule(), image, box, 0.5, 1, [3, 7], [5, 6])
+    _, low_high_y, _, low_high_x, _ = cuda.place_boxes(IntegralRule(), image, box, 0.5, 1, [3, 7], [5, 6])
+    planes = [*lattices[1], *lattices[3], *low_high_y, *low_high_x]
+    assert {plane.data_ptr() % 16 for plane in planes} == {0}
+    assert all(plane.is_contiguous() for plane in planes)
+    fakes = library.place_lattice(image.to("meta"), box.to("meta"), 0.5, 1, [3, 7], [5, 6], *astuple(LatticeRule()))
+    assert [(t.shape, t.stride(), t.dtype) for t in fakes] == [(t.shape, t.stride(), t.dtype) for t in lattices]
+    fakes = library.place_edges(image.to("meta"), box.to("meta"), 0.5, 1, [3, 7], False)
+    assert [t.stride() for t in fakes[1:]] == [low_high_y.stride(), low_high_x.stride()]
 
 
 @pytest.mark.parametrize("operator", ONE_OF_EACH[::3])

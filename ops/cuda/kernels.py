@@ -26,7 +26,8 @@ from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRul
 BINS_PLACED = 256  # of a program of the geometry
 ROW_OF_BINS = 8  # of a program of the forward, and of the gradient of boxes
 TILE = {"TILE_Y": 8, "TILE_X": 8}  # cells of a program of the backward of a mean: the 64 rows of a product of tensor cores
-MOST_PROGRAMS = 512  # that look for the largest gradient
+MOST_PROGRAMS = 512  # that clear the sums and look for the largest gradient
+CLEARED = 4096  # sums, at a time, of such a program
 MOST_SUMS = 2**25  # 64-bit sums of a maximum's gradient, 256 MiB; a larger map takes some channels after others
 
 
@@ -181,7 +182,7 @@ def _scatter(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, winners
     log_bins = math.ceil(math.log2(rois * bins[0] * bins[1]))
     at_a_time = min(channels, max(MOST_SUMS // (images * height * width), 1))
     sums = torch.empty(images * at_a_time * height * width, dtype=torch.int64, device=grad.device)
-    programs = min(rois, MOST_PROGRAMS)
+    programs = min(max(rois, triton.cdiv(sums.numel(), CLEARED)), MOST_PROGRAMS)  # a few RoIs may have a large map
     largest = torch.empty(programs, device=grad.device)
     offset, rois_of_bins = {"OFFSET": _offset(out, bins), "MOST_PROGRAMS": MOST_PROGRAMS}, (rois, triton.cdiv(bins[0] * bins[1], 64))
     with torch.cuda.device_of(out):
@@ -195,7 +196,7 @@ def _scatter(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, winners
             channels * bins[0] * bins[1],
             sums.numel(),
             *bins,
-            SIZE=4096,
+            SIZE=CLEARED,
             num_warps=4,
             maxnreg=255,
         )

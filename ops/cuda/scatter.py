@@ -17,7 +17,10 @@ from roi_quantization.ops.cuda.lattice import tap
 def clear_and_find_largest(
     grad, y_first, x_first, largest, sums, rois, roi_size, sums_size, bins_y: tl.constexpr, bins_x: tl.constexpr, SIZE: tl.constexpr
 ):
-    """Zeros to `sums`, and to `largest [programs]` the largest gradients of valid boxes; infinity where one is not finite."""
+    """Zeros to `sums`, and to `largest [programs]` the largest gradients of valid boxes; infinity where one is not finite.
+
+    A program without a RoI, of a large map, has 0.
+    """
     programs = tl.num_programs(0)
     for start in range(tl.program_id(0).to(tl.int64) * SIZE, sums_size, programs * SIZE):
         at = start + tl.arange(0, SIZE)

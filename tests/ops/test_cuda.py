@@ -192,6 +192,22 @@ def test_a_gradient_of_a_maximum_that_is_not_finite_spoils_the_map():
     assert max_gradient(random_boxes(3, 1, 96, 80).float(), weights).isnan().all()
 
 
+@pytest.mark.parametrize(("rois", "shape", "programs"), [(1, (1, 2, 48, 64), 2), (3, (1, 2, 5, 6), 3), (2, (1, 1, 4, 4), 2)])
+def test_sums_of_a_map_are_cleared_by_as_many_programs_as_it_has_blocks_of_them(rois, shape, programs, monkeypatch):
+    """A few RoIs on a large map would leave the map to as few programs; more RoIs than blocks share out the search of the gradient."""
+    grids, kernel = [], cuda.clear_and_find_largest
+    boxes = random_boxes(rois, 1, 16.0 * shape[3], 16.0 * shape[2]).float() + NUDGE
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(cuda, "clear_and_find_largest", Recorder())
+    assert_equals_oracle(preset("pool"), feature_map(*shape, dtype=torch.float32), boxes, 2)
+    assert grids == [(programs,)]
+
+
 def test_sums_of_a_large_map_are_computed_for_some_channels_after_others(monkeypatch):
     boxes, weights = random_boxes(2, 1, 96, 80).float(), torch.randn(2, 2, 2, 2, generator=torch.Generator().manual_seed(1))
     at_once = max_gradient(boxes, weights)

@@ -111,6 +111,7 @@ def _table(boxes: Tensor) -> tuple[Tensor, Tensor]:
         raise BoxShapeError(f"boxes: a tensor must be [K, 5] (image index, x1, y1, x2, y2), got shape {tuple(boxes.shape)}")
     if not boxes.is_floating_point():
         raise TypeError(f"boxes: expected floating point coordinates, got {boxes.dtype}")
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))  # bfloat16 compares image 256 with 257 images as with 256
     return boxes[:, 0].detach(), boxes[:, 1:]
 
 

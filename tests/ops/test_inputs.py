@@ -106,3 +106,11 @@ def test_on_other_devices_an_invalid_box_becomes_nan_and_reads_nothing_out_of_bo
         rule = LatticeRule()
         out = eager.lattice_pool(F + 1, image, rule.axis(box[:, 1], box[:, 3], 1, 2, 4), rule.axis(box[:, 0], box[:, 2], 1, 2, 4), reduce)
         assert out.flatten(1).isnan().all(1).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize(("dtype", "index"), [(torch.bfloat16, 256), (torch.float16, 2048)], ids=str)
+def test_the_last_image_of_more_than_a_narrow_dtype_can_count(dtype, index):
+    """The number of images is one that the dtype of the boxes rounds down to the index."""
+    features = torch.arange(index + 1.0)[:, None, None, None].expand(index + 1, 1, 4, 4)
+    boxes = torch.tensor([[index, 0, 0, 4, 4], [index - 1, 0, 0, 4, 4]], dtype=dtype)
+    assert ops.roi_align(features, boxes, 1).flatten().tolist() == [index, index - 1]

@@ -256,7 +256,16 @@ lattice_pool.register_autograd(_lattice_backward, setup_context=_lattice_setup)
 
 @torch.library.custom_op("roi_quantization::integral_pool", mutates_args=(), device_types=_DEVICES)
 def integral_pool(features: Tensor, image: Tensor, y_low: Tensor, y_high: Tensor, x_low: Tensor, x_high: Tensor) -> Tensor:
-    """Take the mean of the interpolated map over each bin: `[K, C, P, P]` in the dtype of the features, contiguous."""
+    """Take the mean of the interpolated map over each bin.
+
+    Args:
+        features: `[N, C, H, W]`.
+        image: `[K]` index of each RoI's image, int64.
+        y_low, ..., x_high: `Bounds` of the bins along y and along x, each `[K, P]`.
+
+    Returns:
+        `[K, C, P, P]` in the dtype of the features, contiguous.
+    """
     with unfilled_memory():
         out: Tensor = kernels(features.device).integral_forward(features, image, Bounds(y_low, y_high), Bounds(x_low, x_high))
     return out

@@ -70,7 +70,20 @@ def place_boxes(
 def lattice_forward(
     features: Tensor, image: Tensor, y: Axis, x: Axis, reduce: str, winners_dtype: torch.dtype | None, whole_cells: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The mean or the largest sample of each bin, `[K, C, P, P]`; and which won, `[K * C * P * P]` (without a dtype: empty)."""
+    """Reduce each bin's samples by their `mean` or `max`.
+
+    Args:
+        features: the map `[N, C, H, W]`.
+        image: `[K]` index of each RoI's image, int64.
+        y, x: the lattices, each `[K, P]`.
+        reduce: `mean` or `max`.
+        winners_dtype: of the numbers of the samples that won, for `max`; None where no gradient needs them.
+        whole_cells: whether the samples are known to be whole cells, one apart.
+
+    Returns:
+        `[K, C, P, P]` in the dtype of the features; and which sample of each bin won, `i * x.visited + j` or -1, `[K * C * P * P]`, or an
+        empty tensor.
+    """
     out = features.new_empty(len(image), features.shape[1], y.first.shape[1], x.first.shape[1])
     remembered = out.numel() if reduce == "max" and winners_dtype else 0
     winners = torch.empty(remembered, dtype=winners_dtype or torch.int8, device=features.device)
@@ -94,9 +107,21 @@ def lattice_backward(
     of_lattice: bool,
     whole_cells: bool = False,
 ) -> list[Tensor] | None:
-    """Write the gradient of the features to `of_features`, unless it is None; gradients of `first` and `step`, of y and then of x.
+    """Write the gradient of the features, and compute that of the lattices.
 
-    The map itself is read for `of_lattice` alone.
+    Args:
+        grad: of the output, `[K, C, P, P]`.
+        features: the map `[N, C, H, W]`, read for `of_lattice` alone; else it may be None.
+        winners: `[K * C * P * P]` as `lattice_forward` gave them, read for `max` alone.
+        image: `[K]` index of each RoI's image, int64.
+        y, x: the lattices, each `[K, P]`.
+        reduce: `mean` or `max`.
+        of_features: where the gradient of the features is written, in the shape and layout of the map; None where it is not asked for.
+        of_lattice: whether the gradient of the lattices is asked for.
+        whole_cells: as of the forward.
+
+    Returns:
+        Gradients of `first` and `step` of y and then of x, each `[K, P]` in float32; None without `of_lattice`.
     """
     grad, y, x = grad.contiguous(), Axis(*_dense(y)), Axis(*_dense(x))
     if of_features is not None and reduce == "max":
@@ -107,7 +132,7 @@ def lattice_backward(
 
 
 def integral_forward(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> Tensor:
-    """The mean of the interpolated map over each bin, `[K, C, P, P]`."""
+    """Take the mean of the interpolated map `[N, C, H, W]` over each bin, whose edges are `[K, P]`: `[K, C, P, P]`, in its dtype."""
     out = features.new_empty(len(image), features.shape[1], y.low.shape[1], x.low.shape[1])
     _forward(_integral_forward, features, (image, *_dense(y), *_dense(x)), out, CHANNELS=256)
     return out
@@ -116,9 +141,18 @@ def integral_forward(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> T
 def integral_backward(
     grad: Tensor, features: Tensor | None, image: Tensor, y: Bounds, x: Bounds, of_features: Tensor | None, of_bounds: bool
 ) -> list[Tensor] | None:
-    """Write the gradient of the features to `of_features`, unless it is None; gradients of `low` and `high`, of y and then of x.
+    """Write the gradient of the features, and compute that of the edges of the bins.
 
-    The map itself is read for `of_bounds` alone.
+    Args:
+        grad: of the output, `[K, C, P, P]`.
+        features: the map `[N, C, H, W]`, read for `of_bounds` alone; else it may be None.
+        image: `[K]` index of each RoI's image, int64.
+        y, x: the edges, each `[K, P]`.
+        of_features: where the gradient of the features is written, in the shape and layout of the map; None where it is not asked for.
+        of_bounds: whether the gradient of the edges is asked for.
+
+    Returns:
+        Gradients of `low` and `high` of y and then of x, each `[K, P]` in float32; None without `of_bounds`.
     """
     grad, y, x = grad.contiguous(), Bounds(*_dense(y)), Bounds(*_dense(x))
     if of_features is not None:  # edges for first and step; an integral has no count and no total, which are not read

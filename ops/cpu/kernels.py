@@ -179,7 +179,8 @@ def _chunks(y: Axis, x: Axis, features: Tensor) -> Iterator[tuple[int, int]]:
 
     Each chunk copies the map, which sixteen samples a cell make cheap beside the visits.
     """
-    limit = max(MOST_SAMPLES, 16 * features[:, 0].numel())
+    images, _, height, width = features.shape
+    limit = max(MOST_SAMPLES, 16 * images * height * width)
     ends = (y.visited.sum(1) * x.visited.sum(1)).cumsum(0).numpy()
     start = 0
     while start < len(ends):

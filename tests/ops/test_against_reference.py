@@ -136,7 +136,7 @@ def test_dtypes_and_layouts(operator, dtype, tolerance):
 
 
 @pytest.mark.parametrize("operator", ONE_OF_EACH)
-@pytest.mark.parametrize("channels", [1, 16, 17, 300])
+@pytest.mark.parametrize("channels", [0, 1, 16, 17, 300])
 def test_any_number_of_channels(operator, channels):
     """Blocks of channels, whole and broken."""
     args = feature_map(1, channels, 5, 4), random_boxes(3, 1, 64, 80), 2, 1 / 16, False

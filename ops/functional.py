@@ -64,8 +64,8 @@ def lattice_pool(
 
     Returns:
         `[K, C, P, P]`. Differentiable in the features, and in the boxes where bins are not quantized, straight through a quantized RoI.
-        A sample that interpolates an infinite cell is infinite or NaN, as in torchvision: its weight may be 0. A bin with a NaN sample is
-        NaN, for `max` too.
+        A sample that interpolates an infinite cell is infinite or NaN, as in torchvision. The cell beside a sample that lies on a cell's
+        centre has the weight 0 and is not read, though torchvision reads it. A bin with a NaN sample is NaN, for `max` too.
 
     Raises:
         TypeError, ValueError: an argument of another shape, type or range; a box that is NaN or infinite, or of an image that is not there

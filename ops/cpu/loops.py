@@ -98,9 +98,11 @@ def cell_below(position, size):
 
 @inline
 def add(to, weight, x):
+    """Add `weight * x`. What has no weight is not read: its product would be NaN where `x` is infinite or NaN."""
     weight = to.dtype.type(weight)
-    for c in range(len(to)):
-        to[c] += weight * x[c]
+    if weight != 0:
+        for c in range(len(to)):
+            to[c] += weight * x[c]
 
 
 @inline

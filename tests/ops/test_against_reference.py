@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 
 from roi_quantization import ops
@@ -239,6 +240,36 @@ def test_a_bin_that_interpolates_an_infinite_cell_is_not_finite(path, name):
         features[0, 1, y, x] = torch.inf
         out = path(preset(name, sampling_ratio=3), features, box, 1, 1.0)
         assert out.isfinite().flatten().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("quantize_bins", ["cover", "truncate"])
+def test_the_mean_of_whole_cells_reads_and_writes_no_other_cell(quantize_bins):
+    """Cells beside the bin may be infinite, and its gradient too: what is multiplied by 0 would be NaN."""
+    features = torch.full((1, 2, 4, 4), torch.inf, dtype=torch.float64)
+    features[..., 1:3, 1:3] = torch.tensor([[1.0, 2], [3, 6]], dtype=torch.float64)
+    features.requires_grad_()
+    operator = partial(ops.lattice_pool, quantize_bins=quantize_bins, reduce="mean")
+    for path in PATHS.values():
+        out = path(operator, features, torch.tensor([[0.0, 1, 1, 3, 3]], dtype=torch.float64), 1, 1.0)
+        assert out.flatten().tolist() == [3, 3]
+    operator(features, torch.tensor([[0.0, 1, 1, 3, 3]]).double(), 1).backward(torch.tensor([torch.inf, 4]).double().view(1, 2, 1, 1))
+    expected = torch.zeros(2, 4, 4, dtype=torch.float64)
+    expected[:, 1:3, 1:3] = torch.tensor([torch.inf, 1])[:, None, None]
+    assert torch.equal(features.grad[0], expected)
+
+
+def test_the_mean_of_samples_far_apart_reads_no_cell_between_them():
+    features = torch.zeros(1, 1, 1, 16)
+    features[..., 7:9] = torch.inf
+    features[..., [3, 4, 11, 12]] = torch.tensor([1.0, 2, 3, 4])  # the neighbours of the samples at 3.5 and 11.5
+    features.requires_grad_()
+    box = torch.tensor([[0.0, 0, 0, 16, 1]])
+    for path in PATHS.values():
+        assert (
+            path(preset("align"), features, box, 1, 1.0).item() == torchvision.ops.roi_align(features, box, 1, 1.0, 2, True).item() == 2.5
+        )
+    preset("align")(features, box, 1, 1.0).backward(torch.full((1, 1, 1, 1), torch.inf))
+    assert features.grad.flatten().nonzero().flatten().tolist() == [3, 4, 11, 12]
 
 
 def test_equal_maxima_give_the_gradient_to_the_first():

@@ -32,9 +32,9 @@ def lattice_samples(image, y_first, y_step, y_visited, y_total, x_first, x_step,
     for k in range(rois):
         for p in range(bins_y):
             for q in range(bins_x):
-                b, count = (k * bins_y + p) * bins_x + q, y_visited[k, p] * x_visited[k, q]
-                start[b + 1] = start[b] + count
-                initial[b] = 0 if count == 0 or count < y_total[k, p] * x_total[k, q] else -np.inf
+                b = (k * bins_y + p) * bins_x + q
+                start[b + 1] = start[b] + y_visited[k, p] * x_visited[k, q]
+                initial[b] = initial_value(y_visited[k, p], y_total[k, p], x_visited[k, q], x_total[k, q])
     cell, next_cell, fraction = np.empty(start[-1], np.uint32), np.empty(start[-1], np.uint32), np.empty(start[-1], x_first.dtype)
     s = 0
     for k in range(rois):
@@ -184,6 +184,15 @@ def max_lattice_gradient(
                         if free_x:
                             grad_x_first[k, q] += slope_x
                             grad_x_step[k, q] += j * slope_x
+
+
+@inline
+def initial_value(y_visited, y_total, x_visited, x_total):
+    """A bin's value before its samples are visited: 0 where a sample is off the map or there is none, else less than all of them.
+
+    Axis by axis, because a product of totals in float32 is rounded, and a bin of more than 2**24 samples would seem to have lost one.
+    """
+    return 0.0 if y_visited == 0 or x_visited == 0 or y_visited < y_total or x_visited < x_total else -np.inf
 
 
 @inline

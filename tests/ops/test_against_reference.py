@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from roi_quantization import ops
 from roi_quantization.ops import eager, library, reference
+from roi_quantization.ops.cpu.max import initial_value
 from roi_quantization.ops.geometry import IntegralRule, LatticeRule
 from roi_quantization.ops.inputs import mask_invalid_boxes, prepare
 
@@ -270,6 +272,14 @@ def test_the_mean_of_samples_far_apart_reads_no_cell_between_them():
         )
     preset("align")(features, box, 1, 1.0).backward(torch.full((1, 1, 1, 1), torch.inf))
     assert features.grad.flatten().nonzero().flatten().tolist() == [3, 4, 11, 12]
+
+
+def test_no_sample_is_lost_of_a_bin_that_has_more_than_float32_counts():
+    """4099 * 4101 is odd and above 2**24. In float32 it is one more, and a sample would seem to be off the map."""
+    y, x = np.int32(4099), np.int32(4101)
+    assert int(np.float32(y) * np.float32(x)) > int(y) * int(x)
+    assert initial_value(y, np.float32(y), x, np.float32(x)) == -np.inf
+    assert initial_value(y, np.float32(y), x, np.float32(x + 1)) == initial_value(np.int32(0), np.float32(0), x, np.float32(x)) == 0
 
 
 def test_equal_maxima_give_the_gradient_to_the_first():

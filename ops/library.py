@@ -6,6 +6,7 @@ A traced or exported file names its operators, so that their namespace is the im
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -21,6 +22,10 @@ deterministic: Any = _deterministic  # a module with a property, which mypy does
 _DEVICES = ("cpu", "cuda")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+_fill_lock = threading.Lock()
+_unfilled_calls = 0
+_fill_before = True
+
 
 def kernels(device: torch.device) -> ModuleType:
     """Import the module with the kernels of a device, when it is first used: Triton is not installed everywhere."""
@@ -29,13 +34,26 @@ def kernels(device: torch.device) -> ModuleType:
 
 @contextmanager
 def unfilled_memory() -> Iterator[None]:
-    """Allocate without the fill of PyTorch's deterministic mode: kernels write every element of what they return."""
-    before = deterministic.fill_uninitialized_memory
-    deterministic.fill_uninitialized_memory = False
+    """Allocate without the fill of PyTorch's deterministic mode: kernels write every element of what they return.
+
+    The setting is that of the process. Of calls in several threads the first notes and the last restores it.
+    """
+    global _unfilled_calls, _fill_before
+    if not torch.are_deterministic_algorithms_enabled():  # nothing is filled
+        yield
+        return
+    with _fill_lock:
+        if _unfilled_calls == 0:
+            _fill_before = deterministic.fill_uninitialized_memory
+            deterministic.fill_uninitialized_memory = False
+        _unfilled_calls += 1
     try:
         yield
     finally:
-        deterministic.fill_uninitialized_memory = before
+        with _fill_lock:
+            _unfilled_calls -= 1
+            if _unfilled_calls == 0:
+                deterministic.fill_uninitialized_memory = _fill_before
 
 
 def supports(features: Tensor) -> bool:

@@ -49,8 +49,16 @@ def test_maxima_computed_in_chunks_of_rois_are_the_same(name, monkeypatch):
     assert len(looked_up) > 2 and max(looked_up) <= 16 * 2 * 8 * 10, "sixteen samples a cell of the map"
 
 
+@pytest.fixture
+def deterministic_mode():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 @pytest.mark.parametrize("operator", [ops.roi_align, ops.prroi_pool])
-def test_deterministic_mode_does_not_fill_what_the_kernels_write(operator, monkeypatch):
+def test_deterministic_mode_does_not_fill_what_the_kernels_write(operator, monkeypatch, deterministic_mode):
     """PyTorch's deterministic mode fills fresh memory, which takes a GPU as long as to write it."""
     fills, kernels_of = [], library.kernels
 
@@ -63,3 +71,19 @@ def test_deterministic_mode_does_not_fill_what_the_kernels_write(operator, monke
     operator(features, torch.tensor([[0.0, 0, 0, 3, 3]]), 2).sum().backward()
     assert fills == [False, False]
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_calls_that_overlap_restore_the_fill_of_deterministic_mode(deterministic_mode):
+    """As those of two threads do; the setting is that of the process."""
+    first, second = library.unfilled_memory(), library.unfilled_memory()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.utils.deterministic.fill_uninitialized_memory, "the second still allocates"
+    second.__exit__(None, None, None)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_outside_deterministic_mode_the_setting_is_left_alone():
+    with library.unfilled_memory():
+        assert torch.utils.deterministic.fill_uninitialized_memory

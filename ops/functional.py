@@ -70,6 +70,7 @@ def lattice_pool(
     Raises:
         TypeError, ValueError: an argument of another shape, type or range; a box that is NaN or infinite, or of an image that is not there
             (on a CPU; on a GPU, where looking would stall the stream, its output is NaN); boxes that want a gradient where there is none.
+        NotImplementedError: forward-mode differentiation of a kernel.
     """
     if has_torch_function_unary(input):  # torch.fx records a call of this function, and subclasses of Tensor may override it
         return handle_torch_function(
@@ -187,6 +188,8 @@ def place_bins(
     """Return the image of each box, and where its bins look along y and along x."""
     image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=rule.has_box_gradient)
     check_scale(spatial_scale)
+    if library.supports(features):
+        library.refuse_tangents(features, box)
     images, _, height, width = features.shape
     if places_by_kernel(features, box):
         return place_by_kernel(rule, image.detach(), box.detach(), spatial_scale, images, bins, (height, width))

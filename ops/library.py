@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils import deterministic as _deterministic
 
 from roi_quantization.ops.geometry import Axis, Bounds, IntegralRule, LatticeRule, empty_planes
@@ -59,6 +60,22 @@ def unfilled_memory() -> Iterator[None]:
 def supports(features: Tensor) -> bool:
     """Whether there are kernels for this device and dtype. A meta tensor has shapes alone, for which none is needed."""
     return features.is_cpu or features.is_meta or (features.is_cuda and _HAS_TRITON and features.dtype != torch.float64)
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Raise NotImplementedError for a tensor with a tangent of forward-mode differentiation: the tangent of the output would be lost.
+
+    PyTorch offers no forward mode to a `custom_op`, and takes the tangent for 0.
+    """
+    try:
+        has_tangent = any(unpack_dual(tensor).tangent is not None for tensor in tensors)
+    except RuntimeError:  # a vmap inside of a forward mode cannot tell
+        has_tangent = True
+    if has_tangent:
+        raise NotImplementedError(
+            "the RoI operators have no forward-mode derivative (torch.func.jvp, torch.func.jacfwd, torch.autograd.forward_ad), and their "
+            "input, boxes or output gradient has a tangent. Use backward() or torch.autograd.grad, or detach() it."
+        )
 
 
 @torch.library.custom_op("roi_quantization::place_lattice", mutates_args=(), device_types="cuda")
@@ -259,6 +276,7 @@ def _lattice_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _lattice_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 13
+    refuse_tangents(grad)
     of_features, of_lattice = ctx.needs_input_grad[0], any(ctx.needs_input_grad[i] for i in (2, 3, 6, 7))
     out = lattice_pool_backward(
         grad, *ctx.saved_tensors, ctx.reduce, ctx.whole_cells, ctx.shape, ctx.channels_last, of_features, of_lattice
@@ -341,6 +359,7 @@ def _integral_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Non
 
 
 def _integral_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_tangents(grad)
     of_features, of_bounds = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
     of_map, *of_edges = integral_pool_backward(grad, *ctx.saved_tensors, ctx.shape, ctx.channels_last, of_features, of_bounds)
     return of_map if of_features else None, None, *(of_edges if of_bounds else [None] * 4)

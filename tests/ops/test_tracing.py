@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -131,6 +132,41 @@ def test_vmap_over_images(operator):
     features, boxes = feature_map(4, 3, 8, 10, dtype=torch.float32), 60 * torch.rand(4, 2, 4)
     assert_close(torch.vmap(pooled, (0, None))(features, boxes[0]), torch.stack([pooled(f, boxes[0]) for f in features]))
     assert_close(torch.vmap(pooled)(features, boxes), torch.stack([pooled(f, b) for f, b in zip(features, boxes, strict=True)]))
+
+
+@tracing_warns  # PyTorch's own forward mode scripts its formulas
+@every_operator
+def test_forward_mode_is_refused_and_not_taken_for_zero(operator):
+    pool, ones = partial(operator, output_size=3, spatial_scale=1 / 16), torch.ones_like
+    for transform in (
+        lambda: torch.func.jvp(lambda f: pool(f, BOXES), (FEATURES,), (ones(FEATURES),)),
+        lambda: torch.func.jvp(lambda b: pool(FEATURES, [b, b]), (BOXES[:, 1:],), (ones(BOXES[:, 1:]),)),
+        lambda: torch.func.jvp(torch.vmap(lambda f: pool(f[None], BOXES[:1])), (FEATURES,), (ones(FEATURES),)),
+        lambda: torch.func.jacfwd(lambda f: pool(f, BOXES))(FEATURES[..., :2, :1]),
+    ):
+        with pytest.raises(NotImplementedError, match=r"no forward-mode derivative .*Use backward\(\)"):
+            transform()
+    features = FEATURES.clone().requires_grad_()
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            pool(forward_ad.make_dual(FEATURES, ones(FEATURES)), BOXES)
+        out = pool(features, BOXES)  # has no tangent
+        with pytest.raises(NotImplementedError, match="output gradient has a tangent"):
+            out.backward(forward_ad.make_dual(ones(out), ones(out)))
+
+
+@every_operator
+def test_what_else_pytorch_offers_to_no_custom_op_is_an_error(operator):
+    """As docs/kernels.md says: none of them gives a wrong number."""
+    features = FEATURES.clone().requires_grad_()
+    out = operator(features, BOXES, 3, 1 / 16)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.grad(out, features, torch.ones(2, *out.shape), is_grads_batched=True, retain_graph=True)
+    (first,) = torch.autograd.grad(out.square().sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        first.sum().backward()
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda f: operator(f, BOXES, 3, 1 / 16).sum())(FEATURES)
 
 
 @every_operator

@@ -69,7 +69,8 @@ def lattice_pool(
 
     Raises:
         TypeError, ValueError: an argument of another shape, type or range; a box that is NaN or infinite, or of an image that is not there
-            (on a CPU; on a GPU, where looking would stall the stream, its output is NaN); boxes that want a gradient where there is none.
+            (on a CPU; on a GPU, where looking would stall the stream, its output is NaN); a box of more than 1e18 cells whose bins cannot
+            be placed (on a CPU; on a GPU its output is undefined); boxes that want a gradient where there is none.
         NotImplementedError: forward-mode differentiation of a kernel.
     """
     if has_torch_function_unary(input):  # torch.fx records a call of this function, and subclasses of Tensor may override it

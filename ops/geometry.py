@@ -23,6 +23,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+LARGEST_KNOB = 2**28
+"""Of `min_extent`, `sample_offset` and `border`, in cells, samples: a bin's samples are numbered in 32 bits."""
+
 MOST_SAMPLES_TESTED = 16
 """Up to so many samples per bin along each axis, each is tested for being on the map."""
 
@@ -69,10 +72,10 @@ class LatticeRule:
                 f"sampling_ratio={self.sampling_ratio!r}: expected a whole number of samples per bin along each axis, one number, or 0 for "
                 "an adaptive one"
             )
-        for knob, low in (("sample_offset", -math.inf), ("border", 0.0), ("min_extent", 0.0)):
+        for knob, low in (("sample_offset", -LARGEST_KNOB), ("border", 0), ("min_extent", 0)):
             value = getattr(self, knob)
-            if not (value is None and knob == "min_extent") and not _is_at_least(low, value):
-                raise ValueError(f"{knob}={value!r}: expected a number{' of 0 at least' if low == 0 else ''}")
+            if not (value is None and knob == "min_extent") and not _is_between(low, value, LARGEST_KNOB):
+                raise ValueError(f"{knob}={value!r}: expected a number from {low} to {LARGEST_KNOB}")
 
     @property
     def has_box_gradient(self) -> bool:
@@ -249,9 +252,9 @@ def _is_whole(value: Any) -> bool:
         return False
 
 
-def _is_at_least(low: float, value: Any) -> bool:
+def _is_between(low: float, value: Any, high: float) -> bool:
     try:
-        return bool(value >= low)
+        return bool(low <= value <= high)
     except TypeError:
         return False
 

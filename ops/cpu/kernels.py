@@ -223,9 +223,15 @@ def _write(out: Tensor, compute: Callable[[Tensor], None]) -> None:
         out.copy_(wide)
 
 
-def _check_finite(*first: Tensor) -> None:
-    if not all(bool(t.isfinite().all()) for t in first):
-        raise ValueError("boxes: every coordinate must be finite and every image index in range; a lattice of this call is NaN")
+def _check_finite(y: Tensor, x: Tensor) -> None:
+    """Raise ValueError for a RoI whose bins, `[K, P]` along each axis, start at a position that is not finite."""
+    is_finite = y.isfinite().all(1) & x.isfinite().all(1)
+    if not is_finite.all():
+        k = int((~is_finite).nonzero()[0])
+        raise ValueError(
+            f"boxes: the bins of box {k} lie at positions that are infinite or NaN in {y.dtype}. Boxes must be finite, and no larger than "
+            "1e18 cells, from where on positions can overflow: clip them to their image."
+        )
 
 
 def _numpy(tensors: Iterable[Tensor]) -> list[np.ndarray]:

@@ -54,17 +54,21 @@ def test_an_unknown_reduction_names_the_choices():
     ("knobs", "message"),
     [
         ({"sampling_ratio": 2.5}, "sampling_ratio=2.5: expected a whole number"),
-        ({"border": float("nan")}, "border=nan: expected a number of 0 at least"),
-        ({"border": -1.0}, "border=-1.0: expected a number of 0 at least"),
-        ({"min_extent": -1.0}, "min_extent=-1.0: expected a number of 0 at least"),
-        ({"sample_offset": float("nan")}, "sample_offset=nan: expected a number"),
+        ({"border": float("nan")}, "border=nan: expected a number from 0 to 268435456"),
+        ({"border": float("inf")}, "border=inf: expected a number from 0 to 268435456"),
+        ({"border": 1e30, "sampling_ratio": 0}, r"border=1e\+30: expected a number from 0 to 268435456"),
+        ({"border": -1.0}, "border=-1.0: expected a number from 0 to 268435456"),
+        ({"min_extent": -1.0}, "min_extent=-1.0: expected a number from 0 to 268435456"),
+        ({"min_extent": float("inf")}, "min_extent=inf: expected a number from 0 to 268435456"),
+        ({"sample_offset": float("nan")}, "sample_offset=nan: expected a number from -268435456 to 268435456"),
+        ({"sample_offset": -float("inf")}, "sample_offset=-inf: expected a number from -268435456 to 268435456"),
         ({"sampling_ratio": None}, "sampling_ratio=None: expected a whole number of samples per bin along each axis, one number, or 0"),
         ({"sampling_ratio": (2, 2)}, r"sampling_ratio=\(2, 2\): expected a whole number of samples per bin along each axis, one number"),
         ({"sampling_ratio": float("inf")}, "sampling_ratio=inf: expected a whole number"),
         ({"sampling_ratio": "2"}, "sampling_ratio='2': expected a whole number"),
-        ({"border": None}, "border=None: expected a number of 0 at least"),
-        ({"min_extent": (1, 1)}, r"min_extent=\(1, 1\): expected a number of 0 at least"),
-        ({"sample_offset": None}, "sample_offset=None: expected a number"),
+        ({"border": None}, "border=None: expected a number from 0"),
+        ({"min_extent": (1, 1)}, r"min_extent=\(1, 1\): expected a number from 0"),
+        ({"sample_offset": None}, "sample_offset=None: expected a number from -268435456"),
         ({"spatial_scale": (1 / 16, 1 / 16)}, r"spatial_scale=\(0.0625, 0.0625\): expected cells per pixel, .* one number for both axes"),
         ({"spatial_scale": "1/16"}, "spatial_scale='1/16': expected cells per pixel"),
         ({"spatial_scale": None}, "spatial_scale=None: expected cells per pixel"),
@@ -82,6 +86,20 @@ def test_a_knob_out_of_its_range_is_named(knobs, message):
 def test_a_ratio_of_two_is_named_by_each_operator_that_has_one(operator):
     with pytest.raises(ValueError, match=r"sampling_ratio=\(2, 2\): expected a whole number of samples per bin along each axis"):
         operator(F, BOX, 2, 1.0, (2, 2))
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.__name__)
+def test_boxes_of_1e18_cells_are_pooled_and_of_those_too_large_one_is_named(operator):
+    box = torch.tensor([[0.0, -1, -1, 1, 1]])
+    for size in (1e6, 1e18):
+        assert operator(F + 1, box * size, 2).isfinite().all()
+    with pytest.raises(ValueError, match=r"boxes: the bins of box 1 lie at positions that are infinite or NaN .* 1e18 cells"):
+        operator(F, torch.cat([box, box * 3e38]), 2)
+
+
+def test_an_adaptive_lattice_overflows_earlier():
+    with pytest.raises(ValueError, match="the bins of box 0 lie at positions that are infinite"):
+        ops.roi_align(F, torch.tensor([[0.0, -1e21, -1e21, 1e21, 1e21]]), 2)
 
 
 @pytest.mark.parametrize("size", [np.array([3, 4]), torch.tensor([3, 4]), (np.int64(3), 4), [3, 4]], ids=lambda size: type(size).__name__)

@@ -72,6 +72,7 @@ class LatticeRule:
                 f"sampling_ratio={self.sampling_ratio!r}: expected a whole number of samples per bin along each axis, one number, or 0 for "
                 "an adaptive one"
             )
+        object.__setattr__(self, "sampling_ratio", int(self.sampling_ratio))  # an operator of PyTorch takes no 2.0 for an integer
         for knob, low in (("sample_offset", -LARGEST_KNOB), ("border", 0), ("min_extent", 0)):
             value = getattr(self, knob)
             if not (value is None and knob == "min_extent") and not _is_between(low, value, LARGEST_KNOB):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from roi_quantization import ops
 from roi_quantization.ops import eager
@@ -100,6 +101,16 @@ def test_boxes_of_1e18_cells_are_pooled_and_of_those_too_large_one_is_named(oper
 def test_an_adaptive_lattice_overflows_earlier():
     with pytest.raises(ValueError, match="the bins of box 0 lie at positions that are infinite"):
         ops.roi_align(F, torch.tensor([[0.0, -1e21, -1e21, 1e21, 1e21]]), 2)
+
+
+@pytest.mark.parametrize("ratio", [2.0, np.float32(2), np.int64(2), torch.tensor(2.0)], ids=repr)
+def test_a_whole_number_of_samples_is_an_integer_whatever_its_type(ratio):
+    """An operator of PyTorch, such as places the bins on a GPU, takes no 2.0 for one."""
+    rule = LatticeRule(sampling_ratio=ratio)
+    assert type(rule.sampling_ratio) is int and rule == LatticeRule(sampling_ratio=2)
+    with FakeTensorMode():
+        features, boxes = torch.empty(2, 3, 8, 10, device="cuda"), torch.empty(4, 5, device="cuda")
+        assert ops.roi_align(features, boxes, 2, 1.0, 2.0).shape == (4, 3, 2, 2)
 
 
 @pytest.mark.parametrize("size", [np.array([3, 4]), torch.tensor([3, 4]), (np.int64(3), 4), [3, 4]], ids=lambda size: type(size).__name__)

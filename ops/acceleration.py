@@ -37,7 +37,9 @@ class accelerate_torchvision:
 
     Values are torchvision's to the rounding of float32 (RoIPool's to the bit); sums are formed in another order. Differences: a box with
     a NaN or of an image that is not there is a ValueError, where torchvision reads whatever lies there; a NaN in the map is a bin's largest
-    value, where torchvision passes over it. Replaces kernels of the whole process, for all threads.
+    value, where torchvision passes over it; RoIPool of a bin of -inf alone is -inf, where torchvision's is the smallest finite number; a
+    cell whose weight in RoIAlign is 0 is not read, where torchvision's product of it with infinity is NaN. Replaces kernels of the whole
+    process, for all threads.
 
     Raises:
         RuntimeError: torchvision has other operators than those known here, or they are replaced already; nothing is changed.

@@ -186,7 +186,18 @@ def prroi_pool(input: Tensor, boxes: Boxes, output_size: Size, spatial_scale: fl
 def place_bins(
     rule: LatticeRule | IntegralRule, features: Tensor, boxes: Boxes, output_size: Size, spatial_scale: float
 ) -> tuple[Tensor, Any, Any]:
-    """Return the image of each box, and where its bins look along y and along x."""
+    """Return the image of each box, and where its bins look along y and along x.
+
+    Args:
+        rule: what is rounded and sampled.
+        features, boxes, output_size, spatial_scale: as of `lattice_pool`.
+
+    Returns:
+        `[K]` index of the image, int64; an `Axis` along y and one along x, each `[K, P]`, or two `Bounds` for an `IntegralRule`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `lattice_pool`.
+    """
     image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=rule.has_box_gradient)
     check_scale(spatial_scale)
     if library.supports(features):

@@ -52,7 +52,12 @@ class Bounds(NamedTuple):
 
 @dataclass(frozen=True)
 class LatticeRule:
-    """The knobs that tell the operators of the family apart; see `ops.lattice_pool` for what each does."""
+    """The knobs that tell the operators of the family apart; see `ops.lattice_pool` for what each does.
+
+    Raises:
+        ValueError: a choice that is not one of a knob's, a `sampling_ratio` that is no whole number, or another knob that is no number or
+            out of its range.
+    """
 
     quantize_roi: Literal["none", "round", "floor"] = "none"
     inclusive_end: bool = False
@@ -94,10 +99,16 @@ class LatticeRule:
         return 0 < self.sampling_ratio <= MOST_SAMPLES_TESTED
 
     def axis(self, x1: Tensor, x2: Tensor, spatial_scale: float, bins: int, size: int) -> Axis:
-        """Lattice of `bins` bins a RoI on an axis of `size` cells.
+        """Place the bins of each box on one axis of the map.
 
         Args:
-            x1, x2: `[K]` edges of the boxes on this axis, in pixels.
+            x1, x2: `[K]` edges of the boxes on this axis, in pixels. A box with a NaN has one sample in each bin, at NaN.
+            spatial_scale: cells per pixel.
+            bins: `P`, of a RoI along this axis.
+            size: cells of the map along this axis.
+
+        Returns:
+            The lattice of each bin, `[K, P]`. Differentiable in `x1` and `x2` where bins are not quantized.
         """
         start = self._project(x1, spatial_scale)
         extent = self._project(x2, spatial_scale) - start + (1 if self.inclusive_end else 0)

@@ -50,7 +50,11 @@ def prepare(
 
 
 def pair_of_bins(output_size: int | Sequence[int]) -> tuple[int, int]:
-    """Bins along height and width, from an integer (NumPy's as well) or two of them, also in an array or a tensor."""
+    """Return the bins along height and width, from an integer (NumPy's as well) or two of them, also in an array or a tensor.
+
+    Raises:
+        ValueError: anything else, and numbers below 1.
+    """
     if isinstance(output_size, np.ndarray | Tensor) and output_size.ndim > 0:
         output_size = list(output_size)
     try:
@@ -89,6 +93,11 @@ def check_boxes(image: Tensor, coordinates: Tensor, features: Tensor) -> Tensor:
 
     It is for a CPU: on other devices looking would stall the stream. It is an operator of PyTorch, because a trace and an exported program
     have to check the boxes that they are called with, not those that they were made with.
+
+    Args:
+        image: `[K]` index of each box's image, of any dtype.
+        coordinates: `[K, 4]`.
+        features: `[N, C, H, W]`, of which the number of images is read.
     """
     images = features.shape[0]
     valid = _is_valid(image, coordinates, images)

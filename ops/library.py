@@ -95,7 +95,15 @@ def place_lattice(
     sample_offset: float,
     border: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the lattices of boxes by one kernel, for which there is no gradient; the knobs are those of `LatticeRule`, in its order.
+    """Compute the lattices of boxes by one kernel, for which there is no gradient.
+
+    Args:
+        image: `[K]` index of each box's image, of any dtype.
+        box: `[K, 4]` in pixels, float32.
+        spatial_scale: cells per pixel.
+        images: number of images in the map.
+        bins, size: bins of a RoI and cells of the map, each along height and width.
+        quantize_roi, ..., border: the knobs of `LatticeRule`, in its order.
 
     Returns:
         As `place_boxes` of `ops/cuda/kernels.py`.

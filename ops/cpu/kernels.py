@@ -62,9 +62,19 @@ def lattice_backward(
     of_lattice: bool,
     whole_cells: bool = False,
 ) -> list[Tensor] | None:
-    """Write the gradient of the features to `of_features`, unless it is None; gradients of `first` and `step`, of y and then of x.
+    """Write the gradient of the features to `of_features`, unless it is None.
 
-    The map itself is read for `of_lattice` alone.
+    Args:
+        grad: of the output, `[K, C, P, P]`.
+        features: `[N, C, H, W]`, read for `of_lattice` alone and None without it.
+        winners: for `max`, `[K * C * P * P]` as `lattice_forward` gave them; else unused.
+        image, y, x, reduce: as of `lattice_forward`.
+        of_features: `[N, C, H, W]`, any strides; every element is written.
+        of_lattice: whether the gradients of the lattices are wanted.
+        whole_cells: unused here.
+
+    Returns:
+        With `of_lattice` the gradients of `first` and `step`, of y and then of x, each `[K, P]`; else None.
     """
     grad = _accumulable(grad).contiguous()
     if reduce == "max":
@@ -110,9 +120,17 @@ def integral_forward(features: Tensor, image: Tensor, y: Bounds, x: Bounds) -> T
 def integral_backward(
     grad: Tensor, features: Tensor | None, image: Tensor, y: Bounds, x: Bounds, of_features: Tensor | None, of_bounds: bool
 ) -> list[Tensor] | None:
-    """Write the gradient of the features to `of_features`, unless it is None; gradients of `low` and `high`, of y and then of x.
+    """Write the gradient of the features to `of_features`, unless it is None.
 
-    The map itself is read for `of_bounds` alone.
+    Args:
+        grad: of the output, `[K, C, P, P]`.
+        features: `[N, C, H, W]`, read for `of_bounds` alone and None without it.
+        image, y, x: as of `integral_forward`.
+        of_features: `[N, C, H, W]`, any strides; every element is written.
+        of_bounds: whether the gradients of the edges are wanted.
+
+    Returns:
+        With `of_bounds` the gradients of `low` and `high`, of y and then of x, each `[K, P]`; else None.
     """
     grad = _accumulable(grad).contiguous()
     windows = _integral_windows(y, x, *(_map(of_features) if features is None else features).shape[2:])

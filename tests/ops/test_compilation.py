@@ -1,4 +1,4 @@
-"""The operators under `torch.compile` and autocast: one graph for any number of boxes."""
+"""The operators under `torch.compile` and autocast: one graph for any number of boxes from two on."""
 
 import pytest
 import torch

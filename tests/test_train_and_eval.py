@@ -351,27 +351,6 @@ def test_another_seed_is_another_run(two_epochs, tmp_path):
     assert not torch.equal(weights_of(tmp_path)[key], two_epochs[key])
 
 
-@pytest.mark.parametrize("length", ["trainer.max_steps=1", "trainer.max_epochs=1", "trainer.max_steps=5"])
-def test_the_last_weights_are_validated_too(trained, tmp_path, caplog, length):
-    """An epoch has two steps, and there are regular validations after four."""
-    folder, _ = trained
-    (tmp_path / "data").symlink_to(folder / "data")
-    metrics = run_train(tmp_path, length, "trainer.check_val_every_n_epoch=2", "optimized_metric=val/loss")
-    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
-        steps = [int(row["step"]) + 1 for row in csv.DictReader(file) if row["val/loss"]]
-    assert steps == {"trainer.max_steps=1": [1], "trainer.max_epochs=1": [2], "trainer.max_steps=5": [4, 5]}[length]
-    assert metrics["val/loss"] > 0 and "best.ckpt holds the last weights" not in caplog.text
-
-
-def test_without_any_validation_the_last_weights_are_the_result(trained, tmp_path, caplog):
-    folder, _ = trained
-    (tmp_path / "data").symlink_to(folder / "data")
-    metrics = run_train(tmp_path, "trainer.max_steps=1", "+trainer.limit_val_batches=0")
-    assert "Nothing was validated: best.ckpt holds the last weights" in caplog.text
-    assert metrics["val/AP"] != metrics["val/AP"], "not a number"
-    assert metrics["test/AP"] >= 0 and (tmp_path / "run" / "last.ckpt").is_file()
-
-
 def test_without_a_validation_set_the_last_weights_are_the_result(trained, tmp_path, caplog):
     folder, _ = trained
     (tmp_path / "data").symlink_to(folder / "data")

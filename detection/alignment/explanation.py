@@ -21,7 +21,7 @@ from roi_quantization.detection.alignment.misalignment import (
     sampled_region,
 )
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.ops.geometry import IntegralRule
+from roi_quantization.ops.geometry import LARGEST_KNOB, IntegralRule
 
 Rectangle = tuple[float, float, float, float]
 """`(x1, y1, x2, y2)` in cells."""
@@ -193,7 +193,7 @@ def _roi(operator: Operator, boxes: Tensor, stride: int) -> Rectangle:
             bounds = IntegralRule().axis(low, high, 1 / stride, 1, 0)
             corners.append((bounds.low.item(), bounds.high.item()))
         else:
-            whole = replace(rule, quantize_bins="none", sampling_ratio=1, sample_offset=0.0, border=torch.inf)
+            whole = replace(rule, quantize_bins="none", sampling_ratio=1, sample_offset=0.0, border=LARGEST_KNOB)
             axis = whole.axis(low, high, 1 / stride, 1, size=1)
             start = axis.first.item() + (0.5 if rule.half_pixel else 0.0)
             corners.append((start, start + axis.step.item()))

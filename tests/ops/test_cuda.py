@@ -225,7 +225,7 @@ RULES = {
     "border and offset": preset("align", border=0.3, sample_offset=0.1, sampling_ratio=3),
     "adaptive with a border": preset("warp", border=0.7, sampling_ratio=-1),
     "more samples than are tested": preset("align", sampling_ratio=20, min_extent=2.7),
-    "endless border": preset("align", border=float("inf")),
+    "endless border": preset("align", border=2**28),
     "mean of floored cells": preset("pool_floor", inclusive_end=True),
 }
 

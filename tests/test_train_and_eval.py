@@ -360,6 +360,7 @@ def test_without_a_validation_set_the_last_weights_are_the_result(trained, tmp_p
     assert all(torch.equal(best[key], value) for key, value in last.items())
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path):
     command = [ROOT / "train.py", "-m", "optim.groups.lr=1e30,1e-3", "hydra.sweep.dir=sweep", *TINY]
     ended = commands.run(*command, "trainer.max_epochs=2", "logger=null", cwd=tmp_path)

@@ -15,7 +15,9 @@ def data(tmp_path_factory):
     return folder / "embedded"
 
 
-@pytest.mark.parametrize("length", ["trainer.max_steps=1", "trainer.max_epochs=1", "trainer.max_steps=5"])
+@pytest.mark.parametrize(
+    "length", [pytest.param("trainer.max_steps=1", marks=pytest.mark.slow), "trainer.max_epochs=1", "trainer.max_steps=5"]
+)
 def test_the_last_weights_are_validated_too(data, tmp_path, caplog, length):
     """An epoch has two steps, and there are regular validations after four."""
     (tmp_path / "data").symlink_to(data)

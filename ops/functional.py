@@ -71,7 +71,7 @@ def lattice_pool(
         TypeError, ValueError: an argument of another shape, type or range; a box that is NaN or infinite, or of an image that is not there
             (on a CPU; on a GPU, where looking would stall the stream, its output is NaN); a box of more than 1e18 cells whose bins cannot
             be placed (on a CPU; on a GPU its output is undefined); boxes that want a gradient where there is none.
-        NotImplementedError: forward-mode differentiation of a kernel.
+        RuntimeError: forward-mode differentiation of a kernel.
     """
     if has_torch_function_unary(input):  # torch.fx records a call of this function, and subclasses of Tensor may override it
         return handle_torch_function(
@@ -196,7 +196,7 @@ def place_bins(
         `[K]` index of the image, int64; an `Axis` along y and one along x, each `[K, P]`, or two `Bounds` for an `IntegralRule`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `lattice_pool`.
+        TypeError, ValueError, RuntimeError: as `lattice_pool`.
     """
     image, box, bins = prepare(features, boxes, output_size, differentiable_boxes=rule.has_box_gradient)
     check_scale(spatial_scale)

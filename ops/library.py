@@ -63,7 +63,7 @@ def supports(features: Tensor) -> bool:
 
 
 def refuse_tangents(*tensors: Tensor) -> None:
-    """Raise NotImplementedError for a tensor with a tangent of forward-mode differentiation: the tangent of the output would be lost.
+    """Raise RuntimeError for a tensor with a tangent of forward-mode differentiation: the tangent of the output would be lost.
 
     PyTorch offers no forward mode to a `custom_op`, and takes the tangent for 0.
     """
@@ -72,7 +72,7 @@ def refuse_tangents(*tensors: Tensor) -> None:
     except RuntimeError:  # a vmap inside of a forward mode cannot tell
         has_tangent = True
     if has_tangent:
-        raise NotImplementedError(
+        raise RuntimeError(
             "the RoI operators have no forward-mode derivative (torch.func.jvp, torch.func.jacfwd, torch.autograd.forward_ad), and their "
             "input, boxes or output gradient has a tangent. Use backward() or torch.autograd.grad, or detach() it."
         )

@@ -11,11 +11,10 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from roi_quantization.detection.common.configuration import CONFIGS, path_setting
+from roi_quantization.detection.common.configuration import CONFIGS, evaluated_split, path_setting
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.data_fingerprint import DataFingerprint
 from roi_quantization.detection.data.loading_time import LoadingTimeMonitor
-from roi_quantization.detection.data.module import DetectionData
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.runs.command_line import log_into_run_folder, replace_null_choices
@@ -64,7 +63,9 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup()
-    split = reported_split(data)
+    split = evaluated_split(cfg.data)
+    if getattr(data, split) is None:
+        raise InputError("the data have no val and no test split, so nothing would be evaluated. Set data.val or data.test")
     check_limits(cfg.trainer, split)
     if data.val is not None:
         warn_of_partial_validation(cfg.trainer)
@@ -128,17 +129,6 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         draw_curves(run_dir, trainer.log_every_n_steps)
     score = math.nan if best.best_model_score is None else float(best.best_model_score)
     return {cfg.optimized_metric: score} | module.metrics.named(split)
-
-
-def reported_split(data: DetectionData) -> str:
-    """Return the split that is reported on: test, or val where there is no test.
-
-    Raises:
-        InputError: there is neither.
-    """
-    if data.test is None and data.val is None:
-        raise InputError("the data have no val and no test split, so nothing would be evaluated. Set data.val or data.test")
-    return "test" if data.test is not None else "val"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")

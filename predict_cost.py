@@ -25,7 +25,7 @@ from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.evaluation.coco import Metrics, evaluate
 from roi_quantization.detection.evaluation.protocol import COCO_PROTOCOL, Protocol
 from roi_quantization.detection.evaluation.results_file import read_metrics, read_results
-from roi_quantization.detection.evaluation.sizes import resize_scales
+from roi_quantization.detection.evaluation.sizes import resize_scales, resize_sides
 from roi_quantization.detection.evaluation.statistics import Estimate
 from roi_quantization.detection.model.build import instantiate, read_operator
 from roi_quantization.detection.report.predicted_cost import Ceiling, Foreground, ceiling, gather_foreground, predict
@@ -44,13 +44,12 @@ def predict_cost(cfg: DictConfig) -> tuple[Ceilings, Predictions]:
         The ceilings by stride and operator, and the predictions likewise, which are empty without results.
     """
     check_groups(cfg, ("data", "proposals"))
-    strides = check_strides(cfg.backbone.stride)
+    strides, sides = check_strides(cfg.backbone.stride), resize_sides(cfg.data.get("eval_transform"))
     operators = load_operators([cfg.reference, *(name for name in cfg.operators if name != cfg.reference)])
     if cfg.reference not in operators:
         raise InputError(f"reference={cfg.reference}: where this operator samples is not known. Choose one of configs/roi.")
     dataset = load_split(cfg)
-    transform = cfg.data.eval_transform
-    scales = resize_scales(dataset.coco, transform.get("short_side"), transform.get("max_side"))
+    scales = resize_scales(dataset.coco, *sides)
     results, image_ids, protocol = load_results(cfg, strides, dataset)
 
     foreground = gather_foreground(read_images(dataset, scales))
@@ -198,16 +197,20 @@ def check_run(cfg: DictConfig, path: Path, strides: list[int]) -> None:
     if not path.is_file():
         return
     run = OmegaConf.load(path)
-    own = {key: OmegaConf.select(run, key) for key in ("backbone.stride", "data.eval_transform.short_side", "data.eval_transform.max_side")}
-    if own["backbone.stride"] not in strides:
-        raise InputError(
-            f"results={cfg.results} are of a run at stride {own['backbone.stride']}. Set backbone.stride={own['backbone.stride']}."
-        )
-    for key in ("data.eval_transform.short_side", "data.eval_transform.max_side"):
-        if own[key] != OmegaConf.select(cfg, key):
-            raise InputError(
-                f"results={cfg.results} are of a run with {key}={own[key]}, here it is {OmegaConf.select(cfg, key)}. Set the same."
-            )
+    stride = OmegaConf.select(run, "backbone.stride")
+    if run.get("backbone") is None:
+        raise InputError(f"results={cfg.results} are of a detector without a backbone of one stride. Name those of a run with a backbone.")
+    if stride is None:  # of a backbone of one's own
+        print(f"Of the results: {path} does not say the stride of its backbone. It is taken to be backbone.stride={cfg.backbone.stride}.")
+    elif stride not in strides:
+        raise InputError(f"results={cfg.results} are of a run at stride {stride}. Set backbone.stride={stride}.")
+    try:
+        sides = resize_sides(OmegaConf.select(run, "data.eval_transform"))
+    except InputError as error:
+        raise InputError(f"results={cfg.results}: of their run, {error}.") from error
+    for name, side, here in zip(("short_side", "max_side"), sides, resize_sides(cfg.data.get("eval_transform")), strict=True):
+        if side != here:
+            raise InputError(f"results={cfg.results} are of a run with data.eval_transform.{name}={side}, here it is {here}. Set the same.")
     bins = OmegaConf.select(run, "head.extractor.output_size")
     if bins not in (None, cfg.output_size):
         raise InputError(

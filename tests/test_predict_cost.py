@@ -104,6 +104,11 @@ def test_an_operator_of_ones_own_is_left_out(composed, monkeypatch, capsys):
         ("backbone.stride=12.5", "backbone.stride=12.5: expected a whole number"),
         ("backbone.stride=[]", r"backbone.stride=\[\]: expected a whole number"),
         ("split=train", "split=train: expected test or val"),
+        (
+            "data.eval_transform._target_=torchvision.transforms.v2.Identity",
+            "data.eval_transform is torchvision.transforms.v2.Identity: to",
+        ),
+        ("data.eval_transform.short_side=[96,128]", r"data.eval_transform.short_side=\[96, 128\] is drawn from"),
         ("operators=[rol]", "there is no operator rol"),
         ("ckpt=runs/a/best.ckpt", "Evaluate it with `python eval.py ckpt=runs/a/best.ckpt split=test hydra.run.dir=runs/evaluated`"),
     ],
@@ -141,16 +146,18 @@ def test_results_that_do_not_belong_here_are_refused(composed, tmp_path, data):
     [
         ("backbone.stride=32", r"are of a run at stride 32. Set backbone.stride=32"),
         ("data.eval_transform.short_side=100", "are of a run with data.eval_transform.short_side=100, here it is None"),
+        ("data.eval_transform._target_=my.resize", "of their run, data.eval_transform is my.resize: to what size"),
+        ("detector=torchvision", "are of a detector without a backbone of one stride"),
         ("head.extractor.output_size=14", "are of a run with 14 bins per side, here there are 7. Set output_size=14"),
         ("roi=pool", "are of a run with another operator than reference=align"),
     ],
 )
 def test_results_of_a_run_with_other_settings_are_refused(composed, tmp_path, data, override, message):
-    predict_cost(composed())
+    script.load_split(composed())
     run = write_results(tmp_path / "run", data)
     OmegaConf.save(configuration.composed("train", f"run_dir={run}", f"data.root={data}", override), run / "config.yaml", resolve=True)
     with pytest.raises(InputError, match=message):
-        predict_cost(composed(f"results={run}"))
+        load(composed(f"results={run}"))
 
 
 def test_results_of_weights_that_another_operator_trained_are_refused(composed, tmp_path, data):

@@ -7,16 +7,19 @@ stride 32. Strides are compared at equal sizes in cells.
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 
 from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.renamed_targets import rename_targets
 from roi_quantization.detection.data.annotations import as_coco
 from roi_quantization.detection.evaluation.matching import indices_of, match, percent
 from roi_quantization.detection.evaluation.protocol import COCO_PROTOCOL, Protocol
 
 CELLS = (2.0, 6.0)
+RESIZE = "roi_quantization.detection.data.transforms.resize_and_flip"
 
 
 def average_precision_by_cells(
@@ -67,6 +70,25 @@ def average_precision_by_cells(
         table[name] = {"AP": percent(of_size[averaged]), "AP50": percent(of_size[iou50]), "AP75": percent(of_size[iou75])}
         table[name]["objects"] = sum(low <= annotation["area"] <= high for annotation in truths)
     return table
+
+
+def resize_sides(transform: Mapping[str, Any] | None) -> tuple[int | None, int | None]:
+    """Return `short_side` and `max_side` of the configuration `data.eval_transform`, for `resize_scales`. No transform: both are None.
+
+    Raises:
+        InputError: it does not say to what size it resizes an image: it is not `resize_and_flip`, or draws the size from a list.
+    """
+    if transform is None:
+        return None, None
+    target = rename_targets({"_target_": transform.get("_target_")})["_target_"]
+    if target != RESIZE:
+        raise InputError(f"data.eval_transform is {target}: to what size it resizes an image is not known. Only that of {RESIZE} is")
+    short_side = transform.get("short_side")
+    if isinstance(short_side, Sequence):
+        raise InputError(
+            f"data.eval_transform.short_side={short_side} is drawn from for each image: its size is not known. Set one number of pixels"
+        )
+    return short_side, transform.get("max_side")
 
 
 def resize_scales(coco_gt: COCO, short_side: int | None, max_side: int | None = None) -> dict[int, float] | None:

@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from pytest import approx
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.transforms import resize_and_flip
 from roi_quantization.detection.evaluation.coco import evaluate
-from roi_quantization.detection.evaluation.sizes import average_precision_by_cells, resize_scales
+from roi_quantization.detection.evaluation.sizes import average_precision_by_cells, resize_scales, resize_sides
 from tests.detection.evaluation.coco_sets import annotation, coco, random_set, result
 
 NAMES = ["< 2 cells", "2 to 6 cells", "> 6 cells"]
@@ -81,3 +83,14 @@ def test_scales_are_those_of_the_transform(short_side, max_side, expected):
 
 def test_images_that_keep_their_size_have_no_scales():
     assert resize_scales(coco(), None, None) is None
+
+
+def test_sides_are_read_from_the_configuration_of_this_projects_transform_alone():
+    for target in ("roi_quantization.detection.data.transforms.resize_and_flip", "detection.data.transforms.resize_and_flip"):
+        assert resize_sides({"_target_": target, "short_side": 600, "max_side": 1000, "flip": 0.0}) == (600, 1000)
+    assert resize_sides(None) == (None, None)
+    with pytest.raises(InputError, match=r"data\.eval_transform is torchvision\.transforms\.v2\.Resize: to what size .* is not known"):
+        resize_sides({"_target_": "torchvision.transforms.v2.Resize", "size": 300})
+    several = OmegaConf.create({"_target_": target, "short_side": [480, 600]})
+    with pytest.raises(InputError, match=r"short_side=\[480, 600\] is drawn from for each image"):
+        resize_sides(several)

@@ -195,16 +195,17 @@ def _offsets(findings: Findings, arm: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot_sizes(findings: Findings) -> ReportFigure:
-    """Plot AP by size in pixels and in cells, in one panel where both divide the objects alike or there is no one stride."""
+    """Plot AP by size in pixels and in cells, in one panel where both divide the objects alike or the size of a cell is not known."""
+    has_cells = any(findings.by_cells.values())
     panels = [(findings.by_pixels, "pixels"), (findings.by_cells, "cells")]
     equal = (
-        findings.stride is not None
+        has_cells
         and findings.protocol.areas == COCO_AREAS
         and all(
             np.allclose(list(findings.by_pixels[a].values()), list(findings.by_cells[a].values()), equal_nan=True) for a in findings.arms
         )
     )
-    if findings.stride is None:
+    if not has_cells:
         panels = panels[:1]
     elif equal:
         panels = panels[1:]
@@ -225,7 +226,7 @@ def plot_sizes(findings: Findings) -> ReportFigure:
         return figure
 
     caption = "The side is the square root of the area. Mean over seeds."
-    if findings.stride is not None:
+    if has_cells:
         caption = f"A cell has {findings.stride} pixels of the network's input. {caption}"
     if equal:
         caption += " 2 and 6 cells are COCO's 32 and 96 pixels here."

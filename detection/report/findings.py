@@ -156,7 +156,7 @@ class Findings:
             localisation=localisation(truth, results, self.image_ids, self.protocol.max_detections),
             by_threshold=by_threshold,
             by_cells={}
-            if self.stride is None
+            if self.stride is None or self.sweep.unknown_geometry
             else average_precision_by_cells(
                 truth,
                 results,
@@ -170,8 +170,13 @@ class Findings:
 
     @cached_property
     def stride(self) -> int | None:
-        """Pixels of the network's input per cell. None where the runs differ in it, and of a detector with a pyramid."""
+        """Pixels of the network's input per cell. None where it is not known or the runs differ in it, and of a detector with a pyramid."""
         return None if "backbone.stride" in self.sweep.differing_geometry else self.sweep.finished[0].stride
+
+    @property
+    def has_same_cells(self) -> bool:
+        """Whether it is known which cells belong to a box, and they are the same in all runs."""
+        return self.stride is not None and not self.sweep.differing_geometry and not self.sweep.unknown_geometry
 
     @property
     def has_given_proposals(self) -> bool:
@@ -223,9 +228,9 @@ class Findings:
     def misalignment(self) -> dict[str, dict[str, float]]:
         """Arm -> mean misalignment over the RoIs of the reference's detections. Arms without an entry in `operators` are left out.
 
-        Empty where the runs differ in `GEOMETRY`.
+        Empty where the runs differ in `GEOMETRY`, or it is not known.
         """
-        if self.sweep.differing_geometry:
+        if not self.has_same_cells:
             return {}
         proposals, scales = {}, self.sweep.scales(self.sweep.finished[0])
         for found in self.localisations(self.reference):
@@ -247,9 +252,9 @@ class Findings:
         """Arm -> metric -> difference to the reference predicted from the reference's own runs, see `predicted_cost`.
 
         Empty where the reference does not sample its RoIs exactly, its results have no proposals, or the runs differ in
-        `GEOMETRY`. Arms without an entry in `operators` are left out.
+        `GEOMETRY`, or it is not known. Arms without an entry in `operators` are left out.
         """
-        if self.sweep.differing_geometry:
+        if not self.has_same_cells:
             return {}
         runs = self.runs(self.reference)
         results = {run.folder: run.results() for run in runs}

@@ -25,7 +25,7 @@ from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.annotations import as_coco, choose_classes, choose_images, read_instances, restrict
 from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.evaluation.protocol import SEGM, Protocol
-from roi_quantization.detection.evaluation.sizes import resize_scales
+from roi_quantization.detection.evaluation.sizes import resize_scales, resize_sides
 
 # settings that decide, beside the operator, which cells of a feature map belong to a box
 GEOMETRY = ("backbone.stride", "data.eval_transform.short_side", "data.eval_transform.max_side", "head.extractor.output_size")
@@ -69,8 +69,9 @@ class Run:
 
     @property
     def stride(self) -> int | None:
-        """Pixels of the network's input per cell. None of a detector with a pyramid of maps, whose strides differ."""
-        return None if self.config.get("backbone") is None else int(self.config.backbone.stride)
+        """Pixels of the network's input per cell. None of a detector with a pyramid of maps, and where the configuration does not say."""
+        stride = OmegaConf.select(self.config, "backbone.stride")
+        return None if stride is None else int(stride)
 
     def results(self) -> list[dict]:
         """Read the COCO results of the evaluated split, with boxes in pixels of the original images."""
@@ -228,9 +229,25 @@ class Sweep:
         return first.metrics.protocol
 
     def scales(self, run: Run) -> dict[int, float] | None:
-        """Return image id -> pixels of the run's network's input per pixel of the image, see `sizes`. None where images keep their size."""
-        transform = run.config.data.eval_transform
-        return resize_scales(self.annotations, transform.short_side, transform.max_side)
+        """Return image id -> pixels of the run's network's input per pixel of the image, see `sizes`. None where images keep their size.
+
+        Raises:
+            InputError: the configuration does not say to what size images are resized.
+        """
+        return resize_scales(self.annotations, *resize_sides(run.config.data.get("eval_transform")))
+
+    @cached_property
+    def unknown_geometry(self) -> list[str]:
+        """What the configurations of the finished runs do not say about their cells. Empty also of detectors with a pyramid of maps."""
+        found = []
+        for config in [run.config for run in self.finished if run.config.get("backbone") is not None]:
+            keys = ("backbone.stride", "head.extractor.output_size")
+            found += [f"{key} is not set" for key in keys if OmegaConf.select(config, key) is None]
+            try:
+                resize_sides(config.data.get("eval_transform"))
+            except InputError as error:
+                found.append(str(error))
+        return list(dict.fromkeys(found))
 
     @cached_property
     def differing_geometry(self) -> dict[str, list[str]]:

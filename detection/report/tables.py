@@ -239,7 +239,7 @@ def sizes_table(findings: Findings) -> Table:
     of_pixels, of_cells = next(iter(findings.by_pixels.values())), next(iter(findings.by_cells.values()))
     rows = [(arm, *findings.by_pixels[arm].values(), *findings.by_cells[arm].values()) for arm in findings.arms]
     names = [f"AP {size}" for size in (*of_pixels, *of_cells)]
-    cells = f", and in cells of {findings.stride} pixels of the network's input" if findings.stride else ""
+    cells = f", and in cells of {findings.stride} pixels of the network's input" if of_cells else ""
     return Table(
         "sizes",
         "AP by the size of the object",

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from roi_quantization.detection.common.configuration import evaluated_split, shorten
@@ -18,7 +18,7 @@ from roi_quantization.detection.report.figures import ReportFigure, make_figures
 from roi_quantization.detection.report.findings import Findings
 from roi_quantization.detection.report.origin import commit, read_origin, versions
 from roi_quantization.detection.report.style import DARK, LIGHT, render
-from roi_quantization.detection.report.sweep import Sweep, read_sweep
+from roi_quantization.detection.report.sweep import Run, Sweep, read_sweep
 from roi_quantization.detection.report.tables import Table, make_tables
 
 WITH_NUMBERS = {"differences", "localisation", "sizes", "misalignment", "predicted", "cross"}  # figures that have a table of the same name
@@ -106,6 +106,11 @@ def _problems(sweep: Sweep, findings: Findings, reference: str) -> list[str]:
             f"The runs differ in {which}, so that differences are not those of the operators alone. Sampled regions and predicted costs "
             "are left out."
         )
+    if sweep.unknown_geometry:
+        problems.append(
+            f"Sizes in cells, sampled regions and predicted costs are left out, because the configurations do not say enough: "
+            f"{'; '.join(sweep.unknown_geometry)}."
+        )
     problems += [f"{arm}: {differ}, so that its runs are not of one setting." for arm, differ in sweep.differing_seeds.items()]
     problems += findings.protocol.deviations
     if findings.varies_over == "images":
@@ -121,9 +126,7 @@ def _made_from(findings: Findings) -> list[tuple[str, str]]:
     truth = findings.sweep.annotations
     evaluated = f"{evaluated_split(config.data)}, {len(truth.imgs)} images, {len(truth.anns)} objects of {len(truth.cats)} categories"
     facts = [("data", str(config.data.root)), *((f"data: {split}", words) for split, words in data.items())]
-    strides = dict.fromkeys(
-        f"{run.stride} pixels per cell" if run.stride else "that of each map of the detector's pyramid" for run in findings.sweep.finished
-    )
+    strides = dict.fromkeys(_stride(run) for run in findings.sweep.finished)
     facts += [("evaluated on", evaluated), ("stride", " or ".join(strides)), ("seeds", ", ".join(map(str, findings.seeds)))]
     facts += [("training", _training([run.config for run in findings.sweep.finished]))]
     commits = dict.fromkeys(start["commit"] for start in starts) or [f"{commit()} (of this report, the sweep's was not recorded)"]
@@ -136,13 +139,24 @@ def _made_from(findings: Findings) -> list[tuple[str, str]]:
     return [*facts, ("report", date.today().isoformat())]
 
 
+def _stride(run: Run) -> str:
+    if run.config.get("backbone") is None:
+        return "that of each map of the detector's pyramid"
+    return f"{run.stride} pixels per cell" if run.stride else "not known (backbone.stride is not set)"
+
+
 def _training(configs: Sequence[DictConfig]) -> str:
     """Describe length, images a step and learning rate, each with all values that the runs had."""
     length = _joined(_length(c.trainer) for c in configs)
     images = _joined(_images_a_step(c) for c in configs)
-    rate = _joined(f"{c.optim.groups.lr:g}" for c in configs)
+    rate = _joined(_rate(c) for c in configs)
     alike = ", the same for all" if " or " not in length + images + rate else ""
     return f"{length} of {images} images a step, rate {rate}{alike}"
+
+
+def _rate(config: DictConfig) -> str:
+    rate = OmegaConf.select(config, "optim.groups.lr")
+    return "not known (optim.groups.lr is not set)" if rate is None else f"{rate:g}"
 
 
 def _joined(words: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.proposals.grid import Grid
 from roi_quantization.detection.evaluation.coco import evaluate, write_metrics, write_results
+from roi_quantization.detection.evaluation.sizes import RESIZE
 from roi_quantization.detection.report.sweep import read_sweep
 from tests.detection.evaluation.coco_sets import annotation, coco, result
 
@@ -41,7 +42,8 @@ def make_run(folder, root, arm, seed, **data):
     folder.mkdir(parents=True)
     data = {
         "root": str(root), "val": None, "test": {"images": "test", "annotations": "test.json"},
-        "subset": None, "ids": None, "subset_seed": 0, "eval_transform": {"short_side": None, "max_side": None},
+        "subset": None, "ids": None, "subset_seed": 0, 
+        "eval_transform": {"_target_": RESIZE, "short_side": None, "max_side": None},
     } | data  # fmt: skip
     OmegaConf.save({"arm": arm, "seed": seed, "backbone": {"stride": 16}, "data": data}, folder / "config.yaml")
 

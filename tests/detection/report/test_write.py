@@ -87,6 +87,31 @@ def test_runs_that_were_trained_otherwise_are_not_said_to_be_alike(tmp_path, und
     assert "The arms differ in more than the operator: optim.groups.lr (0.003 or 0.001). Differences between them are of all" in report
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.update(backbone={"_target_": "my_project.backbone.ResNet18"}), "backbone.stride is not set"),
+        (lambda c: c.head.extractor.pop("output_size"), "head.extractor.output_size is not set"),
+        (lambda c: c.data.update(eval_transform={"_target_": "my.resize", "size": 32}), "data.eval_transform is my.resize: to what size"),
+    ],
+)
+def test_parts_of_ones_own_are_reported_without_what_depends_on_their_cells(tmp_path, undrawn, change, words):
+    """Their configurations need not say the stride, nor the size of an image."""
+    folder = write_fake_sweep(tmp_path / "own", arms={"align": 3.0, "pool": 7.5}, seeds=(0,), images=10)
+    for path in folder.glob("*_seed0/config.yaml"):
+        config = OmegaConf.load(path)
+        change(config)
+        config.optim.groups = {"_target_": "my.groups", "base_lr": 1e-3}
+        OmegaConf.save(config, path)
+    write_report(folder)
+    report = text(folder, "report.md")
+    assert f"sampled regions and predicted costs are left out, because the configurations do not say enough: {words}" in report
+    assert "RoIPool in the place of RoIAlign costs" in report and "rate not known (optim.groups.lr is not set)" in report
+    assert ("stride: not known" in report) == ("stride" in words) != ("stride: 16 pixels per cell" in report)
+    tables = {path.stem for path in (folder / "report/tables").iterdir()}
+    assert "cells" not in text(folder, "tables/sizes.csv") and {"misalignment", "predicted"}.isdisjoint(tables)
+
+
 def test_the_length_and_the_images_of_a_step_are_those_that_were_trained(tmp_path, undrawn):
     folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0}, seeds=(0,), images=10)
     path = folder / "align_seed0" / "config.yaml"

@@ -101,6 +101,18 @@ def test_an_interpolated_name_of_an_arm_has_the_value_of_each_run(tmp_path):
     assert [(run_dir.name, run["trainer"]["max_steps"]) for run_dir, run in runs.items()] == [("steps10_seed5", 10), ("steps20_seed5", 20)]
 
 
+def test_the_folder_of_a_backbone_of_ones_own_has_its_name(tmp_path):
+    """Its configuration need not say the stride."""
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone/own.yaml").write_text("_target_: my.backbone\n")
+    overrides = ["experiment=quantization_core", "roi=align", "seed=5", "backbone=own", f"hydra.searchpath=['file://{tmp_path}']"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        runs = planned_runs(GlobalHydra.instance().config_loader().load_configuration("train", overrides, RunMode.MULTIRUN))
+    assert list(runs) == [Path("runs/quantization_embedded_stride_of_own/align_seed5")]
+    for path in (ROOT / "configs/experiment").glob("*.yaml"):
+        assert "${backbone.stride}" not in path.read_text(), f"{path.name} needs a backbone whose configuration has a stride"
+
+
 def test_runs_that_would_share_a_folder_are_refused(tmp_path):
     ended = sweep(tmp_path, "roi.sampling_ratio=1,2")
     assert ended.returncode == 1

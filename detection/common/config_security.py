@@ -3,15 +3,22 @@
 A `_target_` is called with the arguments beside it, so the configuration of a checkpoint is a program of whoever made it.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from roi_quantization.detection.common.config_sources import config_folders
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.renamed_targets import RENAMED
 
+log = logging.getLogger(__name__)
+
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
 MAX_SETTINGS, MAX_DEPTH = 10_000, 50  # this project's configurations have about 100 settings, 5 levels deep
 
 # a reference to another setting, or one of these resolvers with plain arguments: others, such as oc.create, can create a `_target_`
@@ -50,8 +57,36 @@ def check_targets_allowed(config: Any, source: str | Path) -> None:
 
 def allowed_targets() -> frozenset[str]:
     """Return every `_target_` in `configs/` and in the folders of configurations that the user names."""
-    texts = [path.read_text() for folder in config_folders() for path in folder.rglob("*.yaml")]
-    return frozenset(name for text in texts for name in re.findall(r"^\s*_target_:\s*([\w.]+)", text, re.MULTILINE))
+    found = set()
+    for path in [path for folder in config_folders() for path in folder.rglob("*.yaml")]:
+        try:
+            found |= _targets_of(path.read_bytes())
+        except yaml.YAMLError as error:
+            log.warning("%s is not YAML, and no _target_ in it is allowed: %s", path, " ".join(str(error).split()))
+    return frozenset(found)
+
+
+@cache
+def _targets_of(content: bytes) -> frozenset[str]:
+    """Return the names that are a `_target_` anywhere in a YAML file. An interpolation is no name."""
+    if b"_target_" not in content:
+        return frozenset()
+    found, seen, stack = set(), set(), list(yaml.compose_all(content, LOADER))  # nodes: tags of other programs need not be known
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            found |= {value.value for key, value in node.value if key.value == "_target_" and _is_name(value)}
+            stack += [child for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            stack += node.value
+    return frozenset(found)
+
+
+def _is_name(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and re.fullmatch(r"[\w.]+", node.value) is not None
 
 
 def _flatten(config: Any, source: str | Path) -> Iterator[tuple[str, Any]]:

@@ -68,7 +68,7 @@ def _evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataMo
 def complete(run: Run, operators: list[str]) -> None:
     """Evaluate a finished run's best checkpoint with each of `operators` that its cross.json lacks, and add them to it."""
     known = run.cross()
-    config = OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml"))
+    config = without_training(OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml")))
     check_targets_allowed(config, run.folder / "config.yaml")
     cfg = OmegaConf.create({"detector": FAST_RCNN} | upgrade_config(config))
     cfg.cross = [name for name in operators if name not in known]
@@ -89,6 +89,13 @@ def complete(run: Run, operators: list[str]) -> None:
     module.metrics = run.metrics
     cross = cross_evaluate(cfg, module, data, "test" if data.test is not None else "val")
     write_cross(run.folder, known | {name: evaluation.metrics for name, evaluation in cross.items()})
+
+
+def without_training(config: dict) -> dict:
+    """Return a run's configuration without the parts that only train, and whose `_target_`s an evaluation therefore does not call."""
+    config = {key: value for key, value in config.items() if key not in ("optim", "average", "logger")}
+    trainer = {key: value for key, value in (config.get("trainer") or {}).items() if key not in ("callbacks", "logger")}
+    return config | {"trainer": trainer}
 
 
 def name_of(operator: DictConfig) -> str | None:

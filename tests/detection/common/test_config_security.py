@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from roi_quantization.detection.common.config_security import allowed_targets, check_targets_allowed
 from roi_quantization.detection.model.vgg16 import VGG16
 from roi_quantization.detection.runs.checkpoint import PARTS, load_checkpoint, register_checkpoint
+from roi_quantization.detection.runs.cross_evaluation import without_training
 from roi_quantization.detection.runs.training_checkpoints import AtomicCheckpointIO
 from tests.configuration import composed
 
@@ -121,6 +122,44 @@ def test_a_file_in_configs_is_how_a_target_is_trusted(config, tmp_path, monkeypa
     (tmp_path / "roi/mine.yaml").write_text(yaml.dump(own))
     monkeypatch.setattr("roi_quantization.detection.common.config_sources.CONFIGS", tmp_path)
     check_targets_allowed({"roi": own}, "best.ckpt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "_target_: 'my.package.part'",
+        '_target_: "my.package.part"  # a comment',
+        '"_target_": my.package.part',
+        "_target_:\n  my.package.part",
+        "roi: {_target_: my.package.part, _partial_: true}",
+        "trainer:\n  callbacks:\n    - _target_: my.package.part",
+        "a: !other.program [{_target_: my.package.part}]",
+    ],
+)
+def test_every_way_to_write_a_target_in_yaml_names_it(tmp_path, monkeypatch, text):
+    monkeypatch.setattr("roi_quantization.detection.common.config_sources.CONFIGS", tmp_path)
+    (tmp_path / "own.yaml").write_text(f"{text}\n")
+    assert allowed_targets() == {"my.package.part"}
+
+
+def test_what_is_no_name_of_a_target_in_a_file_is_not_allowed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("roi_quantization.detection.common.config_sources.CONFIGS", tmp_path)
+    (tmp_path / "own.yaml").write_text(
+        "# _target_: a.b\nhelp: |\n  _target_: a.b\nroi: {_target_: '${roi.command}', a: [_target_]}\nx: {_target_: [a.b]}\n"
+    )
+    assert not caplog.text and allowed_targets() == frozenset()
+    (tmp_path / "broken.yaml").write_text("a: [\n_target_: a.b\n")
+    assert allowed_targets() == frozenset() and "broken.yaml is not YAML, and no _target_ in it is allowed: " in caplog.text
+
+
+def test_a_cross_evaluation_of_a_run_does_not_call_what_only_trains(config):
+    own = {"_target_": "my.package.part"}
+    run = changed(config, lambda c: c.update(optim=own, average=own, logger={"mine": own}))
+    run["trainer"] |= {"callbacks": [own], "logger": [own]}
+    check_targets_allowed(without_training(run), "config.yaml")
+    run["trainer"]["plugins"] = [own]
+    with pytest.raises(ValueError, match=r"would call my\.package\.part \(trainer\.plugins\.0\._target_\)"):
+        check_targets_allowed(without_training(run), "config.yaml")
 
 
 @pytest.mark.parametrize(

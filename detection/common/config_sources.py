@@ -4,14 +4,16 @@ A user names a folder with `--config-dir`, with `hydra.searchpath`, or in Python
 `_target_`s in it for a checkpoint. A package names one by a plugin in `hydra_plugins` (a `SearchPathPlugin`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -94,6 +96,46 @@ def _folders(entry: str) -> list[Path]:
 def choices(group: str) -> list[str]:
     """Return the names of the files of a group, in all folders."""
     return sorted({path.stem for folder in config_folders() for path in (folder / group).glob("*.yaml")})
+
+
+def override_values(text: str) -> list[Any]:
+    """Parse the value of one of Hydra's overrides, as Hydra does; several in a sweep.
+
+    Raises:
+        hydra.errors.HydraException: it is not valid in Hydra's grammar, or a `glob`, whose values are files.
+    """
+    parser = OverridesParser.create()
+    override = parser.parse_override(text)
+    if not override.is_sweep_override():
+        return [override.value()]
+    return [parser.parse_override(f"{override.key_or_group}={value}").value() for value in override.sweep_string_iterator()]
+
+
+def check_choices(overrides: Iterable[str], groups: Container[str]) -> None:
+    """Check that what overrides choose of these groups, such as `roi=pool`, is there. Hydra ignores what is not where a group is optional.
+
+    Raises:
+        InputError: there is no such choice; the message lists those that there are.
+    """
+    for text in overrides:
+        group = text.lstrip("+").partition("=")[0]
+        if group not in groups:
+            continue
+        try:
+            values = override_values(text)
+        except HydraException:  # composition raises it too
+            continue
+        for name in [name for value in values for name in (value if isinstance(value, list) else [value])]:
+            if isinstance(name, str) and "${" not in name and not _is_choice(group, name.removesuffix(".yaml")):
+                raise InputError(
+                    f"{group}={name}: there is no such choice. Choose from {', '.join(choices(group))} (configs/{group}), or name your "
+                    "folder of configurations: --config-dir <folder>, in Python config_dir=<folder>"
+                )
+
+
+def _is_choice(group: str, name: str) -> bool:
+    file = f"{name}.yaml"
+    return file in ConfigStore.instance().repo.get(group, {}) or any((folder / group / file).is_file() for folder in config_folders())
 
 
 def compose_from_all(name: str, overrides: Sequence[str] = (), return_hydra_config: bool = False) -> DictConfig:

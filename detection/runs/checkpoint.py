@@ -13,14 +13,13 @@ from hydra import compose
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
 from roi_quantization.detection.common.config_security import check_targets_allowed
-from roi_quantization.detection.common.config_sources import name_folders_of_command
+from roi_quantization.detection.common.config_sources import check_choices, name_folders_of_command, override_values
 from roi_quantization.detection.common.configuration import FAST_RCNN, path_setting
 from roi_quantization.detection.common.errors import ExpectedError, InputError, MissingFileError
 from roi_quantization.detection.common.renamed_targets import rename_targets
@@ -79,7 +78,7 @@ def register_checkpoint(arguments: list[str], script: str, is_optional: bool = F
     """Register the parts of the checkpoint on the command line as options of Hydra, which composes afterwards.
 
     In a sweep over `ckpt` they are those of the first one (see `compose_with_checkpoint`). Ends the program where there is none, unless it
-    `is_optional` and a detector is chosen, which may have weights of its own.
+    `is_optional` and a detector is chosen, which may have weights of its own; and where a part is chosen that is not there.
     """
     options = get_args_parser().parse_args(arguments)
     try:
@@ -89,6 +88,7 @@ def register_checkpoint(arguments: list[str], script: str, is_optional: bool = F
             register_parts(load_checkpoint(paths[0])["config"], paths[0])
         elif not (options.help or options.hydra_help or (is_optional and chooses_detector(options.overrides))):
             raise InputError(f"no checkpoint is given. Set ckpt=<run>/best.ckpt; `python {script} --help` lists the other settings")
+        check_choices(options.overrides, PARTS)
     except ExpectedError as error:
         sys.exit(f"{script}: {error}")
 
@@ -103,11 +103,8 @@ def checkpoint_paths(overrides: Iterable[str]) -> list[str]:
     given = [text for text in overrides if text.lstrip("+").startswith("ckpt=")]
     if not given:
         return []
-    parser = OverridesParser.create()
     try:
-        override = parser.parse_override(given[-1])
-        texts = [f"ckpt={value}" for value in override.sweep_string_iterator()] if override.is_sweep_override() else given[-1:]
-        values = [OmegaConf.create({"ckpt": parser.parse_override(text).value()}).ckpt for text in texts]
+        values = [OmegaConf.create({"ckpt": value}).ckpt for value in override_values(given[-1])]
     except HydraException as error:
         path = given[-1].partition("=")[2]
         raise InputError(f"{given[-1]} is not valid in Hydra's grammar ({error}). Quote the path: 'ckpt=\"{path}\"'") from error

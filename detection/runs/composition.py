@@ -8,9 +8,15 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import Container, DictConfig, OmegaConf, open_dict
 
-from roi_quantization.detection.common.config_sources import compose_from_all, name_config_folder, name_folders_of_overrides
+from roi_quantization.detection.common.config_sources import (
+    check_choices,
+    compose_from_all,
+    name_config_folder,
+    name_folders_of_overrides,
+)
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.runs.checkpoint import (
+    PARTS,
     checkpoint_paths,
     chooses_detector,
     forget_parts,
@@ -43,7 +49,8 @@ def compose(
         config_dir: a folder of your own configurations, as `--config-dir`. Naming it permits checkpoints to call its `_target_`s.
 
     Raises:
-        InputError: "eval" or "predict" without a checkpoint, or with one that would call what is not allowed.
+        InputError: "eval" or "predict" without a checkpoint, with one that would call what is not allowed, or with a part that is not
+            there, such as roi=allign.
         hydra.errors.HydraException: an override is not valid, or there is no such choice.
     """
     if isinstance(overrides, str):
@@ -65,10 +72,12 @@ def compose_with_parts(name: str, overrides: Sequence[str], ckpt: str | Path | N
     paths = [str(ckpt)] if ckpt is not None else checkpoint_paths(overrides)
     if not paths and name in CHECKPOINT_OPTIONAL and chooses_detector(overrides):
         forget_parts()
+        check_choices(overrides, PARTS)
         return compose_from_all(name, overrides, return_hydra_config=True)
     if len(paths) != 1:
         raise InputError(f"{name} needs one checkpoint, got {len(paths)}: give ckpt=<run>/best.ckpt")
     register_parts(load_checkpoint(paths[0])["config"], paths[0])
+    check_choices(overrides, PARTS)
     cfg = compose_from_all(name, overrides, return_hydra_config=True)
     cfg.ckpt = paths[0]
     keep_eval_transform(cfg, overrides)

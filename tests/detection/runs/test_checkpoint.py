@@ -3,6 +3,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from roi_quantization.detection.common import config_sources
+from roi_quantization.detection.common.config_sources import choices
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.renamed_targets import RENAMED
 from roi_quantization.detection.runs.checkpoint import (
@@ -15,6 +17,7 @@ from roi_quantization.detection.runs.checkpoint import (
     register_checkpoint,
     register_parts,
 )
+from roi_quantization.detection.runs.composition import compose
 from tests.configuration import composed
 
 CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 5, "name": "star"}]
@@ -68,6 +71,45 @@ def test_the_command_line_is_parsed_as_hydra_parses_it(monkeypatch, override, pa
 def test_a_path_that_hydra_reads_otherwise_is_refused(override, message):
     with pytest.raises(InputError, match=message):
         checkpoint_paths([override])
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A checkpoint without weights."""
+    torch.save(checkpoint_of(nn.Linear(1, 1)) | {"config": OmegaConf.to_container(composed("train"))}, tmp_path / "best.ckpt")
+    return f"ckpt={tmp_path / 'best.ckpt'}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["roi=allign"], ["+proposals=grid_photo"], ["data=custom", "data=costum"], ["roi=pool,allign"], ["head='two fc'"], ["backbone=a/b"]],
+)
+def test_a_part_that_is_not_there_is_named_with_those_that_are(trained, overrides):
+    """Hydra would leave it out, since the parts of eval.yaml and predict.yaml are optional."""
+    group = overrides[0].lstrip("+").partition("=")[0]
+    message = rf"{group}=.*: there is no such choice\. Choose from {choices(group)[0]}, .* \(configs/{group}\), or .* --config-dir <folder>"
+    with pytest.raises(SystemExit, match=rf"eval\.py: {message}"):
+        register_checkpoint([trained, *overrides], "eval.py")
+    with pytest.raises(InputError, match=message):
+        compose("predict", [trained, *overrides])
+
+
+def test_a_part_that_is_not_there_is_named_without_a_checkpoint_too():
+    with pytest.raises(
+        InputError, match=r"detector=torchvison: there is no such choice\. Choose from fast_rcnn, faster_rcnn, torchvision "
+    ):
+        compose("eval", ["detector=torchvison", "detector.weights=COCO_V1", "roi=align"])
+    with pytest.raises(SystemExit, match=r"roi=allign: there is no such choice"):
+        register_checkpoint(["detector=torchvision", "roi=allign"], "eval.py", is_optional=True)
+
+
+def test_parts_that_are_there_are_taken_as_hydra_takes_them(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(config_sources, "_named", [])
+    (tmp_path / "own/roi/deeper").mkdir(parents=True)
+    (tmp_path / "own/roi/deeper/mine.yaml").write_text("_target_: a.b\n")
+    for choice in ("roi=checkpoint", "roi=align.yaml", "roi='pool'", "roi=glob(align*)", "roi=choice(pool,warp)", "~proposals", "roi.a=1"):
+        register_checkpoint([trained, choice], "eval.py")
+    register_checkpoint([trained, "roi=deeper/mine", f"hydra.searchpath=['file://{tmp_path / 'own'}']"], "eval.py")
 
 
 def test_targets_from_before_the_move_are_renamed(tmp_path):

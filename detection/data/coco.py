@@ -121,6 +121,12 @@ class CocoDetection(Dataset):
         """The number of objects; crowd regions are none."""
         return int((~self._is_crowd).sum())
 
+    @property
+    def categories_without_objects(self) -> list[str]:
+        """The names of the categories that no object has."""
+        present = set(self._labels[~self._is_crowd].tolist())
+        return [category["name"] for label, category in enumerate(self.categories, start=1) if label not in present]
+
     @cached_property
     def coco(self) -> COCO:
         """The annotations of these images as they are in the file, for COCOeval.

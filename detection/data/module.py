@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from roi_quantization.detection.common.configuration import path_setting
+from roi_quantization.detection.common.configuration import path_setting, shorten
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.annotations import LAYOUT
@@ -178,27 +178,41 @@ class DetectionData(pl.LightningDataModule):
                 self._judge(split)
 
     def _open(self, split: str) -> CocoDetection:
-        paths = {name: self.root / path_setting(self.paths[split][name], f"data.{split}.{name}") for name in ("images", "annotations")}
+        paths = {name: self._path(split, name) for name in ("images", "annotations")}
         overrides = {name: value for name, value in self.paths[split].items() if name not in paths}
         options = self.options[split] | overrides
         try:
             dataset = CocoDetection(**paths, proposals=self.proposals[split], **options, subset_seed=self.subset_seed)
         except ValueError as error:
             raise InputError(f"the {split} split: {error}") from error
-        for other in (self.train, self.val, self.test):
+        for name in ("train", "val", "test"):
+            other = getattr(self, name)
             if other is not None and other.categories != dataset.categories:
-                raise InputError(f"{paths['annotations']} has other categories than the other splits of {self.root}.")
+                raise InputError(
+                    f"{paths['annotations']} has other categories than {self._path(name, 'annotations')}: "
+                    f"{_difference(dataset.categories, other.categories)}. Give all splits the same ids and names, also of categories that "
+                    "a split has no objects of"
+                )
         log.info("%s: %s", split, describe(dataset))
         return dataset
 
+    def _path(self, split: str, name: str) -> Path:
+        return self.root / path_setting(self.paths[split][name], f"data.{split}.{name}")
+
     def _judge(self, split: str) -> None:
-        """Refuse a train split without objects, and log what is implausible in a split that was opened beside the others."""
+        """Refuse a train split without objects. Log categories without any, and what is implausible beside the splits that are open."""
         dataset = getattr(self, split)
         if dataset.num_objects == 0:
             text = f"the {split} split has no objects in {len(dataset)} images; crowd regions (iscrowd, VOC's difficult) are not objects"
             if split == "train":
                 raise InputError(f"{text}. There is nothing to learn: annotate objects, or choose other images with data.train")
             log.warning("%s. Its AP is undefined.", text)
+        elif split == "train" and (missing := dataset.categories_without_objects):
+            log.warning(
+                "%d of %d categories %s no training objects: %s. None of them will be found, and where val or test have some "
+                "their AP of 0 lowers the mean. Annotate some, take more training images, or choose others with data.classes",
+                len(missing), len(dataset.categories), "has" if len(missing) == 1 else "have", shorten(missing),
+            )  # fmt: skip
         splits = {name: getattr(self, name) for name in ("train", "val", "test")}
         files = {name: [record.path for record in one.records] for name, one in splits.items() if one is not None}
         for pair in combinations(files, 2):
@@ -259,6 +273,15 @@ class DetectionData(pl.LightningDataModule):
             worker_init_fn=_ignore_sigint,
             **options,
         )
+
+
+def _difference(here: Sequence[Mapping], there: Sequence[Mapping]) -> str:
+    """Describe the first categories, by their ids, in which two splits differ."""
+    names = [{category["id"]: repr(category["name"]) for category in one} for one in (here, there)]
+    differing = [i for i in sorted({**names[0], **names[1]}) if names[0].get(i) != names[1].get(i)]
+    return shorten(
+        [f"id {i} is {names[0].get(i, 'missing')} in the first and {names[1].get(i, 'missing')} in the second" for i in differing], 3
+    )
 
 
 def _are_same_images(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:

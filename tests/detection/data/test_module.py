@@ -1,5 +1,6 @@
 """The data module: splits, batches, and an order that depends on (seed, epoch) alone."""
 
+import json
 import logging
 from itertools import chain
 from pathlib import Path
@@ -130,8 +131,15 @@ def test_the_training_images_can_be_tested(root):
 
 def test_splits_must_agree_in_their_categories(root, small_set):
     other = {"images": str(small_set.images), "annotations": str(small_set.annotations)}  # absolute paths stand alone
-    with pytest.raises(ValueError, match=r"instances\.json has other categories"):
+    known = rf"{root}/annotations/instances_train\.json"
+    names = r"id 2 is missing in the first and 'disc' in the second; id 3 is .*; id 4 is 'plane' in the first and missing in .*; and 5 more"
+    with pytest.raises(ValueError, match=rf"{small_set.annotations} has other categories than {known}: {names}\. Give all splits the same"):
         data(root, test=other)
+    instances = json.loads((root / "annotations/instances_val.json").read_text())
+    instances["categories"][1]["name"] = "Ring"
+    small_set.annotations.write_text(json.dumps(instances))
+    with pytest.raises(ValueError, match=rf"than {known}: id 3 is 'Ring' in the first and 'ring' in the second\. Give"):
+        data(root, val={"images": "val", "annotations": str(small_set.annotations)})
 
 
 def test_a_batch_that_training_cannot_fill_is_an_error(root):

@@ -204,6 +204,21 @@ class TestDataSets:
         assert self.data(small_set, **splits).val.num_objects == 0
         assert "the val split has no objects in 3 images" in caplog.text and "Its AP is undefined" in caplog.text
 
+    def test_categories_without_training_objects_are_logged_once(self, small_set, caplog):
+        held_out = {"images": "images", "annotations": "instances.json", "ids": [3, 5]}
+        self.data(small_set, val=held_out)
+        assert "no training objects" not in caplog.text
+        small_set.change("annotations", 0, category_id=4)
+        self.data(small_set, val=held_out)
+        assert [m for m in caplog.messages if "no training objects" in m] == [
+            "1 of 3 categories has no training objects: brush. None of them will be found, and where val or test have some their AP of 0 "
+            "lowers the mean. Annotate some, take more training images, or choose others with data.classes"
+        ]
+        small_set.change("annotations", 1, iscrowd=1)
+        small_set.change("annotations", 0, iscrowd=1)
+        self.data(small_set, val=held_out)
+        assert "2 of 3 categories have no training objects: plane; brush. " in caplog.text, "crowd regions are no objects"
+
     def test_a_split_that_holds_training_images_is_logged_once(self, small_set, caplog):
         held_out = {"images": "images", "annotations": "instances.json", "part": [0.6, 1.0]}
         self.data(small_set, train=held_out | {"part": None}, test=held_out)

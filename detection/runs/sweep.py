@@ -292,22 +292,26 @@ class SweepCallback(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         self.progress.stop()
         runs = self.progress.runs
+        failed = [str(path) for run_dir in runs if (path := run_dir / FAILED).is_file()]
+        outcome = f"{len(failed)} of {len(runs)} runs failed; {failed[0]} says why. The same command repeats them" if failed else ""
         for folder in sweep_folders(runs):
+            if not any(folder.glob(f"*_seed*/{FINISHED}")):  # of this sweep or an earlier one
+                continue
             try:
                 print(f"The report: {write_report(folder)}")
             except Exception:
                 traceback.print_exc()
                 sys.exit(
-                    f"The runs are complete, their report failed. Repeat it with: python -m roi_quantization.detection.report {folder}"
+                    f"{outcome or 'The runs are complete'}. Their report failed. Repeat it with: "
+                    f"python -m roi_quantization.detection.report {folder}"
                 )
         running = [str(run_dir) for run_dir in runs if not (run_dir / FINISHED).is_file() and is_running(run_dir)]
         if running:
             print(
                 f"{len(running)} of {len(runs)} runs, such as {running[0]}, are still running in other processes and are not in the report"
             )
-        failed = [str(path) for run_dir in runs if (path := run_dir / FAILED).is_file()]
-        if failed:
-            sys.exit(f"{len(failed)} of {len(runs)} runs failed; {failed[0]} says why. The same command repeats them")
+        if outcome:
+            sys.exit(outcome)
 
 
 class SweepProgress:

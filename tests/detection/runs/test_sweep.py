@@ -24,6 +24,7 @@ from roi_quantization.detection.report.origin import read_origin
 from roi_quantization.detection.runs.sweep import SWEEP as SWEEP_PROCESS
 from roi_quantization.detection.runs.sweep import (
     SweepCallback,
+    SweepProgress,
     _exit_with_sweep,
     check_arms,
     check_configuration,
@@ -341,6 +342,33 @@ def test_a_run_that_fails_says_why_and_raises_nothing(tmp_path, capsys, in_sweep
 
     assert run_in_sweep(lambda cfg: {"val/AP": 1.0}, config_of(tmp_path)) == {"val/AP": 1.0}
     assert not (tmp_path / "failed.txt").exists(), "it was tried again"
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["all failed", "one finished"])
+def test_the_end_of_a_sweep_counts_failed_runs_and_reports_finished_ones(tmp_path, monkeypatch, capsys, finished):
+    runs = {tmp_path / name: {"trainer": {}} for name in ("align_seed0", "pool_seed0")}
+    callback = SweepCallback()
+    callback.progress = SweepProgress(runs)
+    callback.progress.start()
+    for run_dir in runs:
+        run_dir.mkdir()
+        (run_dir / ("metrics.json" if finished and "align" in run_dir.name else "failed.txt")).touch()
+    monkeypatch.setattr("roi_quantization.detection.runs.sweep.write_report", lambda folder: folder / "report.html")
+    with pytest.raises(SystemExit, match=rf"^{2 - finished} of 2 runs failed; .*_seed0/failed\.txt says why\. The same command repeats them$"):
+        callback.on_multirun_end(None)
+    assert ("The report: " in capsys.readouterr().out) == finished
+
+
+def test_a_report_that_fails_does_not_hide_the_runs_that_failed(tmp_path, monkeypatch):
+    runs = {tmp_path / name: {"trainer": {}} for name in ("align_seed0", "pool_seed0")}
+    callback = SweepCallback()
+    callback.progress = SweepProgress(runs)
+    callback.progress.start()
+    for run_dir, name in zip(runs, ("metrics.json", "failed.txt"), strict=True):
+        run_dir.mkdir()
+        (run_dir / name).touch()
+    with pytest.raises(SystemExit, match=r"^1 of 2 runs failed; .*\. Their report failed\. Repeat it with: python -m "):
+        callback.on_multirun_end(None)
 
 
 def test_the_share_of_a_run_that_is_done(tmp_path):

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -100,8 +100,9 @@ def choose_classes(instances: dict, classes: Sequence[str] | None) -> dict:
     if classes is None:
         return instances
     present = [category["name"] for category in instances["categories"]]
-    if isinstance(classes, str) or not classes:
+    if isinstance(classes, str) or not isinstance(classes, Sequence) or not classes:
         raise InputError(f"classes={classes}: expected a list of names, such as [{', '.join(present[:2])}]")
+    classes = [str(name) for name in classes]  # YAML and Hydra read a name such as 0 as a number
     unknown = [name for name in classes if name not in present]
     if unknown:
         raise InputError(f"classes: there is no category {unknown[0]}. Choose from {', '.join(present)}")
@@ -232,7 +233,7 @@ def _check_image(path: Path, image: dict) -> None:
     """Refuse names that lead out of the folder of images. Links inside that folder are followed, because its owner made them."""
     name = image["file_name"]
     parts = PurePath(name).parts if isinstance(name, str) and "\0" not in name else ()
-    if not parts or ".." in parts or PurePath(name).is_absolute():
+    if not parts or ".." in parts or PurePath(name).is_absolute() or PureWindowsPath(name).is_absolute():
         raise InputError(
             f"{path}: image {image['id']} has file_name {_abbreviate(name)}; expected a name in the folder of images. Link images that lie "
             "elsewhere into that folder."

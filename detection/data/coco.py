@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -192,8 +192,22 @@ def _check_files(records: list[ImageRecord], folder: Path) -> None:
     present = {parent: set(os.listdir(parent)) for parent in folders if parent.is_dir()}
     missing = [record for record in records if record.path.name not in present.get(record.path.parent, ())]
     if missing:
+        name = str(missing[0].path.relative_to(folder))
         raise MissingFileError(
-            f"{len(missing)} of the {len(records)} images of the annotations are not in {folder}; the first is "
-            f"{missing[0].path.relative_to(folder)} (image {missing[0].id}). Is the archive unpacked as a whole, and do images and "
-            "annotations belong together?"
+            f"{len(missing)} of the {len(records)} images of the annotations are not in {folder}; the first is {name} (image "
+            f"{missing[0].id}). {_remedy(name, folder)}"
         )
+
+
+def _remedy(name: str, folder: Path) -> str:
+    """Say what to do about a file_name that is not in the folder of images: it may be from Windows, or begin with a folder."""
+    path = PureWindowsPath(name)  # either slash divides it
+    if len(path.parts) == 1:
+        return "Is the archive unpacked as a whole, and do images and annotations belong together?"
+    slashes = "Its file_name has backslashes: write / in the place of each. " if "\\" in name else ""
+    found = []
+    if above := next((parent.resolve() for parent in folder.absolute().parents if (parent / path.as_posix()).is_file()), None):
+        found.append(f"{path.as_posix()} is in {above}: set data.<split>.images={above}")
+    if (folder / path.name).is_file():
+        found.append(f"{path.name} is there: remove the folder from file_name")
+    return slashes + (", or ".join(found) or "Do images and annotations belong together?")

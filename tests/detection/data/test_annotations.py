@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.data.annotations import as_coco, choose_ids, read_instances, restrict
+from roi_quantization.detection.data.annotations import as_coco, choose_classes, choose_ids, read_instances, restrict
 
 
 def test_missing_fields_that_can_be_known_are_filled_in(small_set):
@@ -83,6 +83,7 @@ def test_a_broken_or_foreign_json_is_named_with_what_is_missing(tmp_path, text, 
         ("images", 0, {"file_name": "../../etc/passwd"}, r"image 7 has file_name '\.\./\.\./etc/passwd'; expected a name in the folder"),
         ("images", 0, {"file_name": "a/../../x.png"}, "image 7 has file_name"),
         ("images", 0, {"file_name": "/etc/passwd"}, "image 7 has file_name '/etc/passwd'"),
+        ("images", 0, {"file_name": "C:\\data\\1.png"}, "image 7 has file_name .*1.png'; expected a name in the folder of images"),
         ("images", 0, {"file_name": "a\0.png"}, r"image 7 has file_name 'a\\x00\.png'"),
         ("images", 0, {"file_name": ""}, "image 7 has file_name ''"),
         ("images", 0, {"file_name": None}, "image 7 has file_name None"),
@@ -106,6 +107,16 @@ def test_a_restricted_set_keeps_all_categories(small_set, capsys):
     coco = as_coco(restrict(read_instances(small_set.annotations), [3, 5]))
     assert coco.getImgIds() == [3, 5] and coco.getCatIds() == [90, 4, 17] and list(coco.anns) == [4]
     assert capsys.readouterr().out == ""
+
+
+def test_a_class_may_be_chosen_by_a_name_that_yaml_reads_as_a_number(small_set):
+    for number, name in enumerate("012"):
+        small_set.change("categories", number, name=name)
+    chosen = choose_classes(read_instances(small_set.annotations), [0, "2"])
+    assert [category["id"] for category in chosen["categories"]] == [90, 17]
+    assert [annotation["id"] for annotation in chosen["annotations"]] == [1, 4]
+    with pytest.raises(ValueError, match=r"classes=1: expected a list of names, such as \[0, 1\]"):
+        choose_classes(read_instances(small_set.annotations), 1)
 
 
 class TestChooseIds:

@@ -113,6 +113,29 @@ def test_missing_images_are_counted_before_training_starts(small_set):
         CocoDetection(**small_set.paths)
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        (
+            "images\\b.png",
+            r"write / in the place of each\. images/b\.png is in {root}: set data\.<split>\.images={root}, or b\.png is there: rem",
+        ),
+        (
+            "images/b.png",
+            r"\(image 3\)\. images/b\.png is in {root}: set data\.<split>\.images={root}, or b\.png is there: remove the folder from",
+        ),
+        ("train/b.png", r"\(image 3\)\. b\.png is there: remove the folder from file_name$"),
+        ("train\\b.png", r"write / in the place of each\. b\.png is there: remove the folder from file_name$"),
+        ("train\\d.png", r"write / in the place of each\. Do images and annotations belong together\?$"),
+        ("d.png", r"\. Is the archive unpacked as a whole"),
+    ],
+)
+def test_a_file_name_from_windows_or_with_a_folder_says_what_to_write(small_set, name, remedy):
+    small_set.change("images", 1, file_name=name)
+    with pytest.raises(FileNotFoundError, match=remedy.format(root=small_set.images.parent)):
+        CocoDetection(**small_set.paths)
+
+
 def test_coco_as_published(real_data):
     """80 categories with ids 1..90, boxes with fractions, crowd regions, images without objects."""
     folder = real_data / "coco"

@@ -14,7 +14,8 @@ from PIL import Image
 import roi_quantization
 from roi_quantization.detection.data.images import decode
 from roi_quantization.detection.model.build import build_detector
-from tests.configuration import ROOT
+from roi_quantization.detection.runs.detector import check_overrides
+from tests.configuration import ROOT, composed
 from tests.trainings import TINY
 
 
@@ -150,6 +151,32 @@ def test_a_checkpoint_with_another_operator(trained, detector, paths):
     pool = roi_quantization.load(trained / "run/best.ckpt", ["roi=pool", "head.score_threshold=0.2"], device="cpu")
     assert pool.model.roi_heads.box_roi_pool.operator.keywords["quantize_roi"] == "round"
     assert (pool(paths[0])["scores"] > 0.2).all()
+    with pytest.raises(ValueError, match=r"score_threshold=0\.999: load does not use score_threshold"):
+        roi_quantization.load(trained / "run/best.ckpt", ["score_threshold=0.999"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("score_threshold=0.999", "score_threshold=0.999: load does not use score_threshold. Set head.score_threshold"),
+        ("threads=3", "load does not use threads. Call torch.set_num_threads"),
+        ("trainer=gpu", r"load does not use trainer. Give load\(..., device=...\)"),
+        ("+trainer.precision=bf16-mixed", "load does not use trainer.precision. Give"),
+        ("data=coco", "load does not use data. Of the data it uses the checkpoint's data.eval_transform"),
+        ("data.root=x", "load does not use data.root"),
+        ("ckpt=x", "load does not use ckpt. The checkpoint is the first argument"),
+        ("+rate=0.5", "load does not use rate. It uses detector, roi, head, "),
+        ("~trainer", "load does not use trainer"),
+    ],
+)
+def test_an_override_that_would_do_nothing_is_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        check_overrides(composed("train"), ["roi=pool", override])
+
+
+def test_overrides_that_are_used_are_taken():
+    overrides = ["roi=pool", "~proposals", "head.score_threshold=${rate}", "+rate=0.5", "data.eval_transform.short_side=96", "seed=1"]
+    check_overrides(composed("train", *overrides), [*overrides, "model.compile=true", "hydra.searchpath=[file:///a]"])
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["on its own", "inside an application of Hydra"])

@@ -1,6 +1,7 @@
 """A trained detector as an object that is called on pictures."""
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.export import ExportedProgram
 from torchvision.transforms.v2.functional import to_pil_image
@@ -29,6 +31,16 @@ from roi_quantization.detection.runs.composition import compose_with_parts
 
 Found = dict[str, Any]
 
+USED = ("detector", "roi", "head", "backbone", "proposals", "data.eval_transform", "channels_last", "model")  # what a `Detector` reads
+INSTEAD = {
+    "score_threshold": "Set head.score_threshold, for detector=torchvision +detector.options.box_score_thresh",
+    "trainer": "Give load(..., device=...)",
+    "threads": "Call torch.set_num_threads",
+    "data": "Of the data it uses the checkpoint's data.eval_transform; set that by name, such as data.eval_transform.short_side=600",
+    "ckpt": "The checkpoint is the first argument",
+    "image": "Pictures are given to the detector: load(ckpt)(image)",
+}
+
 
 def load(
     ckpt: str | Path,
@@ -46,18 +58,45 @@ def load(
 
     Args:
         ckpt: the checkpoint.
-        overrides: of predict.py's configuration, such as "roi=pool", "proposals=selective_search" or "head.score_threshold=0.5".
+        overrides: of what `USED` names in predict.py's configuration, such as "roi=pool", "proposals=selective_search" or
+            "head.score_threshold=0.5".
         device: where the detector runs; None: on a GPU where there is one.
         config_dir: a folder of your own configurations. Naming it permits the checkpoint to call its `_target_`s.
 
     Raises:
         MissingFileError: there is no such file.
-        InputError: it is not an intact checkpoint, does not fit the overrides, or would call what is not allowed.
+        InputError: it is not an intact checkpoint, does not fit the overrides, or would call what is not allowed; or an override would
+            do nothing here.
     """
     if config_dir is not None:
         name_config_folder(config_dir)
     name_folders_of_overrides(overrides)
-    return Detector(compose_with_parts("predict", overrides, ckpt), device)
+    cfg = compose_with_parts("predict", overrides, ckpt)
+    check_overrides(cfg, overrides)
+    return Detector(cfg, device)
+
+
+def check_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Check that a `Detector` uses each override: it is of `USED`, or those refer to it (`${...}`).
+
+    Args:
+        cfg: composed with the overrides.
+        overrides: as on the command line.
+
+    Raises:
+        InputError: one would do nothing, as predict.py alone uses it; the message says what to use instead.
+    """
+    plain, read = OmegaConf.to_container(cfg), list(USED)
+    for key in read:  # grows: what is read may refer to more
+        node = plain
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        read += [name for name in re.findall(r"\$\{(?:oc\.select:)?([\w.]+)", str(node)) if name not in read]
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        if key != "hydra.searchpath" and not any(key == name or key.startswith(f"{name}.") for name in read):
+            remedy = INSTEAD.get(key.partition(".")[0], f"It uses {', '.join(USED)}")
+            raise InputError(f"{override.input_line}: load does not use {key}. {remedy}")
 
 
 class Detector:

@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import atomic_write
 from roi_quantization.detection.data import plausibility
-from roi_quantization.detection.data.annotations import as_coco, read_instances, restrict
+from roi_quantization.detection.data.annotations import as_coco, choose_classes, read_instances, restrict
 from roi_quantization.detection.evaluation.bootstrap import (
     METRICS,
     MOST_IMAGES_FOR_BCA,
@@ -29,8 +29,9 @@ from roi_quantization.detection.evaluation.bootstrap import (
     bootstrap_method,
     bootstrap_over_images,
 )
+from roi_quantization.detection.evaluation.coco import Metrics, class_names
 from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, ErrorSplit, split_matched
-from roi_quantization.detection.evaluation.matching import match
+from roi_quantization.detection.evaluation.matching import check_results, match
 from roi_quantization.detection.evaluation.protocol import ALL_SIZES
 from roi_quantization.detection.evaluation.results_file import read_metrics, read_results
 from roi_quantization.detection.evaluation.statistics import Estimate, difference
@@ -52,7 +53,41 @@ class Compared:
     ap: dict[str, Estimate]  # AP, AP50, AP75
     minus_first: dict[str, Estimate] | None  # None for the first
     errors: ErrorSplit
-    run_on: str | None = None  # "60 of 100 images" of the annotations, by metrics.json beside the file. None: all, or it is not known
+    run_on: str | None = None  # "60 of 100 images and 1 of 2 classes", by metrics.json beside the file. None: all, or it is not known
+
+
+@dataclasses.dataclass(frozen=True)
+class _RunOn:
+    """The ids of the annotations' images and categories that a detector was run on."""
+
+    images: set[int]
+    classes: set[int]
+
+    @classmethod
+    def of(cls, metrics: Metrics | None, coco: COCO) -> "_RunOn":
+        """Return what metrics.json lists. All where there is none, or where it lists none."""
+        images, classes = set(coco.imgs), set(coco.cats)
+        if metrics and metrics.image_ids:
+            images &= set(metrics.image_ids)
+        if metrics and metrics.per_class:
+            classes = {category for category, name in class_names(list(coco.cats.values())).items() if name in metrics.per_class}
+        return cls(images, classes)
+
+    def describe(self, coco: COCO) -> str | None:
+        """Return `60 of 100 images and 1 of 2 classes`, or the one of these that is not all; None where both are."""
+        of = (("images", self.images, coco.imgs), ("classes", self.classes, coco.cats))
+        return " and ".join(f"{len(own)} of {len(all_)} {what}" for what, own, all_ in of if len(own) < len(all_)) or None
+
+    def check(self, results: Sequence[Mapping], coco: COCO) -> None:
+        """Raise InputError where a result has another image or category."""
+        images, classes = ({result[key] for result in results} for key in ("image_id", "category_id"))
+        strangers = [f"image {one}" for one in sorted(images - self.images)]
+        strangers += [f"class {coco.cats[one]['name']}" for one in sorted(classes - self.classes)]
+        if strangers:
+            raise InputError(
+                f"there are detections of {strangers[0]}, which metrics.json beside it does not have. Are they of two evaluations? Give "
+                "results of other images or classes a folder of their own."
+            )
 
 
 def compare(
@@ -63,9 +98,9 @@ def compare(
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> tuple[COCO, list[Compared]]:
-    """Evaluate results on the images of the annotations that all detectors were run on.
+    """Evaluate results on the images and classes of the annotations that all detectors were run on.
 
-    On which images one was run metrics.json beside its results says. Without it, on all.
+    On which images and classes one was run metrics.json beside its results says. Without it, on all.
 
     Args:
         annotations: an instances json.
@@ -76,7 +111,7 @@ def compare(
         resamples: of the bootstrap over images.
 
     Returns:
-        The annotations of the evaluated images, and one `Compared` per file.
+        The annotations of the evaluated images and classes, and one `Compared` per file.
 
     Raises:
         MissingFileError: a file is missing.
@@ -89,30 +124,34 @@ def compare(
     annotated = set(coco.imgs)
     if len(annotated) < 2:
         raise InputError(f"{annotations} has {len(annotated)} images; intervals over images need at least 2.")
-    metrics = [read_metrics(path) for path in paths]
-    run_on = {name: annotated & set((one and one.image_ids) or annotated) for name, one in zip(names, metrics, strict=True)}
-    image_ids = sorted(set.intersection(*run_on.values()))
-    coverage = {name: f"{len(ids)} of {len(annotated)} images" for name, ids in run_on.items()}
+    run_on = {name: _RunOn.of(read_metrics(path), coco) for name, path in zip(names, paths, strict=True)}
+    image_ids = sorted(set.intersection(*(one.images for one in run_on.values())))
+    classes = set.intersection(*(one.classes for one in run_on.values()))
+    each = ", ".join(f"{path}: {run_on[name].describe(coco) or 'all'}" for name, path in zip(names, paths, strict=True))
     if len(image_ids) < 2:
-        each = ", ".join(f"{path}: {coverage[name]}" for name, path in zip(names, paths, strict=True))
         raise InputError(
             f"{annotations} and the results have too few images in common: {len(image_ids)} by metrics.json beside them, of at least "
             f"2 for intervals over images ({each}). Give the annotations and results of the same images."
         )
+    if coco.cats and not classes:
+        raise InputError(
+            f"{annotations} and the results have no class in common by metrics.json beside them ({each}). Give the annotations and "
+            "results of the same classes."
+        )
+    evaluated = coco
+    if len(image_ids) < len(annotated) or len(classes) < len(coco.cats):
+        evaluated = as_coco(choose_classes(restrict(instances, image_ids), [coco.cats[one]["name"] for one in classes]))
     results, matched, errors = {}, {}, {}
     for name, path in zip(names, paths, strict=True):
         results[name] = read_results(path)
         try:
-            coco_eval = match(coco, results[name], image_ids, max_detections, {"all": ALL_SIZES})
+            check_results(coco, results[name])
+            run_on[name].check(results[name], coco)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-        if strangers := {result["image_id"] for result in results[name]} - run_on[name]:
-            raise InputError(
-                f"{path} has detections in image {min(strangers)}, which metrics.json beside it does not have. Are they of two "
-                "evaluations? Give results of other images a folder of their own."
-            )
         _judge_results(coco, results[name], path)
-        results[name] = [result for result in results[name] if result["image_id"] in coco_eval.cocoGt.imgs]
+        results[name] = [one for one in results[name] if one["image_id"] in evaluated.imgs and one["category_id"] in evaluated.cats]
+        coco_eval = match(evaluated, results[name], image_ids, max_detections, {"all": ALL_SIZES})
         matched[name], errors[name] = MatchedDetections.of(coco_eval), split_matched(coco_eval)
 
     if len(image_ids) > MOST_IMAGES_FOR_BCA:
@@ -129,11 +168,11 @@ def compare(
             ap=estimates[(name,)],
             minus_first=estimates.get((name, first)),
             errors=errors[name],
-            run_on=coverage[name] if len(run_on[name]) < len(annotated) else None,
+            run_on=run_on[name].describe(coco),
         )
         for name, path in zip(names, paths, strict=True)
     ]
-    return coco if len(image_ids) == len(annotated) else as_coco(restrict(instances, image_ids)), compared
+    return evaluated, compared
 
 
 def format_comparison(coco: COCO, compared: Sequence[Compared], max_detections: int, confidence: float, resamples: int) -> str:
@@ -146,7 +185,8 @@ def format_comparison(coco: COCO, compared: Sequence[Compared], max_detections: 
     ]
     limiting = [f"{one.path} is of {one.run_on}, as metrics.json beside it says." for one in compared if one.run_on]
     if limiting:
-        parts.append("\n".join([*limiting, f"Evaluated are the {len(coco.imgs)} images that all detectors were run on."]))
+        on = f"Evaluated are the {len(coco.imgs)} images and {len(coco.cats)} classes that all detectors were run on."
+        parts.append("\n".join([*limiting, on]))
     rows = [[one.name, f"{one.detections}", f"{one.images}", *(one.ap[metric].text() for metric in METRICS)] for one in compared]
     parts.append(_table(["", "detections", "images", *METRICS], rows))
     if len(compared) > 1:

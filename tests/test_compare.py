@@ -6,6 +6,7 @@ import re
 import pytest
 from pytest import approx
 
+from roi_quantization.detection.evaluation.coco import Metrics, write_metrics
 from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, ErrorSplit
 from roi_quantization.detection.evaluation.matching import SilentCOCOeval
 from roi_quantization.detection.evaluation.statistics import Estimate
@@ -110,7 +111,7 @@ def test_only_images_that_all_detectors_were_run_on_are_evaluated(truth, tmp_pat
     run("--annotations", truth, align, pool, "--resamples", 200, "--json", tmp_path / "all.json")
     text = capsys.readouterr().out
     assert text.startswith("3 images, 3 objects, 2 classes")
-    assert f"{pool} is of 3 of 4 images, as metrics.json beside it says.\nEvaluated are the 3 images that all" in text
+    assert f"{pool} is of 3 of 4 images, as metrics.json beside it says.\nEvaluated are the 3 images and 2 classes that all" in text
     assert f"{align} is of" not in text
     content = json.loads((tmp_path / "all.json").read_text())
     assert content["images"] == 3
@@ -125,13 +126,55 @@ def test_images_by_metrics_that_do_not_fit_are_refused(truth, tmp_path):
     align, pool = two_detectors(tmp_path)
     write(tmp_path / "pool/metrics.json", metrics([1, 2]))
     assert message("--annotations", truth, align, pool).startswith(
-        f"compare.py: {pool} has detections in image 3, which metrics.json beside it does not have."
+        f"compare.py: {pool}: there are detections of image 3, which metrics.json beside it does not have."
     )
     write(tmp_path / "pool/metrics.json", metrics([1, 2, 3]))
     write(tmp_path / "align/metrics.json", metrics([3, 4, 9]))
     said = message("--annotations", truth, align, pool)
     assert f"{truth} and the results have too few images in common: 1 by metrics.json" in said
     assert f"({align}: 2 of 4 images, {pool}: 3 of 4 images)" in said
+
+
+def test_only_classes_that_all_detectors_were_run_on_are_evaluated(tmp_path, capsys):
+    """`dog` had data.classes=[dog] and found every dog, as `both` did: the cats, which it did not look for, are none that it missed."""
+    objects = [one for i in IMAGES for one in (annotation(i), annotation(i, [300, 300, 50, 50], DOG))]
+    truth = write(tmp_path / "instances.json", coco(*objects, images=IMAGES).dataset)
+    dogs = [result(i, [300, 300, 50, 50], category_id=DOG) for i in IMAGES]
+    both = write(tmp_path / "both/results.json", [*dogs, result(1, [400, 0, 9, 9])])
+    dog = write(tmp_path / "dog/results.json", dogs)
+    write(tmp_path / "dog/metrics.json", metrics(None) | {"per_class": {"dog": {"AP": 100.0}}})
+    write(tmp_path / "both/metrics.json", metrics(None) | {"per_class": {"cat": {}, "dog": {}}})
+    run("--annotations", truth, both, dog, "--resamples", 200, "--json", tmp_path / "all.json")
+    text = capsys.readouterr().out
+    assert text.startswith("4 images, 4 objects, 1 classes")
+    assert f"{dog} is of 1 of 2 classes, as metrics.json beside it says.\nEvaluated are the 4 images and 1 classes that" in text
+    content = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert [(one["ap"]["AP"]["value"], one["detections"], one["run_on"]) for one in content] == [
+        (approx(100), 4, None),
+        (approx(100), 4, "1 of 2 classes"),
+    ]
+    assert content[1]["minus_first"]["AP"]["value"] == approx(0) and content[0]["errors"]["counts"] == dict.fromkeys(ERROR_TYPES, 0)
+
+
+def test_classes_by_metrics_that_do_not_fit_are_refused(truth, tmp_path):
+    align, pool = two_detectors(tmp_path)
+    write(tmp_path / "align/metrics.json", metrics(None) | {"per_class": {"cat": {}}})
+    write(tmp_path / "pool/metrics.json", metrics(None) | {"per_class": {"dog": {}}})
+    said = message("--annotations", truth, align, pool)
+    assert f"{truth} and the results have no class in common by metrics.json" in said and f"{align}: 1 of 2 classes, {pool}: 1 of" in said
+    (tmp_path / "align/metrics.json").unlink()
+    said = message("--annotations", truth, align, pool)
+    assert said.startswith(f"compare.py: {pool}: there are detections of class cat, which metrics.json beside it does not have.")
+
+
+@pytest.mark.parametrize("kept", [2, 20])
+def test_metrics_that_are_cut_off_are_refused(truth, tmp_path, kept):
+    """Their list of images would be ignored."""
+    align, pool = two_detectors(tmp_path)
+    path = tmp_path / "pool/metrics.json"
+    write_metrics(path, Metrics({"AP": 50.0}, {"cat": {"AP": 50.0}}, (1, 2, 3), 4))
+    path.write_text("\n".join(path.read_text().splitlines()[:kept])[:-1])
+    assert f"{path} is cut off or damaged: " in message("--annotations", truth, align, pool)
 
 
 @pytest.mark.parametrize("content", ['{"iteration": 19}\n{"iteration": 39}', "[]", '{"stats": {}}'])

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -222,6 +223,12 @@ def _xywh(boxes: Tensor) -> list[list[float]]:
     return box_convert(boxes.double().reshape(-1, 4), "xyxy", "xywh").numpy().round(3).tolist()
 
 
+def class_names(categories: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """Return category id -> the name in `Metrics.per_class`: that of the category, with its id where several have the same."""
+    counts = Counter(category["name"] for category in categories)
+    return {one["id"]: one["name"] if counts[one["name"]] == 1 else f"{one['name']} ({one['id']})" for one in categories}
+
+
 def write_results(path: str | os.PathLike, results: Sequence[Mapping]) -> None:
     """Write COCO results as one JSON array with a result per line, atomically."""
     lines = ",\n".join(json.dumps(result, allow_nan=False) for result in results)
@@ -302,11 +309,8 @@ def _summarize(coco_eval: COCOeval, protocol: Protocol) -> tuple[dict[str, float
     stats |= {f"AP_{name}": percent(precisions[:, :, :, index, -1]) for index, name in sizes}
     stats |= {f"AR_{k}": percent(recalls[:, :, _ALL, at(min(k, most))]) for k in (1, 10, 100)}
     stats |= {f"AR_{name}": percent(recalls[:, :, index, -1]) for index, name in sizes}
-    categories = coco_eval.cocoGt.loadCats(coco_eval.params.catIds)
-    names = [category["name"] for category in categories]
     per_class = {}
-    for k, category in enumerate(categories):
-        name = category["name"] if names.count(category["name"]) == 1 else f"{category['name']} ({category['id']})"
+    for k, name in enumerate(class_names(coco_eval.cocoGt.loadCats(coco_eval.params.catIds)).values()):
         per_class[name] = {
             "AP": percent(precisions[:, :, k, _ALL, -1]),
             "AP50": percent(precision[iou50, :, k, _ALL, -1]),

@@ -88,7 +88,7 @@ def match(
     if len(image_ids) == 0:
         raise InputError("no images to evaluate: image_ids is empty")
     with without_garbage_collection():
-        _check_results(coco_gt, results)
+        check_results(coco_gt, results)
         ground_truth = _ground_truth(coco_gt, image_ids, masks)
         matched = coco_eval(ground_truth, _detections(ground_truth, results, masks), "segm" if masks else "bbox")
         matched.params.maxDets = sorted({min(k, max_detections) for k in (1, 10, 100)} | {max_detections})
@@ -112,7 +112,8 @@ def percent(values: np.ndarray) -> float:
     return 100.0 * float(measured.mean()) if measured.size else math.nan
 
 
-def _check_results(coco_gt: COCO, results: Sequence[Mapping]) -> None:
+def check_results(coco_gt: COCO, results: Sequence[Mapping]) -> None:
+    """Raise InputError where a result has an image or a category that `coco_gt` does not have, or a number that is not finite."""
     for index, result in enumerate(results):
         missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in result]
         if missing:

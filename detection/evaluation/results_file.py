@@ -1,6 +1,7 @@
 """Read detections of any detector from a file of COCO's results."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.garbage_collection import without_garbage_collection
 from roi_quantization.detection.evaluation.coco import Metrics
+
+_OF_THIS_PROJECT = re.compile(rb'\s*{\s*"stats"\s*:')  # how `write_metrics` begins
 
 
 def read_results(path: Path | str) -> list[dict]:
@@ -36,14 +39,24 @@ def read_results(path: Path | str) -> list[dict]:
 
 
 def read_metrics(path: Path | str) -> Metrics | None:
-    """Read metrics.json beside a file of results, which says on which images the detector was run.
+    """Read metrics.json beside a file of results, which says on which images and classes the detector was run.
 
     Returns:
         None where there is no such file, or where it is another program's, such as detectron2's of the same name.
+
+    Raises:
+        InputError: it begins as `write_metrics` does, and ends too early or is damaged.
     """
+    path = Path(path).parent / "metrics.json"
     try:
-        return Metrics.from_json(json.loads((Path(path).parent / "metrics.json").read_text("utf-8-sig")))
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        return Metrics.from_json(json.loads(content))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and _OF_THIS_PROJECT.match(content):
+            raise InputError(f"{path} is cut off or damaged: {error}. Evaluate the run again, or remove this file.") from error
         return None
 
 

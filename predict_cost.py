@@ -28,7 +28,7 @@ from roi_quantization.detection.evaluation.results_file import read_metrics, rea
 from roi_quantization.detection.evaluation.sizes import resize_scales, resize_sides
 from roi_quantization.detection.evaluation.statistics import Estimate
 from roi_quantization.detection.model.build import instantiate, read_operator
-from roi_quantization.detection.report.predicted_cost import Ceiling, Foreground, ceiling, gather_foreground, predict
+from roi_quantization.detection.report.predicted_cost import Ceiling, Foreground, ceiling, gather_foreground, is_exact, predict
 from roi_quantization.detection.report.predicted_cost_output import format_ceilings, format_prediction, plot_costs, summarize_cost
 from roi_quantization.detection.runs.command_line import number_picture, replace_null_choices
 from roi_quantization.detection.runs.errors import handle_errors
@@ -48,6 +48,11 @@ def predict_cost(cfg: DictConfig) -> tuple[Ceilings, Predictions]:
     operators = load_operators([cfg.reference, *(name for name in cfg.operators if name != cfg.reference)])
     if cfg.reference not in operators:
         raise InputError(f"reference={cfg.reference}: where this operator samples is not known. Choose one of configs/roi.")
+    if cfg.results is not None and not is_exact(operators[cfg.reference], cfg.output_size):
+        raise InputError(
+            f"reference={cfg.reference} with results={cfg.results}: this operator rounds RoIs or bins, so that its detections have the "
+            "errors that would be added. Name the results of a run whose operator rounds nothing, such as reference=align."
+        )
     dataset = load_split(cfg)
     scales = resize_scales(dataset.coco, *sides)
     results, image_ids, protocol = load_results(cfg, strides, dataset)
@@ -199,7 +204,9 @@ def check_run(cfg: DictConfig, path: Path, strides: list[int]) -> None:
     run = OmegaConf.load(path)
     stride = OmegaConf.select(run, "backbone.stride")
     if run.get("backbone") is None:
-        raise InputError(f"results={cfg.results} are of a detector without a backbone of one stride. Name those of a run with a backbone.")
+        raise InputError(
+            f"results={cfg.results} are of a detector without a backbone of one stride, as a pyramid. Name those of a run with one."
+        )
     if stride is None:  # of a backbone of one's own
         print(f"Of the results: {path} does not say the stride of its backbone. It is taken to be backbone.stride={cfg.backbone.stride}.")
     elif stride not in strides:

@@ -147,7 +147,7 @@ def test_results_that_do_not_belong_here_are_refused(composed, tmp_path, data):
         ("backbone.stride=32", r"are of a run at stride 32. Set backbone.stride=32"),
         ("data.eval_transform.short_side=100", "are of a run with data.eval_transform.short_side=100, here it is None"),
         ("data.eval_transform._target_=my.resize", "of their run, data.eval_transform is my.resize: to what size"),
-        ("detector=torchvision", "are of a detector without a backbone of one stride"),
+        ("detector=torchvision", "are of a detector without a backbone of one stride, as a pyramid"),
         ("head.extractor.output_size=14", "are of a run with 14 bins per side, here there are 7. Set output_size=14"),
         ("roi=pool", "are of a run with another operator than reference=align"),
     ],
@@ -158,6 +158,12 @@ def test_results_of_a_run_with_other_settings_are_refused(composed, tmp_path, da
     OmegaConf.save(configuration.composed("train", f"run_dir={run}", f"data.root={data}", override), run / "config.yaml", resolve=True)
     with pytest.raises(InputError, match=message):
         load(composed(f"results={run}"))
+
+
+@pytest.mark.parametrize("reference", ["pool", "warp", "pool_bins"])
+def test_results_of_an_operator_that_rounds_are_refused(composed, reference):
+    with pytest.raises(InputError, match=rf"reference={reference} with results=runs/a: this operator rounds .* such as reference=align"):
+        predict_cost(composed(f"reference={reference}", "results=runs/a"))
 
 
 def test_results_of_weights_that_another_operator_trained_are_refused(composed, tmp_path, data):

@@ -12,7 +12,6 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from roi_quantization.detection.alignment.ideal_localizer import IdealLocalizer
 from roi_quantization.detection.alignment.misalignment import Operator, is_supported, lattice_rule, reduction, summarize
 from roi_quantization.detection.common.config_security import check_targets_allowed
 from roi_quantization.detection.common.errors import InputError
@@ -24,7 +23,7 @@ from roi_quantization.detection.evaluation.matching import match, percent
 from roi_quantization.detection.evaluation.protocol import ALL_SIZES, SEGM
 from roi_quantization.detection.evaluation.sizes import average_precision_by_cells
 from roi_quantization.detection.evaluation.statistics import Combination, Estimate, TwoByTwo, difference, estimate_over_seeds
-from roi_quantization.detection.report.predicted_cost import predicted_results
+from roi_quantization.detection.report.predicted_cost import is_exact, predicted_results
 from roi_quantization.detection.report.sweep import Run, Sweep
 
 log = logging.getLogger(__name__)
@@ -262,7 +261,7 @@ class Findings:
             return {}
         size, scales = self.sweep.finished[0].config.head.extractor.output_size, self.sweep.scales(self.sweep.finished[0])
         operator = self.operators.get(self.reference)
-        if not (operator and IdealLocalizer(operator, np.array([2.0, 8.0]), size).is_exact):
+        if not (operator and is_exact(operator, size)):
             return {}
         evaluation = partial(evaluate, self.sweep.annotations, max_detections=self.protocol.max_detections, protocol=self.protocol)
         own = {run.folder: evaluation(results=results[run.folder], image_ids=self.image_ids).stats for run in runs}

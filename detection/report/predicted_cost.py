@@ -116,6 +116,11 @@ def ceiling(foreground: Foreground, operator: Operator, stride: int, output_size
     return Ceiling(iou, foreground.labels, cells)
 
 
+def is_exact(operator: Operator, output_size: int = 7) -> bool:
+    """Whether a run with this operator has no error by rounding, so that another operator can be predicted from its detections."""
+    return IdealLocalizer(operator, np.array([2.0, 8.0]), output_size).is_exact
+
+
 def predicted_results(
     results: Sequence[Mapping], operator: Operator, stride: int, scales: Mapping[int, float] | None = None, output_size: int = 7
 ) -> list[dict]:

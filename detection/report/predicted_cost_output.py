@@ -56,20 +56,26 @@ def summarize_cost(
 
     def cost(of: str, at: int) -> float:
         if predictions:
-            return -predictions[at][of]["AP"].value
-        return ceilings[at][reference].metrics()["AP"] - ceilings[at][of].metrics()["AP"]
+            change = predictions[at][of]["AP"].value
+        else:
+            change = ceilings[at][of].metrics()["AP"] - ceilings[at][reference].metrics()["AP"]
+        return -round(float(change), 1)  # as shown, so that a gain of 0.0 is none
 
     others = [name for name in here if name != reference]
     if not others:
         return "There is no other operator to compare with."
     name = operator if operator in others else max(others, key=lambda one: cost(one, stride))
     loss, share = cost(name, stride), here[name].share_of_small(here[reference])
-    what = ("is expected to cost" if loss >= 0 else "is expected to gain") if predictions else "lowers the ceiling by"
-    words = f"At stride {stride} {paper_name(name)} {what} {abs(loss):.1f} AP on this set"
+    verbs = ("is expected to cost", "is expected to gain") if predictions else ("lowers the ceiling by", "raises the ceiling by")
+    words = f"At stride {stride} {paper_name(name)} {verbs[loss < 0]} {abs(loss):.1f} AP on this set"
     if not predictions and not np.isnan(share):  # the share is of the ceilings' difference
         words += f", {share:.0%} of it on objects smaller than {SMALL:g} cells"
     half = stride // 2
-    return f"{words}. A stride of {half} would make it {cost(name, half):.1f}." if stride % 2 == 0 and half in ceilings else f"{words}."
+    if stride % 2 or half not in ceilings:
+        return f"{words}."
+    of_half = cost(name, half)
+    kind = ("a loss of ", "a gain of ")[of_half < 0] if loss * of_half < 0 else ""
+    return f"{words}. A stride of {half} would make it {kind}{abs(of_half):.1f}."
 
 
 def plot_costs(ceilings: Mapping[int, Ceilings], predictions: Mapping[int, Differences], reference: str, path: str | os.PathLike) -> None:

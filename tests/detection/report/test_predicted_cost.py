@@ -9,7 +9,8 @@ from pytest import approx
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.evaluation.coco import evaluate
-from roi_quantization.detection.report.predicted_cost import Ceiling, ceiling, gather_foreground, predict, predicted_results
+from roi_quantization.detection.evaluation.statistics import Estimate
+from roi_quantization.detection.report.predicted_cost import Ceiling, ceiling, gather_foreground, is_exact, predict, predicted_results
 from roi_quantization.detection.report.predicted_cost_output import summarize_cost
 from tests.detection.evaluation.coco_sets import annotation, coco, result
 from tests.ops.presets import preset
@@ -153,3 +154,27 @@ def test_the_cost_in_one_sentence():
         "At stride 16 RoIPool lowers the ceiling by 40.0 AP on this set, 88% of it on objects smaller than 4 cells. "
         "A stride of 8 would make it 15.0."
     )
+    assert summarize_cost(ceilings, {}, "pool", 16) == (
+        "At stride 16 RoIAlign raises the ceiling by 40.0 AP on this set. A stride of 8 would make it 15.0."
+    )
+
+    def predicted(here, half):
+        return {stride: {"pool": {"AP": Estimate(value)}, "align": {"AP": Estimate(50.0)}} for stride, value in ((16, here), (8, half))}
+
+    start = "At stride 16 RoIPool is expected to"
+    assert (
+        summarize_cost(ceilings, predicted(1.5, 0.8), "align", 16) == f"{start} gain 1.5 AP on this set. A stride of 8 would make it 0.8."
+    )
+    assert summarize_cost(ceilings, predicted(-1.5, 0.8), "align", 16).endswith(
+        "cost 1.5 AP on this set. A stride of 8 would make it a gain of 0.8."
+    )
+    assert summarize_cost(ceilings, predicted(1.5, -0.8), "align", 16).endswith("A stride of 8 would make it a loss of 0.8.")
+    assert summarize_cost(ceilings, predicted(1.5, -0.02), "align", 16).endswith("A stride of 8 would make it 0.0.")
+
+
+def test_a_run_whose_operator_rounds_predicts_no_other():
+    assert [name for name in ("align", "prroi", "align_max", "warp", "pool_bins", "pool") if is_exact(preset(name))] == [
+        "align",
+        "prroi",
+        "align_max",
+    ]

@@ -72,12 +72,14 @@ def is_chosen(cfg: DictConfig, group: str) -> bool:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """List `key was x and is y` for each setting that differs.
 
-    Left out are the `IGNORED_KEYS`, the library that computes COCO's metrics, and `ADDED_SETTINGS` that `before` does not have.
+    Left out are the `IGNORED_KEYS`, the library that computes COCO's metrics, and `ADDED_SETTINGS` that one does not have and that have
+    the value of earlier versions in the other: the runs of a sweep come in the order of its arms, whatever version each is of.
     """
     before, now = _deciding(before), _deciding(now)
     changed = [key for key in {**before, **now} if before.get(key, _MISSING) != now.get(key, _MISSING)]
     changed.sort(key=lambda key: key.count("."))  # the outer settings, which others take their values from, come first
-    changed = [key for key in changed if key in before or now[key] not in _values_of_earlier_versions(key)]
+    both = before.keys() & now.keys()
+    changed = [key for key in changed if key in both or {**before, **now}[key] not in _values_of_earlier_versions(key)]
     return [f"{key} was {before.get(key, _MISSING)} and is {now.get(key, _MISSING)}" for key in changed]
 
 

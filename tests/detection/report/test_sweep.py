@@ -106,6 +106,17 @@ def test_seeds_of_an_arm_that_were_trained_otherwise_are_named(sweep):
     assert read_sweep(sweep).differing_seeds == {"align": "trainer.max_epochs was not there and is 8 (seed 0 and seed 1)"}
 
 
+@pytest.mark.parametrize("newer", [["align_seed0", "align_seed1"], ["align_seed0"], ["pool_seed0"]])
+def test_runs_of_two_versions_differ_in_no_setting_that_was_added(sweep, newer):
+    """Arms and seeds come in their own order, whichever is of the newer version."""
+    for name in newer:
+        path = sweep / name / "config.yaml"
+        OmegaConf.save(OmegaConf.merge(OmegaConf.load(path), {"init_from": None, "data": {"classes": None}}), path)
+    assert read_sweep(sweep).differing_settings == read_sweep(sweep).differing_seeds == {}
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(path), {"init_from": "best.ckpt"}), path)
+    assert read_sweep(sweep).differing_settings or read_sweep(sweep).differing_seeds, "another value is a difference"
+
+
 def test_a_run_knows_its_stride_results_and_other_operators(sweep):
     run = read_sweep(sweep).run("pool", 0)
     assert run.stride == 16

@@ -22,7 +22,7 @@ from roi_quantization.detection.evaluation.localisation import Localisation, loc
 from roi_quantization.detection.evaluation.matching import match, percent
 from roi_quantization.detection.evaluation.protocol import ALL_SIZES, SEGM
 from roi_quantization.detection.evaluation.sizes import average_precision_by_cells
-from roi_quantization.detection.evaluation.statistics import Combination, Estimate, TwoByTwo, difference, estimate_over_seeds
+from roi_quantization.detection.evaluation.statistics import Combination, Estimate, TwoByTwo, difference, estimate_over_seeds, holm
 from roi_quantization.detection.report.predicted_cost import is_exact, predicted_results
 from roi_quantization.detection.report.sweep import Run, Sweep
 
@@ -82,6 +82,16 @@ class Findings:
     def differences(self) -> dict[str, dict[str, Estimate]]:
         """Metric -> arm -> estimate of the arm minus the reference. Arms without a common seed are left out."""
         return self._estimates({arm: difference(arm, self.reference) for arm in self.other_arms if self._paired_seeds(arm)})
+
+    @cached_property
+    def corrected_p_values(self) -> dict[str, dict[str, float]]:
+        """Metric -> arm -> p-value of `differences`, corrected by Holm's method for the number of arms."""
+        return {metric: holm({arm: change.p_value for arm, change in self.differences[metric].items()}) for metric in METRICS}
+
+    @cached_property
+    def is_controlled(self) -> bool:
+        """Whether the runs differ in nothing but operator and seed."""
+        return not (self.sweep.differing_settings or self.sweep.differing_geometry or self.sweep.differing_seeds)
 
     @cached_property
     def differences_over_images(self) -> dict[str, dict[str, Estimate]]:

@@ -1,5 +1,7 @@
 """The report's sentences."""
 
+import math
+
 from roi_quantization.detection.evaluation.statistics import Estimate
 from roi_quantization.detection.report.findings import METRIC, METRICS, Findings
 
@@ -16,7 +18,8 @@ def headline(findings: Findings) -> str:
         partial += f" AP is the mean over IoU {findings.protocol.thresholds_in_words}."
     if not changes:
         value = findings.means[METRIC][findings.reference].text()
-        return f"{reference} reaches {value} {METRIC}{stride}. There is no other operator to compare it with.{partial}"
+        why = "No other operator has a seed in common with it" if findings.other_arms else "There is no other operator to compare it with"
+        return f"{reference} reaches {value} {METRIC}{stride}. {why}.{partial}"
     arm = "pool" if "pool" in changes else max(changes, key=lambda a: abs(changes[a].value))
     change = changes[arm]
     of_arm, of_reference = findings.values[METRIC][arm], findings.values[METRIC][findings.reference]
@@ -24,7 +27,7 @@ def headline(findings: Findings) -> str:
     ours, theirs = (sum(values[seed] for seed in paired) / len(paired) for values in (of_arm, of_reference))
     sentence = (
         f"{paper_name(arm)} in the place of {reference} {_verdict(change)} points of {METRIC}{stride}: "
-        f"{ours:.1f} against {theirs:.1f} {evidence(findings, change)}."
+        f"{ours:.1f} against {theirs:.1f} {evidence(findings, arm, chosen_of=1 if arm == 'pool' else len(changes))}."
     )
     others = " and ".join(
         f"{_verdict(of_metric)} {metric} {_bracket(of_metric)}".rstrip()
@@ -56,8 +59,9 @@ def cost_breakdown(findings: Findings) -> str:
     costs = findings.costs[METRIC]
     projection, bins, both = (costs[key].text() for key in ("projection", "bins", "both"))
     brackets = " (95 % intervals in brackets)" if costs["both"].has_interval else ""
+    start = "With all else equal, rounding" if findings.is_controlled else "Rounding"
     return (
-        f"With all else equal, rounding the RoI alone costs {projection} points of {METRIC}, quantizing its bins alone {bins}, and both "
+        f"{start} the RoI alone costs {projection} points of {METRIC}, quantizing its bins alone {bins}, and both "
         f"together {both}{brackets}."
     )
 
@@ -67,8 +71,15 @@ def paper_name(arm: str) -> str:
     return NAMES.get(arm, arm)
 
 
-def evidence(findings: Findings, estimate: Estimate) -> str:
-    """Format the evidence of a cost or gain: `(95 % interval 28.0 to 38.2, 3 seeds, paired, p = 0.001)`"""
+def evidence(findings: Findings, arm: str, chosen_of: int = 1) -> str:
+    """Format the evidence of an arm's cost or gain: `(95 % interval 28.0 to 38.2, 3 seeds, paired, p = 0.001)`.
+
+    Args:
+        findings: of the sweep.
+        arm: whose difference to the reference is meant.
+        chosen_of: number of arms of which it was chosen for its difference, for which p is corrected.
+    """
+    estimate = findings.differences[METRIC][arm]
     parts = []
     if estimate.has_interval:
         parts.append("95 % interval {:.1f} to {:.1f}".format(*_ends(estimate)))
@@ -77,6 +88,9 @@ def evidence(findings: Findings, estimate: Estimate) -> str:
         if findings.varies_over == "seeds"
         else f"one seed, {estimate.n} images resampled"
     )
-    if estimate.p_value == estimate.p_value:
-        parts.append("p < 0.001" if estimate.p_value < 0.001 else f"p = {estimate.p_value:.3f}")
+    if chosen_of > 1:
+        parts.append(f"the largest of {chosen_of} differences")
+    p_value = estimate.p_value if chosen_of == 1 else findings.corrected_p_values[METRIC][arm]
+    if not math.isnan(p_value):
+        parts.append(("p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}") + " with Holm's correction" * (chosen_of > 1))
     return f"({', '.join(parts)})"

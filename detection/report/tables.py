@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from roi_quantization.detection.evaluation.localisation import EDGES
 from roi_quantization.detection.evaluation.protocol import SEGM
-from roi_quantization.detection.evaluation.statistics import Estimate, estimate_over_seeds_and_images, holm
+from roi_quantization.detection.evaluation.statistics import Estimate, estimate_over_seeds_and_images
 from roi_quantization.detection.report.findings import METRIC, METRICS, Findings
 
 Cell = str | int | float | Estimate
@@ -96,29 +96,29 @@ def format_p_value(cell: Cell) -> str:
 def main_table(findings: Findings) -> Table:
     """Return the metrics of every arm, and the difference of its AP to the reference's."""
     changes = findings.differences[METRIC]
-    corrected = holm({arm: change.p_value for arm, change in changes.items()})
+    corrected = findings.corrected_p_values[METRIC]
+    of_p = _describe_p_values(corrected)
     rows = []
     for arm in findings.arms:
         change = changes.get(arm, "" if arm == findings.reference else "-")
-        p = change.p_value if isinstance(change, Estimate) else ""
+        p_values = (change.p_value if isinstance(change, Estimate) else "", corrected.get(arm, "")) if of_p else ()
         first, *others = (findings.means[metric][arm] for metric in METRICS)
-        rows.append((arm, first, change, p, corrected.get(arm, ""), *others, *findings.describe_operator(arm), len(findings.runs(arm))))
+        rows.append((arm, first, change, *p_values, *others, *findings.describe_operator(arm), len(findings.runs(arm))))
     of_images = "images, a bootstrap. There is one seed, so the variation between trainings is unknown"
     interval = "seeds, Student's t" if findings.varies_over == "seeds" else of_images
     seen = "the same images, proposals and sampled RoIs" if findings.has_given_proposals else "the same images"
-    paired = f"Differences are paired: within a seed all operators start from the same weights and see {seen}. "
-    if findings.sweep.differing_settings or findings.sweep.differing_geometry:
-        paired = "Differences are those of runs with the same seed, which differ in more than the operator. "
+    paired = f"Differences are paired: within a seed all operators start from the same weights and see {seen}."
+    if not findings.is_controlled:
+        paired = "Differences are those of runs with the same seed, and the runs differ in more than the operator."
     first, *others = (Column(metric, format_estimate()) for metric in METRICS)
     apart = Column(f"{METRIC} - {findings.reference}", format_estimate(signed=True))
-    numbers = (first, apart, Column("p", format_p_value), Column("p, Holm", format_p_value), *others)
+    numbers = (first, apart, *(Column(name, format_p_value) for name in ("p", "p, Holm") if of_p), *others)
     return Table(
         "main",
         "Accuracy of every operator",
         (Column("operator"), *numbers, *map(Column, ("RoI", "bins", "of a bin", "runs"))),
         tuple(rows),
-        f"Percent. ± is the 95 % interval over {interval}. {paired}p is two-sided and of one comparison. Holm's p is corrected for the "
-        f"{len(changes)} comparisons of this table.",
+        f"Percent. ± is the 95 % interval over {interval}. {paired}{of_p}",
     )
 
 
@@ -147,17 +147,25 @@ def masks_table(findings: Findings) -> Table | None:
 def differences_table(findings: Findings) -> Table:
     """Return the differences to the reference in every metric, with plain and corrected p-values."""
     changes = findings.differences
-    corrected = {metric: holm({arm: change.p_value for arm, change in changes[metric].items()}) for metric in METRICS}
-    rows = [
-        (arm, *(cell for metric in METRICS for cell in (changes[metric][arm], changes[metric][arm].p_value, corrected[metric][arm])))
-        for arm in changes[METRIC]
-    ]
-    columns = [Column("operator")]
+    corrected = findings.corrected_p_values
+    of_p = _describe_p_values(*corrected.values())
+    columns, rows = [Column("operator")], {arm: [arm] for arm in changes[METRIC]}
     for metric in METRICS:
         columns += [Column(metric, format_estimate(signed=True))]
-        columns += [Column(f"p of {metric}", format_p_value), Column(f"p of {metric}, Holm", format_p_value)]
-    note = f"Points of AP. p is two-sided. Holm's p is corrected for {len(rows)} comparisons."
-    return Table("differences", f"Paired differences to {findings.reference}", tuple(columns), tuple(rows), note)
+        columns += [Column(name, format_p_value) for name in (f"p of {metric}", f"p of {metric}, Holm") if of_p]
+        for arm, row in rows.items():
+            row += [changes[metric][arm], *((changes[metric][arm].p_value, corrected[metric][arm]) if of_p else ())]
+    title = f"Paired differences to {findings.reference}"
+    return Table("differences", title, tuple(columns), tuple(map(tuple, rows.values())), f"Points of AP.{of_p}")
+
+
+def _describe_p_values(*corrected: Mapping[str, float]) -> str:
+    """Say what p and Holm's p are, and for how many comparisons a group was corrected. Empty where there are none, as of one seed."""
+    counts = sorted({sum(not math.isnan(p) for p in group.values()) for group in corrected})
+    if counts in ([], [0]):
+        return ""
+    number = " or ".join(map(str, counts))
+    return f" p is two-sided and of one comparison. Holm's p is corrected for {number} comparison{'s' * (counts[-1] > 1)}."
 
 
 def images_table(findings: Findings) -> Table | None:
@@ -177,7 +185,8 @@ def images_table(findings: Findings) -> Table | None:
         f"Points of AP, mean over the same runs. In brackets the 95 % interval over the {len(findings.image_ids)} images, "
         "by a bootstrap that resamples all operators and seeds together: how the difference of these trained weights varies with the "
         "images. The intervals above are over seeds: how it varies from one training to the next on the same images. The last is over "
-        "both: their variances are added, so that it speaks of new trainings on new images.",
+        "both: their variances are added, so that it speaks of new trainings on new images. p is of it, two-sided and not corrected for "
+        "the number of comparisons.",
     )
 
 
@@ -186,17 +195,22 @@ def costs_table(findings: Findings) -> Table | None:
     if not findings.costs:
         return None
     first, *others = (findings.costs[metric] for metric in METRICS)
-    rows = [(words, first[name], first[name].p_value, *(costs[name] for costs in others)) for name, words in COSTS.items()]
+    has_p = any(not math.isnan(first[name].p_value) for name in COSTS)  # one seed has none
+    rows = [
+        (words, first[name], *([first[name].p_value] if has_p else []), *(costs[name] for costs in others)) for name, words in COSTS.items()
+    ]
     columns = [Column("cost of"), *(Column(metric, format_estimate(signed=True)) for metric in METRICS)]
-    columns.insert(2, Column("p", format_p_value))
+    if has_p:
+        columns.insert(2, Column("p", format_p_value))
     return Table(
         "costs",
-        "What each quantization costs, all else equal",
+        f"What each quantization costs{', all else equal' if findings.is_controlled else ''}",
         tuple(columns),
         tuple(rows),
         "Points lost to {exact, rounded RoI} x {exact, whole-cell bins} with max pooling and without + 1: align_max, warp_max, pool_bins, "
-        "pool_exclusive. A negative interaction means that the second quantization costs less after the first. p is two-sided and not "
-        "corrected for the number of comparisons.",
+        "pool_exclusive. A negative interaction means that the second quantization costs less after the first."
+        + " p is two-sided and not corrected for the number of comparisons."
+        * has_p,
     )
 
 
@@ -305,9 +319,9 @@ def predicted_table(findings: Findings) -> Table | None:
         f"Points. The prediction adds the errors that each operator makes unavoidable to {findings.reference}'s own detections, without "
         f"training (docs/predicted_cost.md). Mean absolute error in {METRIC}: {error:.1f} points."
     )
-    if len(rows) > 2:
-        rank = spearmanr([row[1] for row in rows], [row[2].value for row in rows]).statistic
-        note += f" Rank correlation: {rank:.2f}."
+    ranked = np.round([(row[1], row[2].value) for row in rows], 6)  # predictions of 0 are equal but for the last bits
+    if len(rows) > 2 and np.ptp(ranked, axis=0).all():
+        note += f" Rank correlation: {spearmanr(*ranked.T).statistic:.2f}."
     columns = [Column("operator"), Column(f"predicted {METRIC}", format_number(1, signed=True))]
     columns += [Column(f"measured {METRIC}", format_estimate(signed=True)), Column("error", format_number(1, signed=True))]
     for metric in METRICS[1:]:

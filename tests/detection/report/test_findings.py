@@ -8,7 +8,9 @@ from omegaconf import OmegaConf
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.findings import Findings
+from roi_quantization.detection.report.prose import cost_breakdown
 from roi_quantization.detection.report.sweep import read_sweep
+from roi_quantization.detection.report.tables import costs_table, main_table, predicted_table
 from tests.detection.report.fake_sweep import write_fake_sweep
 
 
@@ -39,6 +41,33 @@ def test_classes_that_were_not_chosen_are_no_missed_objects(tmp_path):
     findings = Findings(read_sweep(folder))
     for run in findings.sweep.finished:
         assert findings.means["AP"][run.arm].value == pytest.approx(run.metrics.stats["AP"])
+
+
+def test_costs_are_all_else_equal_only_where_it_is(tmp_path):
+    arms = {"align_max": 3.0, "warp_max": 6.0, "pool_bins": 4.0, "pool_exclusive": 7.0}
+    folder = write_fake_sweep(tmp_path / "costs", arms=arms, seeds=(0, 1), images=6)
+    findings = Findings(read_sweep(folder), "align_max")
+    assert findings.is_controlled and cost_breakdown(findings).startswith("With all else equal, rounding the RoI alone costs ")
+    assert costs_table(findings).title == "What each quantization costs, all else equal"
+    both = {seed: findings.values["AP"]["align_max"][seed] - findings.values["AP"]["pool_exclusive"][seed] for seed in (0, 1)}
+    assert findings.costs["AP"]["both"].value == pytest.approx(sum(both.values()) / 2)
+    for seed in (0, 1):
+        path = folder / f"align_max_seed{seed}" / "config.yaml"
+        config = OmegaConf.load(path)
+        config.optim.groups.lr = 0.1
+        OmegaConf.save(config, path)
+    findings = Findings(read_sweep(folder), "align_max")
+    assert not findings.is_controlled and cost_breakdown(findings).startswith("Rounding the RoI alone costs ")
+    assert costs_table(findings).title == "What each quantization costs"
+    assert "the runs differ in more than the operator" in main_table(findings).note
+
+
+@pytest.mark.filterwarnings("error")
+def test_equal_predictions_have_no_rank(tmp_path):
+    arms = {"align": 3.0, "align_max": 3.2, "prroi": 3.4, "align_adaptive": 3.6}
+    findings = Findings(read_sweep(write_fake_sweep(tmp_path / "equal", arms=arms, seeds=(0,), images=6)))
+    note = predicted_table(findings).note
+    assert "Mean absolute error in AP" in note and "Rank correlation" not in note
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,8 @@ def test_differences_have_an_interval_over_images_as_well(sweep):
     assert images["prroi"]["AP, new seeds and images low"] == "", "one seed is shared"
     assert images["pool"]["AP n"] == "30"
     assert "see the same images, proposals and sampled RoIs. p is" in text(sweep, "report.md")
+    assert "p is of it, two-sided and not corrected for the number of comparisons" in text(sweep, "report.md")
+    assert "Holm's p is corrected for 6 comparisons." in text(sweep, "report.md"), "of 8 operators prroi and pool_floor have one seed each"
     assert "with intervals over images" in text(sweep, "report.md") and "with intervals over images" in text(sweep, "report.html")
 
 
@@ -235,6 +237,8 @@ def test_one_seed_has_intervals_over_images_and_says_so(tmp_path, undrawn):
     assert "one seed, 20 images resampled)" in report and "do not include the variation between trainings" in report
     assert float(table(folder, "main")["pool"]["AP - align high"]) < 0
     assert "What each quantization costs" not in report, "two arms are no 2 x 2"
+    assert "p is two-sided" not in report and "Holm" not in report and "p, Holm" not in table(folder, "main")["pool"]
+    assert "p of AP" not in table(folder, "differences")["pool"]
     assert "with intervals over images" not in report, "all intervals are over images"
 
 
@@ -258,7 +262,20 @@ def test_the_headline_is_of_the_arm_that_differs_most_where_there_is_no_roipool_
     arms = {"pool": 9.0, "warp": 7.5, "align": 3.0}
     folder = write_fake_sweep(tmp_path / "other", arms=arms, seeds=(0, 1), images=20)
     write_report(folder, reference="pool")
-    assert "RoIAlign in the place of RoIPool gains" in text(folder, "report.md"), "warp gains less"
+    report = text(folder, "report.md")
+    assert "RoIAlign in the place of RoIPool gains" in report, "warp gains less"
+    p, corrected = (float(table(folder, "main")["align"][name]) for name in ("p", "p, Holm"))
+    assert f"2 seeds, paired, the largest of 2 differences, p = {corrected:.3f} with Holm's correction)" in report and corrected > 1.5 * p
+
+
+def test_the_headline_says_that_no_seed_is_common(tmp_path, undrawn):
+    arms, missing = {"align": 3.0, "pool": 7.5}, ["align_seed1", "pool_seed0"]
+    folder = write_fake_sweep(tmp_path / "apart", arms=arms, seeds=(0, 1), images=10, missing=missing)
+    write_report(folder)
+    report = text(folder, "report.md")
+    assert (
+        "RoIAlign reaches" in report and "No other operator has a seed in common with it." in report and "no other operator" not in report
+    )
 
 
 def test_the_headline_of_an_unfinished_sweep_is_of_the_seeds_that_both_arms_have(tmp_path, undrawn):
@@ -392,4 +409,4 @@ def test_a_detector_with_a_pyramid_has_no_stride_and_no_proposals_in_its_results
     assert "RoIPool in the place of RoIAlign costs" in text and "at stride" not in text
     assert "that of each map of the detector&#39;s pyramid" in text
     assert "in cells" not in text and "None" not in text
-    assert "and see the same images. p is" in text, "its proposals are its own"
+    assert "and see the same images.</p>" in text, "its proposals are its own"

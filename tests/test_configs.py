@@ -213,13 +213,16 @@ def test_a_narrow_head_starts_random_whatever_the_weights_of_the_backbone():
     assert composed("backbone=vgg16", "backbone.weights=IMAGENET1K_V1", "head=two_fc").head.box_head.weights == "IMAGENET1K_V1"
 
 
-@pytest.mark.parametrize("protocol, short_side", [("voc_animals_small", 240), ("voc_animals_frozen", 600)])
-def test_rates_are_chosen_on_images_held_out_with_the_protocol_that_comes_before(protocol, short_side):
+@pytest.mark.parametrize(
+    "protocol, short_side, frozen", [("voc_animals_small", 240, 2), ("voc_animals_frozen", 600, 5), ("voc_animals_conv5", 600, 4)]
+)
+def test_rates_are_chosen_on_images_held_out_with_the_protocol_that_comes_before(protocol, short_side, frozen):
     cfg = composed(
         f"experiment=[quantization_core,{protocol},voc_animals_rates]", "data.root=unused", "backbone.weights=null", "optim.groups.lr=1e-4"
     )
     assert (cfg.data.train.part, cfg.data.test.part, cfg.data.test.images) == ([0.0, 0.85], [0.85, 1.0], "train")
     assert (cfg.data.train_transform.short_side, cfg.trainer.max_steps, cfg.cross) == (short_side, 250, [])
+    assert cfg.backbone.frozen_blocks == frozen
     assert cfg.hydra.sweeper.params.seed == "100" and cfg.arm == "align_lr0.0001"
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from roi_quantization.detection.alignment.misalignment import Operator, is_supported
 from roi_quantization.detection.common.config_sources import choices
-from roi_quantization.detection.common.configuration import CONFIGS, check_groups, differences, evaluated_split
+from roi_quantization.detection.common.configuration import CONFIGS, check_groups, differences, evaluated_split, read_configuration
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.coco import CocoDetection
@@ -201,7 +201,7 @@ def check_run(cfg: DictConfig, path: Path, strides: list[int]) -> None:
     """Compare this prediction with the configuration of the run that made the results, where it lies beside them."""
     if not path.is_file():
         return
-    run = OmegaConf.load(path)
+    run = read_configuration(path)
     stride = OmegaConf.select(run, "backbone.stride")
     if run.get("backbone") is None:
         raise InputError(
@@ -228,7 +228,7 @@ def check_run(cfg: DictConfig, path: Path, strides: list[int]) -> None:
             f"results={cfg.results} are of a run with another operator than reference={cfg.reference}. Name those of {cfg.reference}."
         )
     trained = None if run.get("ckpt") is None else Path(run.ckpt).parent / "config.yaml"
-    if trained is not None and trained.is_file() and not has_operator(OmegaConf.load(trained), cfg.reference):
+    if trained is not None and trained.is_file() and not has_operator(read_configuration(trained), cfg.reference):
         raise InputError(
             f"results={cfg.results} are of weights that were trained in {trained.parent} with another operator than "
             f"reference={cfg.reference}, and only tested with it. Name the results of a run that was trained with {cfg.reference}."

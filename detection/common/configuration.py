@@ -5,7 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from roi_quantization.detection.common.errors import InputError
 
@@ -45,6 +47,21 @@ def path_setting(value: Any, key: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise InputError(f"{key}={value}: expected a path. Quote a name that is not plain text: '{key}=\"...\"'")
+
+
+def read_configuration(path: Path) -> DictConfig:
+    """Read the config.yaml of a run, or another file of settings.
+
+    Raises:
+        InputError: it holds no settings, or is truncated; the message names it.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise InputError(f"{path} is not a YAML file, or was truncated: {error}") from error
+    if not OmegaConf.is_dict(config):
+        raise InputError(f"{path} holds a list, expected settings")
+    return config
 
 
 def evaluated_split(data: Mapping[str, Any]) -> str:

@@ -1,15 +1,16 @@
-"""Atomic writing: a file is complete or not there."""
+"""Atomic writing: a file is complete or not there. Reading of those that were damaged since."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock
 
-from roi_quantization.detection.common.errors import ExpectedError
+from roi_quantization.detection.common.errors import ExpectedError, InputError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_PERMITTED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -46,6 +47,21 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise NotWrittenError(path, error) from error
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """Read a JSON file that holds a `kind`, dict or list.
+
+    Raises:
+        InputError: it does not, or it is no JSON; the message names it.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a JSON file, or was truncated: {error}. Restore or remove it") from error
+    if not isinstance(content, kind):
+        raise InputError(f"{path} holds a {type(content).__name__}, expected a {kind.__name__}. Restore or remove it")
+    return content
 
 
 @contextmanager

@@ -69,9 +69,11 @@ def _find_fault(result: Any) -> str | None:
     for key in ("image_id", "category_id"):
         if type(result[key]) is not int:
             return f"has {key} {result[key]!r:.80}; expected an integer"
-    box, score = result["bbox"], result["score"]
-    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
-        return f"has bbox {box!r:.80}; expected four numbers"
+    score = result["score"]
+    for key in ("bbox", "proposal"):
+        box = result.get(key)
+        if (key == "bbox" or key in result) and not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+            return f"has {key} {box!r:.80}; expected four numbers"
     return None if _is_number(score) else f"has score {score!r:.80}; expected a number"
 
 

@@ -152,9 +152,12 @@ class Findings:
         return sorted(self.sweep.annotations.imgs)
 
     def _analyse(self, run: Run) -> RunFindings:
-        results = run.results()
-        truth = self.sweep.annotations
-        thresholds = match(truth, results, self.image_ids, self.protocol.max_detections, areas={"all": ALL_SIZES})
+        results, truth, image_ids = run.results(), self.sweep.annotations, self.image_ids
+        try:
+            thresholds = match(truth, results, image_ids, self.protocol.max_detections, areas={"all": ALL_SIZES})
+            located = localisation(truth, results, image_ids, self.protocol.max_detections)
+        except InputError as error:
+            raise InputError(f"{run.folder / 'results.json'}: {error}") from error
         thresholds.accumulate()
         by_threshold = np.array([percent(precision) for precision in thresholds.eval["precision"][..., 0, -1]])
         _check_metrics(
@@ -162,7 +165,7 @@ class Findings:
             {"AP50": by_threshold[0], "AP75": by_threshold[5]} | ({"AP": by_threshold.mean()} if self.protocol.has_coco_thresholds else {}),
         )
         return RunFindings(
-            localisation=localisation(truth, results, self.image_ids, self.protocol.max_detections),
+            localisation=located,
             by_threshold=by_threshold,
             by_cells={}
             if self.stride is None or self.sweep.unknown_geometry

@@ -11,9 +11,11 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from roi_quantization.detection.common.files import atomic_write
+from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.files import atomic_write, read_json
 
 NAME = "origin.json"
+KEYS = {"command", "commit", "versions", "machine", "time", "data", "runs"}  # of a start
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "pycocotools", "numba", "numpy", "scipy")
 
 
@@ -38,9 +40,17 @@ def add_origin(folder: Path | str, data: Mapping[str, str], runs: Sequence[tuple
 
 
 def read_origin(folder: Path | str) -> list[dict]:
-    """Return the starts of the sweep in order. Empty where there is no origin.json."""
+    """Return the starts of the sweep in order. Empty where there is no origin.json.
+
+    Raises:
+        InputError: the file is damaged; the message names it.
+    """
     path = Path(folder) / NAME
-    return json.loads(path.read_text()) if path.is_file() else []
+    starts = read_json(path, list) if path.is_file() else []
+    for start in starts:
+        if not (isinstance(start, dict) and KEYS <= start.keys()):
+            raise InputError(f"{path} holds {start!r:.80}, expected {', '.join(sorted(KEYS))} of each start. Restore or remove it")
+    return starts
 
 
 def commit() -> str:

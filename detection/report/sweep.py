@@ -8,7 +8,6 @@
 <sweep>/multirun.yaml                   Hydra's plan
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +18,21 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from pycocotools.coco import COCO
 
-from roi_quantization.detection.common.configuration import differences_beside_seeds, evaluated_split, flatten, shorten, sweep_lines
+from roi_quantization.detection.common.configuration import (
+    differences_beside_seeds,
+    evaluated_split,
+    flatten,
+    read_configuration,
+    shorten,
+    sweep_lines,
+)
 from roi_quantization.detection.common.errors import InputError, MissingFileError
+from roi_quantization.detection.common.files import read_json
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.annotations import as_coco, choose_classes, choose_images, read_instances, restrict
 from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.evaluation.protocol import SEGM, Protocol
+from roi_quantization.detection.evaluation.results_file import read_results
 from roi_quantization.detection.evaluation.sizes import resize_scales, resize_sides
 
 # settings that decide, beside the operator, which cells of a feature map belong to a box
@@ -61,7 +69,10 @@ class Run:
         path = self.folder / "config.yaml"
         if not path.is_file():
             raise MissingFileError(f"{path} does not exist. Is {self.folder} the folder of a run of train.py?")
-        config = OmegaConf.load(path)
+        config = read_configuration(path)
+        for key in ("data", "trainer"):  # the first and one of the last in it
+            if key not in config:
+                raise InputError(f"{path} has no {key}, which every run of train.py has. Was it truncated? Restore it, or repeat the run.")
         for key, said in (("arm", self.arm), ("seed", self.seed)):
             if config.get(key) is not None and str(config[key]) != str(said):  # arm=10 is a number there
                 raise InputError(f"{path} has {key}={config[key]}, but the folder says {said}. Was it renamed or copied?")
@@ -75,14 +86,14 @@ class Run:
 
     def results(self) -> list[dict]:
         """Read the COCO results of the evaluated split, with boxes in pixels of the original images."""
-        return _read_json(self.folder / "results.json", list)
+        return read_results(self.folder / "results.json")
 
     def cross(self) -> dict[str, Metrics]:
         """Read the metrics of the same weights with other operators: operator -> metrics. Empty without cross-evaluation."""
         path = self.folder / "cross.json"
         if not path.is_file():
             return {}
-        cross = {arm: _metrics(path, content) for arm, content in _read_json(path, dict).items()}
+        cross = {arm: _metrics(path, content) for arm, content in read_json(path, dict).items()}
         for arm, metrics in cross.items():
             if self.metrics is not None and metrics.protocol != self.metrics.protocol:
                 both = f"{arm}: {metrics.protocol.describe()}; the run itself: {self.metrics.protocol.describe()}"
@@ -153,7 +164,8 @@ class Sweep:
         values: dict[str, dict[int, float]] = {arm: {} for arm in self.arms}
         for run in self.finished:
             if metric not in run.metrics.stats:
-                raise KeyError(f"there is no metric {metric!r} in {run.folder / 'metrics.json'}; there are {', '.join(run.metrics.stats)}")
+                has = ", ".join(run.metrics.stats)
+                raise InputError(f"{run.folder / 'metrics.json'} has no {metric}, only {has}. Restore it, or repeat the run.")
             values[run.arm][run.seed] = run.metrics.stats[metric]
         return {arm: dict(sorted(by_seed.items())) for arm, by_seed in values.items() if by_seed}
 
@@ -290,8 +302,8 @@ def _read_run(folder: Path, arm: str, seed: str) -> Run:
         arm,
         int(seed),
         folder,
-        _metrics(metrics, _read_json(metrics, dict)) if metrics.is_file() else None,
-        failed.read_text() if failed.is_file() else None,
+        _metrics(metrics, read_json(metrics, dict)) if metrics.is_file() else None,
+        failed.read_text(errors="replace") if failed.is_file() else None,
     )
 
 
@@ -299,7 +311,7 @@ def _plan(path: Path) -> tuple[list[str], list[int]]:
     """Read the planned values of `roi` and `seed`. The command line takes precedence over the sweeper's parameters."""
     if not path.is_file():
         return [], []
-    lines = sweep_lines(OmegaConf.load(path))
+    lines = sweep_lines(read_configuration(path))
     planned: dict[str, list] = {"roi": [], "seed": []}
     for override in OverridesParser.create().parse_overrides(lines):
         if override.key_or_group in planned:
@@ -326,20 +338,11 @@ def _image_ids(run: Run, instances: dict) -> list[int]:
     return choose_images(instances, split.get("part"), subset=subset, ids=ids, seed=data.subset_seed)
 
 
-def _read_json(path: Path, kind: type) -> list | dict:
-    if not path.is_file():
-        raise MissingFileError(f"{path} does not exist, but every finished run has it")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not a JSON file, or was truncated: {error}") from error
-    if not isinstance(content, kind):
-        raise InputError(f"{path} holds a {type(content).__name__}, expected a {kind.__name__}")
-    return content
-
-
 def _metrics(path: Path, content: dict) -> Metrics:
     try:
-        return Metrics.from_json(content)
+        metrics = Metrics.from_json(content)
+        if missing := {"AP", "AP50", "AP75"} - metrics.stats.keys():
+            raise KeyError(min(missing))
+        return metrics
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} does not hold metrics ({error!r}): expected stats and per_class, as train.py writes them") from error

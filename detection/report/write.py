@@ -91,7 +91,7 @@ def _uri(svg: bytes) -> str:
 
 def _problems(sweep: Sweep, findings: Findings, reference: str) -> list[str]:
     """Return what a reader must know before trusting the numbers."""
-    problems = [f"{run.arm}, seed {run.seed}: failed. {run.error.strip().splitlines()[-1]}" for run in sweep.failed]
+    problems = [f"{run.arm}, seed {run.seed}: failed. {_reason(run)}" for run in sweep.failed]
     problems += [f"{arm}, seed {seed}: not finished." for arm, seed in sweep.missing]
     if findings.reference != reference:
         problems.append(f"There is no finished run of {reference}. The others are compared with {findings.reference}.")
@@ -116,6 +116,10 @@ def _problems(sweep: Sweep, findings: Findings, reference: str) -> list[str]:
     if findings.varies_over == "images":
         problems.append("There is one seed. Intervals are over images and do not include the variation between trainings.")
     return problems
+
+
+def _reason(run: Run) -> str:
+    return (run.error.strip().splitlines() or ["No reason was written."])[-1]
 
 
 def _made_from(findings: Findings) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from roi_quantization.detection.common.config_security import check_targets_allowed
 from roi_quantization.detection.common.config_sources import choices, name_config_folder
-from roi_quantization.detection.common.configuration import FAST_RCNN
+from roi_quantization.detection.common.configuration import FAST_RCNN, read_configuration
 from roi_quantization.detection.common.errors import ExpectedError, InputError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.evaluation.coco import CocoEvaluation
@@ -68,7 +68,7 @@ def _evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataMo
 def complete(run: Run, operators: list[str]) -> None:
     """Evaluate a finished run's best checkpoint with each of `operators` that its cross.json lacks, and add them to it."""
     known = run.cross()
-    config = without_training(OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml")))
+    config = without_training(OmegaConf.to_container(read_configuration(run.folder / "config.yaml")))
     check_targets_allowed(config, run.folder / "config.yaml")
     cfg = OmegaConf.create({"detector": FAST_RCNN} | upgrade_config(config))
     cfg.cross = [name for name in operators if name not in known]

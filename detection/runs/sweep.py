@@ -25,7 +25,14 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
-from roi_quantization.detection.common.configuration import differences, differences_beside_seeds, path_setting, shorten, sweep_lines
+from roi_quantization.detection.common.configuration import (
+    differences,
+    differences_beside_seeds,
+    path_setting,
+    read_configuration,
+    shorten,
+    sweep_lines,
+)
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.data_fingerprint import NAME as DATA
@@ -125,7 +132,7 @@ def check_configuration(run_dir: Path, config: dict) -> None:
 
 
 def _read_configuration(run_dir: Path) -> dict:
-    return upgrade_config(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))
+    return upgrade_config(OmegaConf.to_container(read_configuration(run_dir / "config.yaml")))
 
 
 def check_arms(runs: Mapping[Path, dict]) -> None:
@@ -166,7 +173,7 @@ def check_data(runs: Mapping[Path, dict], complete: bool) -> None:
     """
     digests, warned = {}, set()
     for run_dir, run in runs.items():
-        roots = [config["data"].get("root") for config in (OmegaConf.load(run_dir / "config.yaml"), run)]
+        roots = [config["data"].get("root") for config in (read_configuration(run_dir / "config.yaml"), run)]
         before, now = (Path(path_setting(root, "data.root")) for root in roots)
         moved = before.resolve() != now.resolve()
         if complete and not moved:

@@ -27,6 +27,18 @@ def test_annotations_that_changed_since_the_runs_are_refused(tmp_path):
         Findings(read_sweep(folder))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"), [({"category_id": 99}, "result 0 has category_id 99"), ({"proposal": None}, "1 of .* results have no proposal")]
+)
+def test_results_that_do_not_fit_are_named(tmp_path, change, words):
+    folder = write_fake_sweep(tmp_path / "damaged", arms={"align": 3.0}, seeds=(0,), images=6)
+    path = folder / "align_seed0" / "results.json"
+    first, *others = json.loads(path.read_text())
+    path.write_text(json.dumps([{key: value for key, value in (first | change).items() if value is not None}, *others]))
+    with pytest.raises(InputError, match=rf"align_seed0/results\.json: {words}"):
+        Findings(read_sweep(folder))
+
+
 def test_classes_that_were_not_chosen_are_no_missed_objects(tmp_path):
     folder = write_fake_sweep(tmp_path / "chosen", arms={"align": 3.0, "pool": 7.5}, seeds=(0,), images=20)
     path = tmp_path / "chosen_data/annotations/instances_test.json"

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.proposals.grid import Grid
 from roi_quantization.detection.evaluation.coco import evaluate, write_metrics, write_results
@@ -45,7 +46,7 @@ def make_run(folder, root, arm, seed, **data):
         "subset": None, "ids": None, "subset_seed": 0, 
         "eval_transform": {"_target_": RESIZE, "short_side": None, "max_side": None},
     } | data  # fmt: skip
-    OmegaConf.save({"arm": arm, "seed": seed, "backbone": {"stride": 16}, "data": data}, folder / "config.yaml")
+    OmegaConf.save({"arm": arm, "seed": seed, "backbone": {"stride": 16}, "data": data, "trainer": {}}, folder / "config.yaml")
 
 
 def names(runs):
@@ -64,7 +65,7 @@ def test_finished_failed_and_missing(sweep):
 def test_values_are_what_statistics_take(sweep):
     share = 100 * 51 / 101  # one of two objects: 51 of the 101 recall levels
     assert read_sweep(sweep).values("AP75") == {"align": {0: pytest.approx(100), 1: pytest.approx(100)}, "pool": {0: pytest.approx(share)}}
-    with pytest.raises(KeyError, match="no metric 'mAP'"):
+    with pytest.raises(InputError, match=r"metrics\.json has no mAP, only AP, "):
         read_sweep(sweep).values("mAP")
 
 
@@ -242,11 +243,45 @@ def test_an_empty_sweep_can_be_read(tmp_path):
         _ = read.annotations
 
 
-@pytest.mark.parametrize("content", ['{"stats": {"AP": 1', "[]", '{"stats": {}}', '{"stats": {"AP": "high"}, "per_class": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"stats": {"AP": 1',
+        "[]",
+        '{"stats": {}}',
+        '{"stats": {"AP": 1, "AP50": 1}, "per_class": {}}',
+        '{"stats": {"AP": "high"}, "per_class": {}}',
+    ],
+)
 def test_broken_metrics(sweep, content):
     (sweep / "pool_seed0" / "metrics.json").write_text(content)
     with pytest.raises(ValueError, match=r"pool_seed0/metrics\.json"):
         read_sweep(sweep)
+
+
+@pytest.mark.parametrize("content", ["", "arm: pool\nseed: 0\ndata: {root", "arm: pool\nseed: 0\ndata: {root: x}\n", "- 1", "\0"])
+def test_broken_configurations(sweep, content):
+    (sweep / "pool_seed0" / "config.yaml").write_text(content)
+    with pytest.raises(InputError, match=r"pool_seed0/config\.yaml"):
+        _ = read_sweep(sweep).run("pool", 0).config
+    (sweep / "multirun.yaml").write_text("hydra: {sweeper")
+    with pytest.raises(InputError, match=r"multirun\.yaml is not a YAML file, or was truncated"):
+        read_sweep(sweep)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (5, "result 1 is a int"),
+        (result(2, score="0.9"), "result 1 has score '0.9'; expected a number"),
+        (result(2, proposal=[0, 0, 9]), r"result 1 has proposal \[0, 0, 9\]; expected four numbers"),
+    ],
+)
+def test_broken_results(sweep, broken, words):
+    path = sweep / "pool_seed0" / "results.json"
+    path.write_text(json.dumps([*json.loads(path.read_text()), broken]))
+    with pytest.raises(InputError, match=rf"pool_seed0/results\.json: {words}"):
+        read_sweep(sweep).run("pool", 0).results()
 
 
 def test_a_run_that_was_renamed(sweep):

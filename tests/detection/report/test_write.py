@@ -230,6 +230,13 @@ def test_it_says_what_it_was_made_from(sweep):
         assert words in report
 
 
+def test_a_failed_run_need_not_say_why(tmp_path, undrawn):
+    folder = write_fake_sweep(tmp_path / "empty", arms={"align": 3.0, "pool": 7.5}, seeds=(0,), images=6, failed=["pool_seed0"])
+    (folder / "pool_seed0" / "failed.txt").write_text("")
+    write_report(folder)
+    assert "pool, seed 0: failed. No reason was written." in text(folder, "report.md")
+
+
 def test_one_seed_has_intervals_over_images_and_says_so(tmp_path, undrawn):
     folder = write_fake_sweep(tmp_path / "one", arms={"align": 3.0, "pool": 7.5}, seeds=(4,), images=20)
     write_report(folder)

@@ -20,11 +20,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from pycocotools import mask
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from roi_quantization.detection.evaluation.matching import IOU50, match
-from roi_quantization.detection.evaluation.protocol import ALL_SIZES
+from roi_quantization.detection.evaluation.matching import IOU50
 
 ERROR_TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(len(ERROR_TYPES))
@@ -61,7 +59,7 @@ class _Detections:
     missed: np.ndarray  # bool [O]
 
 
-def split_errors(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int = 100) -> ErrorSplit:
+def split_matched(coco_eval: COCOeval) -> ErrorSplit:
     """Split the errors of a detector by type.
 
     The correction of a localisation or classification error moves the detection onto its object. It removes the detection
@@ -70,19 +68,8 @@ def split_errors(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[
     detections after that is left out of the mean over classes.
 
     Args:
-        coco_gt: the annotations, unchanged by the call.
-        results: COCO's results.
-        image_ids: the images to evaluate.
-        max_detections: the detections with the highest scores, per image and class, that are evaluated.
-
-    Raises:
-        InputError: a result or an image does not belong to `coco_gt`, or a number is not finite.
+        coco_eval: of `matching.match` at COCO's thresholds, all sizes together.
     """
-    return split_matched(match(coco_gt, results, image_ids, max_detections, {"all": ALL_SIZES}))
-
-
-def split_matched(coco_eval: COCOeval) -> ErrorSplit:
-    """Split the errors of a COCOeval that has matched at COCO's thresholds, all sizes together; see `split_errors`."""
     boxes = {key: {a["id"]: a["bbox"] for a in coco.anns.values()} for key, coco in (("dt", coco_eval.cocoDt), ("gt", coco_eval.cocoGt))}
     images = len(coco_eval.params.imgIds)
     per_image = [_split_image([m for m in coco_eval.evalImgs[i::images] if m is not None], boxes["dt"], boxes["gt"]) for i in range(images)]

@@ -87,8 +87,8 @@ class Localisation:
 def localisation(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[int], max_detections: int = 100) -> Localisation:
     """Match detections to objects as COCO does at IoU 0.5: per class, by falling score, each object once, without crowds.
 
-    Operators find different objects, and one that misses the difficult ones looks better than it is. Compare arms after
-    `restrict_to_common`, and state the recall `len(found) / found.objects` as well.
+    Operators find different objects, and one that misses the difficult ones looks better than it is. State the recall
+    `len(found) / found.objects` as well.
 
     Args:
         coco_gt, results, image_ids, max_detections: see `roi_quantization.detection.evaluation.coco.evaluate`. All of the
@@ -119,14 +119,6 @@ def localisation(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[
         proposal=_boxes([d["proposal"] for d, _ in pairs]) if with_proposal else None,
         objects=objects,
     )
-
-
-def restrict_to_common(found: Sequence[Localisation]) -> list[Localisation]:
-    """Restrict each to the objects that all of them found. They must be of the same images, else ValueError."""
-    if len({one.objects for one in found}) > 1:
-        raise InputError(f"there were {', '.join(str(one.objects) for one in found)} objects to be found: are these of the same images?")
-    everywhere = set.intersection(*(set(one.object_id.tolist()) for one in found)) if found else set()
-    return [one.where(np.isin(one.object_id, sorted(everywhere))) for one in found]
 
 
 def _boxes(xywh: list) -> np.ndarray:

@@ -164,12 +164,6 @@ def is_comparison(combination: Combination) -> bool:
     return math.isclose(math.fsum(combination.values()), 0, abs_tol=1e-12)
 
 
-def differences(values: Mapping[str, Mapping[int, float]], reference: str = "align", confidence: float = 0.95) -> dict[str, Estimate]:
-    """Estimate every other arm minus the reference, paired by seed. Arms without a common seed are left out."""
-    shared = [arm for arm in values if arm != reference and set(values[arm]) & set(values.get(reference, ()))]
-    return {arm: estimate_over_seeds(values, difference(arm, reference), confidence) for arm in shared}
-
-
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Correct p-values for their number by Holm's step-down method (1979), which controls the family-wise error rate.
 
@@ -181,16 +175,3 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     for rank, (p, name) in enumerate(known):
         highest = corrected[name] = max(highest, min(1.0, (len(known) - rank) * p))
     return corrected
-
-
-def quantization_costs(
-    values: Mapping[str, Mapping[int, float]], arms: TwoByTwo | None = None, confidence: float = 0.95
-) -> dict[str, Estimate]:
-    """Estimate `TwoByTwo.costs` over the seeds that all four arms have, so that the costs add up."""
-    arms = arms or TwoByTwo()
-    missing = [arm for arm in arms.arms if not values.get(arm)]
-    if missing:
-        raise InputError(f"the 2 x 2 needs runs of {', '.join(arms.arms)}; there are none of {', '.join(missing)}")
-    seeds = set.intersection(*(set(values[arm]) for arm in arms.arms))
-    common = {arm: {seed: values[arm][seed] for seed in seeds} for arm in arms.arms}
-    return {name: estimate_over_seeds(common, cost, confidence) for name, cost in arms.costs().items()}

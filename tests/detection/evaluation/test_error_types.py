@@ -8,7 +8,9 @@ from pytest import approx
 
 from roi_quantization.detection.evaluation import error_types
 from roi_quantization.detection.evaluation.coco import evaluate
-from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, split_errors
+from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, split_matched
+from roi_quantization.detection.evaluation.matching import match
+from roi_quantization.detection.evaluation.protocol import ALL_SIZES
 from tests.detection.evaluation.coco_sets import CAT, DOG, annotation, coco, random_set, result
 
 HALF = 100 * 51 / 101  # AP of half the objects found at precision 1: the recall levels 0, 0.01 ... 0.50
@@ -18,6 +20,10 @@ ELSEWHERE = [300, 300, 50, 50]
 def overlapping(iou):
     """A box with this IoU with the default box of annotations."""
     return [0, 0, 100, 100 * iou]
+
+
+def split_errors(gt, results, image_ids, max_detections=100):
+    return split_matched(match(gt, results, image_ids, max_detections, {"all": ALL_SIZES}))
 
 
 def of_two_cats(*detections):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pytest import approx
 
-from roi_quantization.detection.evaluation.localisation import localisation, restrict_to_common
+from roi_quantization.detection.evaluation.localisation import localisation
 from tests.detection.evaluation.coco_sets import CAT, DOG, annotation, coco, result
 
 OBJECT = [100, 100, 100, 100]  # xywh: its edges are 100, 100, 200, 200
@@ -74,20 +74,6 @@ def test_rows_come_in_the_order_of_the_results_and_can_be_chosen():
     assert small.offset.tolist() == [[0, 0, 0, 2]]
     assert len(small.proposal) == 1
     assert small.objects == 3
-
-
-def test_arms_are_compared_on_the_objects_that_all_of_them_found():
-    """The second arm is sloppy on image 1 and misses image 2, which is the first's worst: alone, each looks as good as the other."""
-    gt = coco(annotation(1, OBJECT), annotation(2, OBJECT))
-    good = localisation(gt, [result(2, [116, 100, 100, 100]), result(1, OBJECT)], [1, 2])
-    sloppy = localisation(gt, [result(1, [108, 100, 100, 100])], [1, 2])
-    assert good.summary()["after"]["bias_left"] == sloppy.summary()["after"]["bias_left"] == 8
-    good, sloppy = restrict_to_common([good, sloppy])
-    assert good.object_id.tolist() == sloppy.object_id.tolist() == [1]
-    assert [good.summary()["after"]["bias_left"], sloppy.summary()["after"]["bias_left"]] == [0, 8]
-    assert restrict_to_common([]) == []
-    with pytest.raises(ValueError, match="2, 1 objects"):
-        restrict_to_common([good, localisation(gt, [], [1])])
 
 
 def test_no_results_at_all():

@@ -1,6 +1,7 @@
 """What is computed of a sweep's runs, and which runs are not put together."""
 
 import json
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
@@ -63,6 +64,11 @@ def test_costs_are_all_else_equal_only_where_it_is(tmp_path):
     assert costs_table(findings).title == "What each quantization costs, all else equal"
     both = {seed: findings.values["AP"]["align_max"][seed] - findings.values["AP"]["pool_exclusive"][seed] for seed in (0, 1)}
     assert findings.costs["AP"]["both"].value == pytest.approx(sum(both.values()) / 2)
+    shutil.move(folder / "warp_max_seed1", tmp_path)
+    costs = Findings(read_sweep(folder), "align_max").costs["AP"]
+    assert {cost.n for cost in costs.values()} == {1} and costs["both"].value == pytest.approx(both[0]), "of the seeds that all four have"
+    assert costs["both"].value == pytest.approx(sum(costs[name].value for name in ("projection", "bins", "interaction")))
+    shutil.move(tmp_path / "warp_max_seed1", folder)
     for seed in (0, 1):
         path = folder / f"align_max_seed{seed}" / "config.yaml"
         config = OmegaConf.load(path)

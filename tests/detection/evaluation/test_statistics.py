@@ -101,7 +101,7 @@ def test_costs_of_the_two_by_two():
 
 
 def test_an_arm_that_is_missing_is_named():
-    with pytest.raises(ValueError, match="no finished run of warp_max, pool_bins; there are runs of align_max"):
+    with pytest.raises(ValueError, match="no finished run of warp_max, pool_bins, pool_exclusive; there are runs of align_max"):
         estimate_over_seeds({"align_max": {0: 1.0}}, TwoByTwo().costs()["interaction"])
     with pytest.raises(ValueError, match="no finished run of warp; there are runs of align, pool"):
         estimate_over_seeds(VALUES, difference("warp"))

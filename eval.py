@@ -43,6 +43,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     Raises:
         InputError: the folder has a training or a prediction, or another process is running there.
     """
+    cfg.run_dir = path_setting(cfg.run_dir, "run_dir")
     with exclusive_run_folder(cfg.run_dir):
         return _evaluate(cfg)
 

@@ -22,7 +22,7 @@ from roi_quantization.detection.alignment.explanation import Explanation, format
 from roi_quantization.detection.alignment.explanation import explain as explain_operator
 from roi_quantization.detection.alignment.explanation_figure import Photograph, draw_explanations
 from roi_quantization.detection.alignment.misalignment import Operator, format_summary, is_supported, lattice_rule, summarize
-from roi_quantization.detection.common.configuration import CONFIGS, check_groups, evaluated_split
+from roi_quantization.detection.common.configuration import CONFIGS, check_groups, evaluated_split, path_setting
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.images import decode
 from roi_quantization.detection.model.build import instantiate, read_operator
@@ -38,7 +38,7 @@ def explain(cfg: DictConfig) -> list[Explanation]:
         if not (isinstance(cfg[knob], int) and cfg[knob] > 0):
             raise InputError(f"{knob}={cfg[knob]}: expected a whole number above 0")
     operators = load_operators(cfg.operators)
-    image = None if cfg.image is None else read_image(cfg.image)
+    image = None if cfg.image is None else read_image(path_setting(cfg.image, "image"))
     width, height = cfg.image_size if image is None else (image.shape[2], image.shape[1])
     found = [
         explain_operator(name, operator, cfg.box, (height, width), cfg.stride, cfg.output_size) for name, operator in operators.items()

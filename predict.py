@@ -42,6 +42,7 @@ def predict(cfg: DictConfig) -> list[dict]:
     """
     if cfg.image is None:
         raise InputError("no picture is given. Set image=<picture or folder of pictures>")
+    cfg.run_dir = path_setting(cfg.run_dir, "run_dir")
     with exclusive_run_folder(cfg.run_dir):
         return _predict(cfg)
 

@@ -18,7 +18,14 @@ from tqdm import tqdm
 
 from roi_quantization.detection.alignment.misalignment import Operator, is_supported
 from roi_quantization.detection.common.config_sources import choices
-from roi_quantization.detection.common.configuration import CONFIGS, check_groups, differences, evaluated_split, read_configuration
+from roi_quantization.detection.common.configuration import (
+    CONFIGS,
+    check_groups,
+    differences,
+    evaluated_split,
+    path_setting,
+    read_configuration,
+)
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.coco import CocoDetection
@@ -140,7 +147,7 @@ def load_results(cfg: DictConfig, strides: list[int], dataset: CocoDetection) ->
         )
     if cfg.results is None:
         return [], dataset.image_ids, COCO_PROTOCOL
-    path = Path(cfg.results)
+    path = Path(path_setting(cfg.results, "results"))
     path = path / "results.json" if path.is_dir() else path
     if not path.is_file():
         raise MissingFileError(f"results={cfg.results}: there is no such file. Name the results.json of a run of train.py or eval.py.")
@@ -227,7 +234,7 @@ def check_run(cfg: DictConfig, path: Path, strides: list[int]) -> None:
         raise InputError(
             f"results={cfg.results} are of a run with another operator than reference={cfg.reference}. Name those of {cfg.reference}."
         )
-    trained = None if run.get("ckpt") is None else Path(run.ckpt).parent / "config.yaml"
+    trained = None if run.get("ckpt") is None else Path(path_setting(run.ckpt, "ckpt")).parent / "config.yaml"
     if trained is not None and trained.is_file() and not has_operator(read_configuration(trained), cfg.reference):
         raise InputError(
             f"results={cfg.results} are of weights that were trained in {trained.parent} with another operator than "

@@ -50,6 +50,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Returns:
         The metrics by name: `cfg.optimized_metric` of the best checkpoint, and `test/AP`, `test/AP50`, ... in percent.
     """
+    cfg.run_dir = path_setting(cfg.run_dir, "run_dir")
     with exclusive_run_folder(cfg.run_dir):
         return _train(cfg)
 

@@ -1,5 +1,6 @@
 """Where pretrained VGG16 weights come from: torchvision by name, or a file."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -18,11 +19,11 @@ def load_vgg16(weights: str | Path, batch_norm: bool = False) -> dict[str, Tenso
     Raises:
         ValueError: neither a name nor a file, or a file that holds something else; the message names it.
     """
-    weights = str(weights)  # YAML reads a file name such as 2024 as a number
+    weights = os.path.expanduser(str(weights))  # YAML reads a file name such as 2024 as a number
     names = get_model_weights("vgg16_bn" if batch_norm else "vgg16").__members__
     names = {name: entry for name, entry in names.items() if "FEATURES" not in name}  # made for pixels of another scale and mean
-    if str(weights) in names:
-        state = names[str(weights)].get_state_dict(progress=True, check_hash=True)
+    if weights in names:
+        state = names[weights].get_state_dict(progress=True, check_hash=True)
     elif Path(weights).is_file():
         state = read_state(weights)
     else:

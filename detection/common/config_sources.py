@@ -34,11 +34,12 @@ def name_config_folder(folder: str | Path) -> None:
     Raises:
         MissingFileError: there is no such folder.
     """
-    if not Path(folder).is_dir():
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
         raise MissingFileError(
             f"there is no folder of configurations {folder}. It holds files <group>/<choice>.yaml, such as roi/mine.yaml"
         )
-    _name(f"file://{Path(folder).resolve()}")
+    _name(f"file://{folder.resolve()}")
 
 
 def name_folders_of_command(arguments: Sequence[str]) -> None:

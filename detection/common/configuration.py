@@ -37,13 +37,13 @@ _MISSING = "not there"
 
 
 def path_setting(value: Any, key: str) -> str:
-    """Return a setting that is a path as text. YAML and Hydra read a name such as 2024 as a number.
+    """Return a setting that is a path as text, with `~` as the home folder. YAML and Hydra read a name such as 2024 as a number.
 
     Raises:
         InputError: it is missing, or of a type from which the text cannot be restored.
     """
     if isinstance(value, str | os.PathLike) and str(value):
-        return str(value)
+        return os.path.expanduser(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise InputError(f"{key}={value}: expected a path. Quote a name that is not plain text: '{key}=\"...\"'")

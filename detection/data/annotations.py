@@ -182,8 +182,11 @@ def choose_ids(
 
 
 def _read_ids(path: Path | str) -> list[int]:
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise MissingFileError(f"ids={path}: there is no such file. Expected a text file of image ids, or a list of them, such as [1,2]")
     try:
-        return [int(word) for word in Path(path).read_text().split()]
+        return [int(word) for word in path.read_text().split()]
     except ValueError as error:
         raise InputError(f"{path}: expected image ids, one per line: {error}") from error
 

@@ -228,7 +228,7 @@ def _build_trained(
     if isinstance(categories, str):
         categories = _entry(builder, "weights", categories).meta["categories"]
     try:
-        state = read_state(weights)
+        state = read_state(path_setting(weights, "detector.weights"))
         state = state.get("model", state)  # as torchvision's training script saves it
         rows = len(state["roi_heads.box_predictor.cls_score.bias"])
     except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -22,6 +22,7 @@ from roi_quantization.detection.common.configuration import (
     differences_beside_seeds,
     evaluated_split,
     flatten,
+    path_setting,
     read_configuration,
     shorten,
     sweep_lines,
@@ -326,7 +327,8 @@ def _split(run: Run) -> DictConfig:
 
 
 def _annotations_path(run: Run) -> Path:
-    return Path(run.config.data.root) / _split(run).annotations
+    root, annotations = path_setting(run.config.data.root, "data.root"), path_setting(_split(run).annotations, "annotations")
+    return Path(root) / annotations
 
 
 def _image_ids(run: Run, instances: dict) -> list[int]:

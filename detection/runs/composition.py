@@ -14,6 +14,7 @@ from roi_quantization.detection.common.config_sources import (
     name_config_folder,
     name_folders_of_overrides,
 )
+from roi_quantization.detection.common.configuration import path_setting
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.runs.checkpoint import (
     PARTS,
@@ -69,7 +70,7 @@ def compose(
 
 def compose_with_parts(name: str, overrides: Sequence[str], ckpt: str | Path | None) -> DictConfig:
     """Compose "eval" or "predict" with the parts of a checkpoint; the node `hydra` is left in."""
-    paths = [str(ckpt)] if ckpt is not None else checkpoint_paths(overrides)
+    paths = [path_setting(ckpt, "ckpt")] if ckpt is not None else checkpoint_paths(overrides)
     if not paths and name in CHECKPOINT_OPTIONAL and chooses_detector(overrides):
         forget_parts()
         check_choices(overrides, PARTS)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from roi_quantization.detection.common.configuration import path_setting
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.feature_cache import FeatureCache
@@ -40,7 +41,8 @@ class FrozenFeatures:
     """
 
     def __init__(self, cache_dir: Path | str, precision: str = "32-true", run_layers: Callable[[nn.Module], Layers] | None = None):
-        self.cache_dir, self.precision, self.run_layers = Path(cache_dir), str(precision), run_layers
+        self.cache_dir = Path(path_setting(cache_dir, "features.cache_dir"))
+        self.precision, self.run_layers = str(precision), run_layers
         if run_layers is not None and self.precision != "32-true":
             raise InputError(f"features.precision={precision}: features.run_layers computes in float32. Set features.precision=32-true")
 

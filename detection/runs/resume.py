@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,19 @@ def run_folder(new: str, *, _root_: DictConfig) -> str:
     `resume=auto` is the newest unfinished run of this configuration beside `new`, `resume=<run folder>` is that one. Ends the program,
     before anything is written, where that run cannot go on.
     """
-    resume = _root_.resume
-    if resume is None or Path(str(resume)).is_file():
+    if _root_.resume is None:
+        return new
+    resume = os.path.expanduser(str(_root_.resume))
+    if Path(resume).is_file():
         return new
     config = _resolve(_root_, new)
     if resume == "auto":
         return str(next(iter(unfinished_runs(Path(new).parent, config)), new))
     try:
-        check_unfinished(Path(str(resume)), config)
+        check_unfinished(Path(resume), config)
     except ExpectedError as error:
         sys.exit(f"train.py: {error}")  # OmegaConf would wrap any other exception
-    return str(resume)
+    return resume
 
 
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
@@ -106,7 +109,7 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
         if chosen is None:
             log.info("resume=auto: no unfinished run of this configuration has a checkpoint. Starting a new one: %s", cfg.run_dir)
         return chosen
-    given = Path(str(cfg.resume))
+    given = Path(os.path.expanduser(str(cfg.resume)))
     if given.is_file():
         checkpoint = load_checkpoint(given)
         if "optimizer_states" not in checkpoint:

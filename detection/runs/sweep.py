@@ -67,6 +67,7 @@ def run_in_sweep(train: Callable[[DictConfig], dict[str, float]], cfg: DictConfi
     """
     raises = not is_in_sweep() or is_distributed()
     _exit_with_sweep()
+    cfg.run_dir = path_setting(cfg.run_dir, "run_dir")
     run_dir = Path(cfg.run_dir)
     no_metrics = {cfg.optimized_metric: math.nan}
     if (run_dir / FINISHED).is_file():

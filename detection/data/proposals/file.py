@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from roi_quantization.detection.common.configuration import path_setting
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.common.files import atomic_file
 from roi_quantization.detection.data import plausibility
@@ -41,7 +42,7 @@ class ProposalFile:
             raise InputError(f"mat_columns={mat_columns}: expected yxyx or xyxy, the order of the coordinates in a .mat file.")
         if match_by not in (None, "id", "name"):
             raise InputError(f"match_by={match_by}: expected id or name, how the file refers to images, or null.")
-        self.path = path
+        self.path = None if path is None else path_setting(path, "proposals.<split>.path")
         self.max_proposals = max_proposals
         self.mat_columns = mat_columns
         self.match_by = match_by

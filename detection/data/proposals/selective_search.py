@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from roi_quantization.detection.common.configuration import path_setting
 from roi_quantization.detection.common.errors import MissingPackageError
 from roi_quantization.detection.data.images import ImageRecord, read_image
 from roi_quantization.detection.data.proposals.cache import ProposalCache
@@ -46,7 +47,7 @@ class SelectiveSearch:
     ):
         self.settings = {"quality": quality, "max_side": max_side, "min_side": min_side, "max_proposals": max_proposals}
         key = hashlib.sha256(json.dumps([VERSION, self.settings]).encode()).hexdigest()[:8]
-        self.cache = ProposalCache(cache_dir, f"selective_search_{key}")
+        self.cache = ProposalCache(path_setting(cache_dir, "proposals.cache_dir"), f"selective_search_{key}")
         self.num_workers = num_workers or os.cpu_count()
         self._boxes: dict[Path, np.ndarray] = {}
 

@@ -145,6 +145,8 @@ class TestChooseIds:
             choose_ids([1, 2, 3], **options)
 
     def test_a_file_of_something_else_is_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"ids=nope\.txt: there is no such file\. Expected a text file of image ids, or a list"):
+            choose_ids([1], ids="nope.txt")
         (tmp_path / "ids.txt").write_text(json.dumps({"ids": [1]}))
         with pytest.raises(ValueError, match=r"ids\.txt: expected image ids"):
             choose_ids([1], ids=tmp_path / "ids.txt")

@@ -60,6 +60,20 @@ def test_the_run_folder_is_hydras_too(given, added):
     assert log_into_run_folder(given) == (given if added is None else added)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["run_dir='~/a b'"], ["run_dir='/home/me/a b'", "hydra.run.dir='/home/me/a b'"]),
+        (['hydra.run.dir="~"'], ['hydra.run.dir="/home/me"']),
+        (["-m", "hydra.sweep.dir='~/sweep'"], ["-m", "hydra.sweep.dir='/home/me/sweep'"]),
+        (["hydra.run.dir='~a/b'", "data.root='~/x'"], ["hydra.run.dir='~a/b'", "data.root='~/x'"]),
+    ],
+)
+def test_hydra_creates_its_folders_at_home(given, expected, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert log_into_run_folder(given) == expected
+
+
 def test_the_log_is_in_the_run_folder(tmp_path):
     ended = commands.run(ROOT / "train.py", *TINY, "run_dir=here", "optimized_metric=nope", cwd=tmp_path)
     assert ended.returncode == 1 and "optimized_metric=nope" in ended.stderr

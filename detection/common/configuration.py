@@ -64,6 +64,16 @@ def read_configuration(path: Path) -> DictConfig:
     return config
 
 
+def check_count(value: Any, key: str, least: int = 1) -> None:
+    """Check that a setting is a whole number from `least` on.
+
+    Raises:
+        InputError: it is not.
+    """
+    if type(value) is not int or value < least:
+        raise InputError(f"{key}={value}: expected a whole number from {least} on")
+
+
 def evaluated_split(data: Mapping[str, Any]) -> str:
     """Return the split that results are of, from the settings of the data: test, or val where there is none."""
     return "val" if data.get("test") is None else "test"

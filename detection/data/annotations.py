@@ -7,6 +7,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from operator import index
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
@@ -136,6 +137,8 @@ def choose_images(
     """
     available = [image["id"] for image in instances["images"]]
     if part is not None:
+        if not isinstance(part, Sequence) or len(part) != 2 or not all(map(_is_finite, part)):
+            raise InputError(f"part={part}: expected two shares of the images, such as [0, 0.8], or null for all")
         available = choose_part(available, *part, seed=seed)
     if not keep_empty:
         filled = {annotation["image_id"] for annotation in instances["annotations"] if not annotation["iscrowd"]}
@@ -166,12 +169,17 @@ def choose_ids(
     if subset is not None and ids is not None:
         raise InputError("subset (how many images) and ids (which images) exclude each other: set one to null.")
     if subset is not None:
-        if not 0 < subset <= len(available):
-            raise InputError(f"subset={subset} of {len(available)} images: choose between 1 and {len(available)}. {PER_SPLIT_HINT}")
+        if type(subset) is not int or not 0 < subset <= len(available):
+            raise InputError(
+                f"subset={subset} of {len(available)} images: choose a whole number between 1 and {len(available)}. {PER_SPLIT_HINT}"
+            )
         # numpy keeps the stream of RandomState fixed (NEP 19), so the subset is the same with every version
         return sorted(np.random.RandomState(seed).permutation(available)[:subset].tolist())
     if ids is not None:
-        wanted = _read_ids(ids) if isinstance(ids, Path | str) else [int(image_id) for image_id in ids]
+        try:
+            wanted = _read_ids(ids) if isinstance(ids, Path | str) else [index(image_id) for image_id in ids]
+        except TypeError as error:
+            raise InputError(f"ids={ids}: expected a list of image ids, such as [1,2], or a text file of them") from error
         unknown = sorted(set(wanted) - set(available))
         if unknown:
             raise InputError(

@@ -1,5 +1,6 @@
 """The Lightning data module: splits, data loaders, and the order of the images."""
 
+import inspect
 import logging
 import math
 import signal
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from roi_quantization.detection.common.configuration import path_setting, shorten
+from roi_quantization.detection.common.configuration import check_count, path_setting, shorten
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.annotations import LAYOUT
@@ -130,7 +131,13 @@ class DetectionData(pl.LightningDataModule):
         if root is None:
             raise InputError(f"data.root is not set: give the folder of the data set with data.root=<folder>.\n{LAYOUT}")
         self.root = Path(path_setting(root, "data.root"))
+        for name, value, least in (("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1), ("num_workers", num_workers, 0)):
+            check_count(value, f"data.{name}", least)
+        if source is not None and not callable(source):
+            raise InputError(f"data.source={source}: expected a function of the root. Name one by data.source._target_, or set null")
         self.paths = {"train": train, "val": val, "test": test}
+        for split, settings in self.paths.items():
+            _check_split(split, settings)
         proposals = NoProposals() if proposals is None else proposals
         self.proposals = proposals if isinstance(proposals, Mapping) else dict.fromkeys(self.paths, proposals)
         of_test, of_val = self.proposals.get("test"), self.proposals.get("val")
@@ -197,7 +204,7 @@ class DetectionData(pl.LightningDataModule):
         return dataset
 
     def _path(self, split: str, name: str) -> Path:
-        return self.root / path_setting(self.paths[split][name], f"data.{split}.{name}")
+        return self.root / path_setting(self.paths[split].get(name), f"data.{split}.{name}")
 
     def _judge(self, split: str) -> None:
         """Refuse a train split without objects. Log categories without any, and what is implausible beside the splits that are open."""
@@ -282,6 +289,22 @@ def _difference(here: Sequence[Mapping], there: Sequence[Mapping]) -> str:
     return shorten(
         [f"id {i} is {names[0].get(i, 'missing')} in the first and {names[1].get(i, 'missing')} in the second" for i in differing], 3
     )
+
+
+def _check_split(split: str, settings: Any) -> None:
+    """Check that the settings of a split are its folder, its file, and settings of `CocoDetection` that it overrides.
+
+    Raises:
+        InputError: they are not; the message has the key.
+    """
+    if settings is None:
+        return
+    if not isinstance(settings, Mapping):
+        raise InputError(f"data.{split}={settings}: expected {{images: <folder>, annotations: <json>}}, or null for no such split")
+    known = [name for name in inspect.signature(CocoDetection).parameters if name not in ("proposals", "subset_seed")]
+    for name in settings:
+        if name not in known:
+            raise InputError(f"data.{split}.{name}: a split has no such setting. It has {', '.join(known)}")
 
 
 def _are_same_images(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:

@@ -14,12 +14,18 @@ from torch import nn
 from roi_quantization.detection.common.config_sources import choices, compose_from_all
 from roi_quantization.detection.common.configuration import check_groups
 from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.instantiation import check_settings
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 from roi_quantization.roi_heads.extractor import RoIOperator
 
 
 def instantiate(node: DictConfig, **more: Any) -> Any:
-    """Call `hydra.utils.instantiate`; an error of what is built is raised itself, without Hydra's around it."""
+    """Call `hydra.utils.instantiate`; an error of what is built is raised itself, without Hydra's around it.
+
+    Raises:
+        InputError: a `_target_` is not there, or does not take a setting beside it. Nothing was called.
+    """
+    check_settings(node)
     try:
         return hydra.utils.instantiate(node, **more)
     except InstantiationException as error:
@@ -131,12 +137,17 @@ def compile_backbone(detector: nn.Module, backend: bool | str) -> None:
 
 @contextmanager
 def input_errors(node: DictConfig) -> Iterator[None]:
-    """Raise the ValueError of a part of this project as an InputError: its arguments are settings. Those of other code stay as they are."""
+    """Raise the ValueError or TypeError of a part of this project as an InputError: its arguments are settings, whose names are checked.
+
+    Those of other code stay as they are.
+    """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         if isinstance(error, InputError) or not _is_own(node):
             raise
+        if isinstance(error, TypeError):
+            raise InputError(f"{node._get_full_key(None)}: one of its settings has the wrong type: {error}") from error
         raise InputError(str(error)) from error
 
 

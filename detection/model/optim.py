@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
+from roi_quantization.detection.common.errors import InputError
+
 
 def parameter_groups(
     model: nn.Module,
@@ -29,6 +31,9 @@ def parameter_groups(
         weight_decay: of weights, and of biases and norms where `decay_biases_and_norms` (Fast R-CNN: not).
         backbone_lr_factor: the rates of the backbone over those of the head; 1 puts both into the same groups.
     """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not isinstance(value, int | float):
+            raise InputError(f"optim.groups.{name}={value}: expected a number")
     in_backbone = {id(parameter) for parameter in model.backbone.parameters()} if backbone_lr_factor != 1 else set()
     parts = {False: ([], [], []), True: ([], [], [])}
     for module in model.modules():

@@ -224,7 +224,7 @@ def _data_key(run: Mapping) -> str:
 
 
 def _set_up(settings: dict) -> DetectionData:
-    data = instantiate(OmegaConf.create(settings))
+    data = instantiate(OmegaConf.create({"data": settings}).data)  # an error names data.<key>
     data.prepare_data()
     data.setup()
     return data

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from roi_quantization.detection.common.configuration import check_count
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.images import ImageRecord
 
@@ -24,8 +25,10 @@ class Grid:
     """
 
     def __init__(self, scales: Sequence[float], aspect_ratios: Sequence[float] = (1.0,), step: float = 0.3, most: int = 10_000):
-        if not all(value > 0 for value in (*scales, *aspect_ratios, step)):
-            raise InputError(f"Scales, aspect ratios and step must be positive; got {scales}, {aspect_ratios}, {step}.")
+        lists = isinstance(scales, Sequence) and isinstance(aspect_ratios, Sequence)
+        if not lists or not all(isinstance(value, int | float) and value > 0 for value in (*scales, *aspect_ratios, step)):
+            raise InputError(f"scales={scales}, aspect_ratios={aspect_ratios}, step={step}: expected two lists and a number, all positive")
+        check_count(most, "most")
         if most < len(scales) * len(aspect_ratios):
             raise InputError(f"most={most}: expected at least {len(scales) * len(aspect_ratios)}, one window of each size and shape")
         self.scales, self.aspect_ratios, self.step, self.most = tuple(scales), tuple(aspect_ratios), step, most

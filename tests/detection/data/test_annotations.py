@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.data.annotations import as_coco, choose_classes, choose_ids, read_instances, restrict
+from roi_quantization.detection.data.annotations import as_coco, choose_classes, choose_ids, choose_images, read_instances, restrict
 
 
 def test_missing_fields_that_can_be_known_are_filled_in(small_set):
@@ -119,6 +119,12 @@ def test_a_class_may_be_chosen_by_a_name_that_yaml_reads_as_a_number(small_set):
         choose_classes(read_instances(small_set.annotations), 1)
 
 
+@pytest.mark.parametrize("part", [0.5, [0.5], ["a", "b"], "ab"])
+def test_a_part_that_is_not_two_shares_is_refused(small_set, part):
+    with pytest.raises(InputError, match=r"part=.*: expected two shares of the images, such as \[0, 0\.8\], or null for all"):
+        choose_images(read_instances(small_set.annotations), part=part)
+
+
 class TestChooseIds:
     def test_a_subset_is_the_same_everywhere(self):
         # Hard-wired on purpose: these numbers must never change, or figures of the same `data.subset` no longer compare.
@@ -134,8 +140,11 @@ class TestChooseIds:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"subset": 4}, "subset=4 of 3 images: choose between 1 and 3"),
-            ({"subset": 0}, "choose between 1 and 3"),
+            ({"subset": 4}, "subset=4 of 3 images: choose a whole number between 1 and 3"),
+            ({"subset": 0}, "choose a whole number between 1 and 3"),
+            ({"subset": 0.5}, r"subset=0\.5 of 3 images: choose a whole number between 1 and 3"),
+            ({"ids": 1}, r"ids=1: expected a list of image ids, such as \[1,2\], or a text file"),
+            ({"ids": ["a"]}, r"ids=\['a'\]: expected a list of image ids"),
             ({"ids": [1, 8, 9]}, "2 of 3 image ids are not in the annotations; the first is 8"),
             ({"ids": [1], "subset": 1}, "exclude each other"),
         ],

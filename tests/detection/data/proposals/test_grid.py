@@ -52,5 +52,5 @@ def test_a_long_and_narrow_image_has_no_more_windows_than_it_may():
 
 
 def test_scales_must_be_positive():
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="all positive"):
         Grid(scales=[0.5, 0])

@@ -1,0 +1,72 @@
+"""Check of the keys beside a `_target_`, before it is called."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from hydra._internal.utils import _locate
+from omegaconf import OmegaConf
+
+from roi_quantization.detection.common.errors import InputError
+
+SPECIAL = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")  # Hydra's own
+
+
+def check_settings(node: Any) -> None:
+    """Check that each `_target_` in a configuration is there and takes the settings beside it.
+
+    Args:
+        node: of a configuration. Anything else passes.
+
+    Raises:
+        InputError: a `_target_` cannot be imported or called, or has no parameter of that name; the message has the dotted key.
+    """
+    if OmegaConf.is_dict(node):
+        if isinstance(node.get("_target_"), str):
+            _check_keys(node)
+            if not node.get("_recursive_", True):
+                return
+        children = [node[key] for key in node if not OmegaConf.is_missing(node, key)]
+    else:
+        children = list(node) if OmegaConf.is_list(node) else []
+    for child in children:
+        check_settings(child)
+
+
+def _check_keys(node: Any) -> None:
+    name, prefix = node["_target_"], node._get_full_key(None)
+    prefix = f"{prefix}." if prefix else ""
+    target = _find(name, f"{prefix}_target_")
+    parameters = named_parameters(target)
+    if parameters is None:
+        return
+    keys = [key for key in node if key not in SPECIAL]
+    for key in keys:
+        if key not in parameters:
+            given = [known for known, has_default in parameters.items() if has_default or known in keys]  # the code gives the others
+            raise InputError(f"{prefix}{key}: {name} has no such setting. It has {', '.join(given) or 'none'}")
+
+
+def _find(name: str, key: str) -> Callable:
+    try:
+        target = _locate(name)
+    except (ImportError, ValueError) as error:
+        cause = error.__cause__
+        if cause is not None and not isinstance(cause, ImportError | AttributeError):
+            raise  # the module itself fails: its traceback says where
+        raise InputError(f"{key}={name}: {cause or error}. Check the name, and that its module is installed or in PYTHONPATH") from error
+    if not callable(target):
+        raise InputError(f"{key}={name} is a {type(target).__name__}. Expected a function or a class")
+    return target
+
+
+def named_parameters(target: Callable) -> dict[str, bool] | None:
+    """Return the parameters that can be given by name, and whether each has a default; None where any name can be."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # builtins without a signature
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {parameter.name: parameter.default is not parameter.empty for parameter in parameters if parameter.kind in by_name}

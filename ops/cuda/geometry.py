@@ -106,7 +106,7 @@ def place(
     tl.store(image_out + k, tl.where(is_valid, n, 0).to(tl.int64), exists & (p == 0) & (is_x == 0))
     start = tl.where(is_valid, tl.where(is_x == 0, y1, x1), float("nan"))
     end = tl.where(is_valid, tl.where(is_x == 0, y2, x2), float("nan"))
-    plane = tl.cdiv(rois, 4).to(tl.int64) * 4 * bins  # as `empty_planes` has them
+    plane = rois.to(tl.int64) * 4 * bins  # as `empty_planes` has them
     if INTEGRAL:
         bin_size = tl.div_rn(at_least((end - start) * scale, 0.0), bins.to(tl.float32))
         first = (start * scale - (0.5 if HALF_PIXEL else 0.0)) + p * bin_size

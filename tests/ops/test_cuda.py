@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+from torch._dynamo.backends.debugging import aot_eager
 
 from roi_quantization.ops import functional, library
 from roi_quantization.ops.cuda import kernels as cuda
@@ -290,6 +291,25 @@ def test_boxes_placed_by_the_kernel_give_the_same_output(operator, monkeypatch):
     monkeypatch.setattr(library, "place_edges", place_integral)
     monkeypatch.setattr(functional, "places_by_kernel", lambda features, box: True)
     assert torch.equal(operator(features, boxes, 3, 1 / 16), expected)
+
+
+def test_other_numbers_of_boxes_placed_by_the_kernel_are_not_compiled_anew(monkeypatch):
+    monkeypatch.setattr(functional, "places_by_kernel", lambda features, box: True)
+    features, graphs = torch.zeros(2, 3, 6, 7, device=DEVICE), []
+
+    def placed(boxes):
+        _, y, x = functional.place_bins(LatticeRule(), features, boxes, 3, 1 / 16)
+        return y.first.sum() + y.step.sum() + x.total.sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(placed, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs))
+    kernel = torch.library.Library("roi_quantization", "IMPL")  # until the end of the test
+    if DEVICE == "cpu":
+        kernel.impl("place_lattice", library.place_lattice._init_fn, "CPU")
+    for rois in (5, 9, 12, 3):
+        boxes = random_boxes(rois, 2, 112, 96).float().to(DEVICE)
+        torch.testing.assert_close(compiled(boxes), placed(boxes))
+    assert len(graphs) <= 2
 
 
 def test_an_infinite_cell_without_weight_is_not_read():

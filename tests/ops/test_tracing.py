@@ -123,6 +123,25 @@ def test_fake_tensors_of_a_gpu(operator):
         assert (out.shape, out.device.type, out.requires_grad) == ((4, 3, 3, 4), "cuda", True)
 
 
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("operator", [OPERATORS[1], OPERATORS[3]])
+def test_an_export_of_a_gpu_fixes_nothing_about_the_number_of_boxes(operator, count):
+    """The planes of lattices are padded: with a stride that depended on `count % 4`, only such counts could follow."""
+
+    class Pooled(nn.Module):
+        def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
+            return operator(features, boxes, 3, 1 / 16)
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        features, boxes = torch.empty(2, 3, 8, 10, device="cuda"), torch.empty(count, 5, device="cuda")
+    program = torch.export.export(Pooled(), (features, boxes), dynamic_shapes=(None, {0: torch.export.Dim.DYNAMIC}))
+    assert program._guards_code == []
+    exported = program.module()
+    with mode:
+        shapes = [exported(features, torch.empty(other, 5, device="cuda")).shape for other in (3, 4, 8)]
+    assert shapes == [(3, 3, 3, 3), (4, 3, 3, 3), (8, 3, 3, 3)]
+
+
 @every_operator
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_over_images(operator):

@@ -174,7 +174,7 @@ def _forward(
     grid = rois * bins[0], triton.cdiv(bins[1], ROW_OF_BINS), triton.cdiv(channels, block)
     with torch.cuda.device_of(features):
         kernel[grid](
-            *(cells.view(torch.int32) if is_packed else cells, *lattice, out, *results, channels, height, width, *bins),
+            *(cells.reshape(-1).view(torch.int32) if is_packed else cells, *lattice, out, *results, channels, height, width, *bins),
             **{"CHANNELS": block, "WHOLE": channels % block == 0, "PACKED": is_packed, "BINS": ROW_OF_BINS},
             **{"OFFSET": _offset(features, bins), "num_warps": 1, "maxnreg": 255, "enable_fp_fusion": True, **options},
         )

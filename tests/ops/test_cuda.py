@@ -117,6 +117,16 @@ def test_dtypes_and_layouts(operator, dtype, tolerance, layout):
     assert_same(named, expected, tolerance, tolerance)
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_map_of_one_cell_in_bfloat16(channels):
+    """Its strides are those of either layout, and two channels are read as one number."""
+    features = torch.arange(2.0 * channels).reshape(2, channels, 1, 1).to(DEVICE, torch.bfloat16)
+    boxes = torch.tensor([[1.0, 0, 0, 16, 16], [0, 0, 0, 16, 16]], device=DEVICE)
+    for name in ("align", "pool", "prroi"):
+        weight = 0.25 if name == "prroi" else 1.0  # the integral of its one tent, over [0, 1] along both axes
+        assert torch.equal(preset(name)(features, boxes, 1, 1 / 16), features.flip(0) * weight)
+
+
 @pytest.mark.parametrize("operator", ONE_OF_EACH)
 def test_offsets_of_64_bits(operator, monkeypatch):
     monkeypatch.setattr(cuda, "_offset", lambda features, bins: cuda.tl.int64)

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -27,6 +27,7 @@ from roi_quantization.detection.data.proposals.recall import recall
 log = logging.getLogger(__name__)
 
 RECALL_IMAGES = 1000  # the log line gives the recall on at most this many images of a split
+LOW_RECALL = 0.7  # at IoU 0.5; below it there is a warning
 
 
 class EpochSampler(DistributedSampler):
@@ -200,7 +201,14 @@ class DetectionData(pl.LightningDataModule):
                     f"{_difference(dataset.categories, other.categories)}. Give all splits the same ids and names, also of categories that "
                     "a split has no objects of"
                 )
-        log.info("%s: %s", split, describe(dataset))
+        coverage = measure_proposals(dataset)
+        log.info("%s: %s", split, describe(dataset, coverage))
+        if split == "train" and coverage is not None and coverage.recall[0.5] < LOW_RECALL:
+            log.warning(
+                "Proposals reach %.0f %% of the training objects at IoU 0.5. The others are hardly learnt or found. proposals=grid is made "
+                "for drawn shapes: for photographs choose proposals=grid_photos or selective_search (docs/proposals.md)",
+                100 * coverage.recall[0.5],
+            )
         return dataset
 
     def _path(self, split: str, name: str) -> Path:
@@ -317,16 +325,37 @@ def _ignore_sigint(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def describe(dataset: CocoDetection) -> str:
-    """Describe a split in one line: numbers of images, objects, categories and, where there are any, proposals with their recall."""
-    objects = sum(len(dataset.ground_truth(index)[0]) for index in range(len(dataset)))
-    content = f"{len(dataset)} images, {objects} objects of {len(dataset.categories)} categories"
+class Coverage(NamedTuple):
+    """How proposals cover the objects of the first `images` images."""
+
+    images: int
+    windows: float  # of an image, mean
+    recall: dict[float, float]  # IoU threshold -> share of the objects, NaN without objects
+
+
+def measure_proposals(dataset: CocoDetection) -> Coverage | None:
+    """Measure how proposals cover the objects of a split, on `RECALL_IMAGES` images at most; None where there are no proposals."""
     if isinstance(dataset.proposals, NoProposals):
-        return content
+        return None
     sample = range(min(len(dataset), RECALL_IMAGES))
     windows = [dataset.proposals(dataset.records[index]) for index in sample]
     shares = recall(windows, [dataset.ground_truth(index)[0] for index in sample])
-    covered = ", ".join(f"{share:.3f} at IoU {threshold}" for threshold, share in shares.items())
-    return f"{content}; {sum(map(len, windows)) / len(windows):.0f} proposals an image, recall {covered}" + (
-        f" (on the first {len(sample)} images)" if len(sample) < len(dataset) else ""
+    return Coverage(len(sample), sum(map(len, windows)) / len(windows), shares)
+
+
+def describe(dataset: CocoDetection, coverage: Coverage | None = None) -> str:
+    """Describe a split in one line: numbers of images, objects, categories and, where there are any, proposals with their recall.
+
+    Args:
+        dataset: the split.
+        coverage: of its proposals, which is measured where it is None.
+    """
+    objects = sum(len(dataset.ground_truth(index)[0]) for index in range(len(dataset)))
+    content = f"{len(dataset)} images, {objects} objects of {len(dataset.categories)} categories"
+    coverage = measure_proposals(dataset) if coverage is None else coverage
+    if coverage is None:
+        return content
+    covered = ", ".join(f"{share:.3f} at IoU {threshold}" for threshold, share in coverage.recall.items())
+    return f"{content}; {coverage.windows:.0f} proposals an image, recall {covered}" + (
+        f" (on the first {coverage.images} images)" if coverage.images < len(dataset) else ""
     )

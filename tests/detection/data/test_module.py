@@ -18,6 +18,7 @@ from roi_quantization.detection.data.module import DetectionData, EpochSampler, 
 from roi_quantization.detection.data.proposals.file import write_proposals
 from roi_quantization.detection.data.proposals.grid import Grid
 from roi_quantization.detection.data.transforms import resize_and_flip
+from tests.configuration import composed
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SPLITS = {name: {"images": name, "annotations": f"annotations/instances_{name}.json"} for name in ("train", "val", "test")}
@@ -152,6 +153,16 @@ def test_the_description_counts_objects_windows_and_recall(root):
     objects = sum(len(data(root).test[index][1]["boxes"]) for index in range(3))
     assert text.startswith(f"3 images, {objects} objects of 5 categories; 1 proposals an image, recall ")
     assert text.endswith("0.000 at IoU 0.5, 0.000 at IoU 0.75")  # the image itself covers nothing that is half its side at most
+
+
+def test_a_low_recall_of_the_training_proposals_is_warned_of_once(root, caplog):
+    data(root, proposals=Grid([1.0]))
+    (warning,) = (record.getMessage() for record in caplog.records if "Proposals" in record.getMessage())
+    assert warning.startswith("Proposals reach 0 % of the training objects at IoU 0.5.") and "proposals=grid_photos" in warning
+    caplog.clear()
+    data(root, proposals=instantiate(composed("train", "data=embedded").proposals))
+    data(root, proposals=None)
+    assert "Proposals" not in caplog.text, "the default on drawn shapes, and a detector with proposals of its own"
 
 
 class Recorder(pl.LightningModule):

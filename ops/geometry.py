@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -255,6 +256,11 @@ def straight_through(quantized: Tensor, x: Tensor) -> Tensor:
     return quantized.detach() + (x - x.detach())
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is no tensor and no array but of 0 dimensions: an operator of PyTorch takes neither for a number."""
+    return not (isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.ndim))
+
+
 def _indices(bins: int, like: Tensor) -> Tensor:
     return torch.arange(bins, dtype=like.dtype, device=like.device)
 
@@ -268,7 +274,7 @@ def _is_whole(value: Any) -> bool:
 
 def _is_between(low: float, value: Any, high: float) -> bool:
     try:
-        return bool(low <= value <= high)
+        return is_number(value) and bool(low <= value <= high)
     except TypeError:
         return False
 

@@ -7,6 +7,9 @@ from operator import index
 import numpy as np
 import torch
 from torch import Tensor
+from torch.jit._trace import is_tracing  # torch.jit has it too, without saying so to mypy
+
+from roi_quantization.ops.geometry import is_number
 
 
 class BoxShapeError(ValueError, AssertionError):
@@ -68,9 +71,12 @@ def pair_of_bins(output_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def check_scale(spatial_scale: float) -> None:
-    """Raise ValueError for what is not cells per pixel."""
+    """Raise ValueError for what is not cells per pixel.
+
+    A tensor is not: a kernel takes a number, and reading it off a GPU would wait. In a trace it may be one, as sizes are there.
+    """
     try:
-        is_scale = 0 < spatial_scale < math.inf
+        is_scale = (is_tracing() or is_number(spatial_scale)) and 0 < spatial_scale < math.inf
     except (TypeError, ValueError, RuntimeError):  # other types, arrays, tensors
         is_scale = False
     if not is_scale:

@@ -94,6 +94,22 @@ def test_a_trace_takes_any_split_of_boxes_and_any_map(operator):
     assert_same(torch.jit.trace(call, (FEATURES, BOXES), check_trace=False), call, LARGER, OTHER)
 
 
+@tracing_warns
+def test_a_scale_may_be_a_quotient_of_sizes():
+    """Which is a tensor in a trace, and symbolic in an export."""
+
+    class Pooled(nn.Module):
+        def forward(self, features: Tensor, boxes: Tensor, images: Tensor) -> Tensor:
+            return ops.roi_align(features, boxes, 3, features.shape[2] / images.shape[2], 2, True)
+
+    model, images, size = Pooled(), torch.zeros(2, 3, 128, 160), {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    traced = torch.jit.trace(model, (FEATURES, BOXES, images), check_trace=False)
+    exported = torch.export.export(model, (FEATURES, BOXES, images), dynamic_shapes=(size, None, size), strict=True).module()
+    for captured in (traced, exported):
+        for features in (FEATURES, LARGER):
+            assert_close(captured(features, BOXES, images), model(features, BOXES, images))
+
+
 @every_operator
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_make_fx(operator, mode):

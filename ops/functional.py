@@ -3,7 +3,8 @@
 Boxes are a list of `[L, 4]`, one for each image, or one `[K, 5]` whose first column is the index of the image. Coordinates are
 `(x1, y1, x2, y2)` in pixels of the image that `spatial_scale` relates to the map; their conventions are in `ops/geometry.py`. The output is
 `[K, C, P, P]`, contiguous, in the dtype of the input. Sums and coordinates are float32 at least. Numba kernels run on a CPU, Triton kernels
-on a CUDA GPU. On other devices, and for float64 on a GPU, plain PyTorch runs (`ops/eager.py`), and a warning in the log says so once.
+on a CUDA GPU. On other devices, AMD's GPUs too, and for float64 on a GPU, plain PyTorch runs (`ops/eager.py`), and a warning in the log
+says so once.
 """
 
 import logging

@@ -58,8 +58,13 @@ def unfilled_memory() -> Iterator[None]:
 
 
 def supports(features: Tensor) -> bool:
-    """Whether there are kernels for this device and dtype. A meta tensor has shapes alone, for which none is needed."""
-    return features.is_cpu or features.is_meta or (features.is_cuda and _HAS_TRITON and features.dtype != torch.float64)
+    """Whether there are kernels for this device and dtype. A meta tensor has shapes alone, for which none is needed.
+
+    AMD's GPUs are `cuda` to PyTorch, but Triton refuses `maxnreg` for them, which the kernels are launched with.
+    """
+    if features.is_cuda:
+        return _HAS_TRITON and torch.version.hip is None and features.dtype != torch.float64
+    return features.is_cpu or features.is_meta
 
 
 def refuse_tangents(*tensors: Tensor) -> None:

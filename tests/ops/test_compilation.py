@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from roi_quantization import ops
 from roi_quantization.ops import library
@@ -69,6 +70,18 @@ def test_under_autocast_the_result_has_the_dtype_of_the_features(name):
             cast = preset(name)(features, boxes, 3, 1 / 16)
         assert cast.dtype == dtype
         assert torch.equal(cast, plain)
+
+
+def test_amd_gpus_run_plain_pytorch(monkeypatch, caplog):
+    """They are `cuda` to PyTorch and have Triton, but the kernels ask for limits of registers that only NVIDIA's compiler knows."""
+    ops.functional._warn_of_plain_pytorch.cache_clear()
+    with FakeTensorMode():
+        features = torch.empty(2, 3, 8, 10, device="cuda")
+        boxes = torch.empty(4, 4, device="cuda")
+        assert ops.functional._has_kernels(features) and ops.functional.places_by_kernel(features, boxes)
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert not (ops.functional._has_kernels(features) or ops.functional.places_by_kernel(features, boxes))
+    assert [r.message[:36] for r in caplog.records] == ["no kernels for torch.float32 on cuda"]
 
 
 def test_a_device_without_kernels_is_logged_once(caplog, monkeypatch):

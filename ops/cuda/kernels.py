@@ -214,7 +214,7 @@ def _scatter(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, winners
     images, channels, height, width = out.shape
     rois, _, *bins = grad.shape
     log_bins = math.ceil(math.log2(rois * bins[0] * bins[1]))
-    at_a_time = min(channels, max(MOST_SUMS // (images * height * width), 1))
+    at_a_time = _channels_at_a_time(channels, max(MOST_SUMS // (images * height * width), 1))
     sums = torch.empty(images * at_a_time * height * width, dtype=torch.int64, device=grad.device)
     programs = min(max(rois, triton.cdiv(sums.numel(), CLEARED)), MOST_PROGRAMS)  # a few RoIs may have a large map
     largest = torch.empty(programs, device=grad.device)
@@ -235,14 +235,22 @@ def _scatter(grad: Tensor, out: Tensor, image: Tensor, y: Axis, x: Axis, winners
             maxnreg=255,
         )
         for c0 in range(0, channels, at_a_time):
-            scatter_max[*rois_of_bins, triton.cdiv(at_a_time, 16)](
+            of_pass = min(at_a_time, channels - c0)
+            scatter_max[*rois_of_bins, triton.cdiv(of_pass, 16)](
                 *(grad, winners, image, *y[:2], *x[:3], largest, sums, programs, c0, channels, at_a_time, height, width, log_bins, *bins),
                 **{"CELLS": whole_cells, "BINS": 64, "CHANNELS": 16, "num_warps": 4, "enable_fp_fusion": False, **offset},
             )
-            write_sums[triton.cdiv(height * width, 64), triton.cdiv(at_a_time, 32), images](
+            write_sums[triton.cdiv(height * width, 64), triton.cdiv(of_pass, 32), images](
                 *(largest, sums, out, programs, c0, channels, at_a_time, height, width, *out.stride(), log_bins),
                 **{"CELLS": 64, "CHANNELS": 32, "num_warps": 4, **offset},
             )
+
+
+def _channels_at_a_time(channels: int, most: int) -> int:
+    """Share channels out evenly to as few passes as there must be, in whole programs of 16 where these fit."""
+    even = triton.cdiv(channels, triton.cdiv(channels, most))
+    whole = triton.cdiv(even, 16) * 16
+    return min(whole, channels) if whole <= most else even
 
 
 def _slopes(

@@ -58,7 +58,7 @@ def add(sums, value, scale, rest, mask):
     tl.atomic_add(sums, (value * scale * rest).to(tl.int64), mask & (value != 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["programs", "c0", "height", "width", "log_bins"])
+@triton.jit(do_not_specialize=["programs", "c0", "channels_of_sums", "height", "width", "log_bins"])
 def scatter_max(
     grad, winners, image, y_first, y_step, x_first, x_step, x_count, largest, sums,
     programs, c0, channels, channels_of_sums, height, width, log_bins, bins_y: tl.constexpr, bins_x: tl.constexpr,
@@ -102,7 +102,7 @@ def scatter_max(
             add(lower + more_x, g * (of_bottom * of_right), scale, rest, has_winner)
 
 
-@triton.jit(do_not_specialize=["programs", "c0", "height", "width", "log_bins"])
+@triton.jit(do_not_specialize=["programs", "c0", "channels_of_sums", "height", "width", "log_bins"])
 def write_sums(
     largest, sums, out, programs, c0, channels, channels_of_sums, height, width, stride_n, stride_c, stride_y, stride_x, log_bins,
     MOST_PROGRAMS: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr, OFFSET: tl.constexpr,

@@ -226,6 +226,31 @@ def test_sums_of_a_large_map_are_computed_for_some_channels_after_others(monkeyp
     assert torch.equal(max_gradient(boxes, weights), at_once)
 
 
+@pytest.mark.parametrize(
+    ("channels", "most", "passes"), [(40, 33, [32, 8]), (34, 31, [17, 17]), (100, 60, [50, 50]), (100, 64, [64, 36]), (3, 64, [3])]
+)
+def test_channels_are_shared_out_evenly_and_no_program_is_without_any(channels, most, passes, monkeypatch):
+    """Whole programs have 16 channels where the sums of so many fit."""
+    launched = {}
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.setdefault(self.name, []).append((grid, args))
+
+    for name in ("clear_and_find_largest", "scatter_max", "write_sums"):
+        monkeypatch.setattr(cuda, name, Recorder(name))
+    monkeypatch.setattr(cuda, "MOST_SUMS", most * 6)
+    lattice, out = [torch.zeros(2, 3)] * 4, torch.empty(1, channels, 2, 3)
+    cuda._scatter(torch.zeros(2, channels, 3, 3), out, torch.zeros(2), cuda.Axis(*lattice), cuda.Axis(*lattice), torch.zeros(0), True)
+    assert [grid[2] for grid, _ in launched["scatter_max"]] == [-(-of_pass // 16) for of_pass in passes]
+    assert [grid[1] for grid, _ in launched["write_sums"]] == [-(-of_pass // 32) for of_pass in passes]
+    assert [args[4] for _, args in launched["write_sums"]] == [sum(passes[:i]) for i in range(len(passes))]
+    assert launched["write_sums"][0][1][1].numel() == passes[0] * 6
+
+
 WHOLE_CELLS = torch.tensor([[0, 0.0, 0.0, 16.0 * side, 16.0 * side] for side in range(64)])
 """Boxes where the last bit of a quotient decides which cells a bin has."""
 OVERFLOWING = torch.tensor(

@@ -3,6 +3,7 @@
 `python -m tests.detection.report.fake_sweep FOLDER` writes one to look at.
 """
 
+import csv
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -141,6 +142,17 @@ def _result(image_id: int, category_id: int, box: np.ndarray, score: float, prop
 def _metrics(instances: dict, results: list[dict], protocol: Protocol, evaluated: int | None = None, masks: bool = False) -> Metrics:
     image_ids = [image["id"] for image in instances["images"]]
     return evaluate(as_coco(instances), results, image_ids[:evaluated], of=len(image_ids), protocol=protocol, masks=masks)
+
+
+def text(folder: Path, name: str) -> str:
+    """Read a file of the report."""
+    return (folder / "report" / name).read_text()
+
+
+def table(folder: Path, name: str) -> dict[str, dict[str, str]]:
+    """Read a table of the report: its rows by what their first column says."""
+    with open(folder / "report" / "tables" / f"{name}.csv", newline="") as file:
+        return {next(iter(row.values())): row for row in csv.DictReader(file)}
 
 
 if __name__ == "__main__":

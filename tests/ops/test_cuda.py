@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import triton
+import triton.language as tl
 from torch._dynamo.backends.debugging import aot_eager
 
 from roi_quantization.ops import functional, library
 from roi_quantization.ops.cuda import kernels as cuda
+from roi_quantization.ops.cuda.tiles import upper_part
 from roi_quantization.ops.geometry import IntegralRule, LatticeRule
 from roi_quantization.ops.inputs import mask_invalid_boxes
 
@@ -171,6 +173,40 @@ def test_an_invalid_box_gives_nan_and_affects_no_other(operator, monkeypatch):
     assert both[:4].isnan().all()
     assert torch.equal(both[4:], alone)
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-7)
+
+
+@triton.jit
+def split(x, upper, size: tl.constexpr):
+    at = tl.arange(0, size)
+    tl.store(upper + at, upper_part(tl.load(x + at)))
+
+
+def upper_parts(x: torch.Tensor) -> torch.Tensor:
+    x, upper = x.to(DEVICE), torch.empty_like(x, device=DEVICE)
+    split[(1,)](x, upper, x.numel())
+    return upper.cpu()
+
+
+def test_three_products_of_tf32_are_unbiased_and_have_22_digits():
+    """Of shares and gradients. Tensor cores ignore the lower 13 bits of what they multiply; the interpreter does not."""
+
+    def tf32(x: torch.Tensor) -> torch.Tensor:
+        return (x.view(torch.int32) & -8192).view(torch.float32).double()
+
+    a, b = torch.rand(2, 2**16, generator=torch.Generator().manual_seed(0))
+    upper_a, upper_b = upper_parts(a), upper_parts(b)
+    assert torch.equal(tf32(upper_a), upper_a.double())
+    found = tf32(upper_a) * tf32(b - upper_b) + tf32(a - upper_a) * tf32(upper_b) + tf32(upper_a) * tf32(upper_b)
+    error = found / (a.double() * b) - 1
+    assert error.abs().max() < 2**-21
+    assert error.mean().abs() < 2e-9, "a twelfth of float32's last digit at least"
+
+
+def test_a_split_keeps_what_is_exact_and_what_is_not_finite():
+    exact = torch.tensor([0.0, -0.0, 1.0, -3.5, 2.0**-126, 2.0**127, torch.inf, -torch.inf])
+    assert torch.equal(upper_parts(exact).view(torch.int32), exact.view(torch.int32))
+    nan = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
+    assert (nan - upper_parts(nan)).isnan().all(), "the lower part"
 
 
 def max_gradient(boxes: torch.Tensor, weights: torch.Tensor, operator: str = "align_max", dtype=torch.float32) -> torch.Tensor:

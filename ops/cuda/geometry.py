@@ -1,7 +1,7 @@
 """`ops/geometry.py` as one Triton kernel, the rule a compile-time argument: what some seventy operations of PyTorch would compute.
 
-Not a second definition: `tests/ops/test_cuda.py` holds every number to the bits of `ops/geometry.py`, and a change is made there first.
-Quotients are rounded correctly, and multiply and add are never fused.
+Not a second definition: `tests/ops/test_cuda_geometry.py` holds every number to the bits of `ops/geometry.py`, and a change is made there
+first. Quotients are rounded correctly, and multiply and add are never fused.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""What only a GPU can show; `tests/ops/test_cuda.py` runs there too, and compares the kernels with the oracle: pytest -m gpu tests/ops"""
+"""What only a GPU can show; `tests/ops/test_cuda*.py` run there too, and compare the kernels with the oracle: pytest -m gpu tests/ops"""
 
 from functools import partial
 

@@ -225,7 +225,7 @@ class DetectionData(pl.LightningDataModule):
         elif split == "train" and (missing := dataset.categories_without_objects):
             log.warning(
                 "%d of %d categories %s no training objects: %s. None of them will be found, and where val or test have some "
-                "their AP of 0 lowers the mean. Annotate some, take more training images, or choose others with data.classes",
+                "their AP of 0 lowers the mean. Annotate some, take more images for training, or choose others with data.classes",
                 len(missing), len(dataset.categories), "has" if len(missing) == 1 else "have", shorten(missing),
             )  # fmt: skip
         splits = {name: getattr(self, name) for name in ("train", "val", "test")}

@@ -212,7 +212,7 @@ class TestDataSets:
         self.data(small_set, val=held_out)
         assert [m for m in caplog.messages if "no training objects" in m] == [
             "1 of 3 categories has no training objects: brush. None of them will be found, and where val or test have some their AP of 0 "
-            "lowers the mean. Annotate some, take more training images, or choose others with data.classes"
+            "lowers the mean. Annotate some, take more images for training, or choose others with data.classes"
         ]
         small_set.change("annotations", 1, iscrowd=1)
         small_set.change("annotations", 0, iscrowd=1)

@@ -135,6 +135,18 @@ def test_an_error_in_what_is_built_comes_as_it_is():
         instantiate(composed("data=coco").data)
 
 
+def test_the_folder_of_a_sweep_is_that_of_an_experiment_on_some_data():
+    experiments = ["quantization", "half_pixel", "conventions", "learning_rate", "length", "masks"]
+    settings = {"": "embedded", ",voc_animals_small": "voc_animals"}
+    settings |= {f",{name}": name for name in ("voc_animals_frozen", "voc_animals_conv5")}
+    for experiment in experiments:
+        for setting, name in settings.items():
+            cfg = composed(f"experiment=[{experiment}{setting}]", "backbone.stride=32")
+            assert cfg.hydra.sweep.dir == f"runs/{experiment}_{name}_stride32"
+    rates = composed("experiment=[quantization_core,voc_animals_frozen,voc_animals_rates]", "backbone.stride=16")
+    assert rates.hydra.sweep.dir == "runs/learning_rate_voc_animals_frozen_stride16"
+
+
 @pytest.mark.parametrize("optim", choices("optim"))
 def test_optim(optim):
     parts = instantiate(composed(f"optim={optim}").optim)

@@ -1,8 +1,9 @@
-"""Check of the keys beside a `_target_`, before it is called."""
+"""Check of the keys beside a `_target_` and of their values, before it is called."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra._internal.utils import _locate
 from omegaconf import OmegaConf
@@ -10,16 +11,21 @@ from omegaconf import OmegaConf
 from roi_quantization.detection.common.errors import InputError
 
 SPECIAL = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")  # Hydra's own
+NUMBERS = {bool, int, float}
+LISTS = {list, tuple, Sequence, Iterable}
 
 
 def check_settings(node: Any) -> None:
     """Check that each `_target_` in a configuration is there and takes the settings beside it.
 
+    Numbers, true or false, and lists are checked where the annotation of a parameter allows nothing else.
+
     Args:
         node: of a configuration. Anything else passes.
 
     Raises:
-        InputError: a `_target_` cannot be imported or called, or has no parameter of that name; the message has the dotted key.
+        InputError: a `_target_` cannot be imported or called, has no parameter of that name, or takes no such value; the message has
+            the dotted key.
     """
     if OmegaConf.is_dict(node):
         if isinstance(node.get("_target_"), str):
@@ -45,6 +51,48 @@ def _check_keys(node: Any) -> None:
         if key not in parameters:
             given = [known for known, has_default in parameters.items() if has_default or known in keys]  # the code gives the others
             raise InputError(f"{prefix}{key}: {name} has no such setting. It has {', '.join(given) or 'none'}")
+    for key, (allowed, default) in _annotations(target).items():
+        if key not in keys or OmegaConf.is_missing(node, key):
+            continue
+        wanted = _wanted_instead(node[key], allowed)
+        if wanted and not (node[key] is None and default is None):
+            raise InputError(f"{prefix}{key}={node[key]}: expected {wanted}")
+
+
+def _annotations(target: Callable) -> dict[str, tuple[set, Any]]:
+    """Return the types that the annotation of a parameter allows, without their arguments, and its default."""
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = get_type_hints(function)
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError, NameError, AttributeError):  # builtins, and annotations that only type checkers can read
+        return {}
+    members = {key: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for key, hint in hints.items()}
+    return {
+        key: ({get_origin(member) or member for member in members[key]}, parameter.default)
+        for key, parameter in parameters.items()
+        if key in members
+    }
+
+
+def _wanted_instead(value: Any, allowed: set) -> str | None:
+    """Return what is allowed, in words, where it is numbers or lists alone and the value is something else."""
+    types = allowed - {NoneType}
+    if not types or (value is None and NoneType in allowed) or (OmegaConf.is_dict(value) and "_target_" in value):
+        return None
+    if types <= NUMBERS:
+        is_number = type(value) in (int, float) and types != {bool} and (float in types or float(value).is_integer())
+        if is_number or (type(value) is bool and bool in types):
+            return None
+        words = ["a number"] if float in types else ["a whole number"] if int in types else []
+        words += ["true or false"] if bool in types else []
+    elif types <= LISTS:
+        if OmegaConf.is_list(value):
+            return None
+        words = ["a list"]
+    else:
+        return None
+    return " or ".join(words + (["null"] if NoneType in allowed else []))
 
 
 def _find(name: str, key: str) -> Callable:

@@ -12,8 +12,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from roi_quantization.detection.common.configuration import CONFIGS, check_groups, flatten
+from roi_quantization.detection.common.configuration import CONFIGS, check_count, check_groups, flatten
 from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.instantiation import check_settings
 from roi_quantization.detection.model.lightning_module import LOGGED, LOGGED_OF_MASKS
 
 MAX_SEED = 2**32 - 1
@@ -29,6 +30,9 @@ def set_up_run(cfg: DictConfig, groups: Sequence[str] = ()) -> Path:
     own = ("backbone",) if cfg.get("head") else ()  # whose settings the head refers to
     check_groups(cfg, ("detector", "roi", *own, "data", "trainer", *groups))
     check_seeds(cfg)
+    check_settings(cfg)
+    if cfg.threads is not None:
+        check_count(cfg.threads, "threads")
     if HydraConfig.initialized():
         check_working_folder()
         check_added_keys(cfg, HydraConfig.get().overrides.task, HydraConfig.get().job.config_name)
@@ -37,7 +41,7 @@ def set_up_run(cfg: DictConfig, groups: Sequence[str] = ()) -> Path:
     silence_lightning()
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    if cfg.threads:
+    if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
         if cfg.trainer.get("strategy", "auto") != "auto":
             os.environ["OMP_NUM_THREADS"] = str(cfg.threads)  # without it Lightning shares the cores among its processes

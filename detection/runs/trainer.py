@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from roi_quantization.detection.common.errors import InputError, MissingPackageError
 from roi_quantization.detection.model.build import instantiate
@@ -30,7 +31,7 @@ def build_trainer(
     `trainer.logger=false` turns off all loggers. A progress bar among `trainer.callbacks` replaces this project's.
 
     Raises:
-        InputError: a setting that this project makes itself, or a strategy that it does not work with.
+        InputError: a setting that this project makes itself, one that Lightning does not take, or a strategy that does not work here.
     """
     if "enable_checkpointing" in cfg:
         raise InputError("trainer.enable_checkpointing: the scripts decide this. Remove it, and see `checkpoint` in configs/train.yaml")
@@ -44,13 +45,14 @@ def build_trainer(
     with open_dict(own):
         for key in MERGED:
             own.pop(key, None)
-    trainer = instantiate(
-        own,
-        callbacks=callbacks,
-        plugins=[*plugins, *cluster_plugins(), *given["plugins"]],
-        logger=False if cfg.get("logger") is False else [*loggers, *given["logger"]],
-        **options,
-    )
+    options |= {"callbacks": callbacks, "plugins": [*plugins, *cluster_plugins(), *given["plugins"]]}
+    options["logger"] = False if cfg.get("logger") is False else [*loggers, *given["logger"]]
+    try:
+        trainer = instantiate(own, **options)
+    except InputError:
+        raise
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise InputError(f"Lightning does not take these settings of trainer: {error}") from error
     check_strategy(trainer)
     return trainer
 

@@ -1,6 +1,8 @@
 """Operators by name. Detectors are built in test_train_and_eval."""
 
+import re
 import shutil
+from collections.abc import Sequence
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -58,8 +60,9 @@ def test_a_wrong_setting_of_an_operator_is_an_input_error_before_training():
         ("data", "data.val=val", r"^data\.val=val: expected {images: <folder>, annotations: <json>}, or null"),
         ("data", "data.batch_size=0", r"^data\.batch_size=0: expected a whole number from 1 on"),
         ("data", "data.num_workers=-1", r"^data\.num_workers=-1: expected a whole number from 0 on"),
-        ("data", "proposals.scales=3", r"^scales=3, .*: expected two lists and a number, all positive"),
-        ("data", "proposals.most=a", r"^most=a: expected a whole number"),
+        ("data", "proposals.scales=3", r"^proposals\.scales=3: expected a list$"),
+        ("data", "proposals.scales=[a]", r"^scales=\['a'\], .*: expected two lists and a number, all positive"),
+        ("data", "proposals.most=a", r"^proposals\.most=a: expected a whole number$"),
         ("trainer", "+trainer.max_step=3", r"^trainer\.max_step: pytorch_lightning\.Trainer has no such setting\. It has .*max_steps"),
         ("optim", "+optim.groups.wd=3", r"^optim\.groups\.wd: .* It has lr, weight_decay, bias_lr_factor, "),
         ("head", "+head.rois=3", r"^head\.rois: .*FastRCNNHeads has no such setting\. It has .*rois_per_image"),
@@ -83,14 +86,58 @@ def test_a_setting_that_is_not_there_is_named_with_those_that_are(part, override
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("backbone.width=a", "^backbone: one of its settings has the wrong type: .*str"),
-        ("head.background_iou=0.5", "^head: one of its settings has the wrong type: cannot unpack .*float"),
-        ("head.box_head.dropout=a", "^head: one of its settings has the wrong type: .*str"),
+        ("backbone.width=a", r"^backbone\.width=a: expected a number$"),
+        ("head.background_iou=0.5", r"^head\.background_iou=0\.5: expected a list$"),
+        ("head.background_iou=[0.1,a]", "^head: one of its settings has the wrong type: .*str"),
+        ("head.box_head.dropout=a", r"^head\.box_head\.dropout=a: expected a number$"),
+        ("head.append_ground_truth=yes", r"^head\.append_ground_truth=yes: expected true or false$"),
     ],
 )
 def test_a_setting_of_the_wrong_type_is_an_input_error(override, message):
     with pytest.raises(InputError, match=message):
         build_detector(composed("train", *SMALL, override), num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ({"count": 2.5}, "a whole number"),
+        ({"count": True}, "a whole number"),
+        ({"count": None}, "a whole number"),
+        ({"count": 2.0}, None),
+        ({"count": {"_target_": "builtins.int"}}, None),
+        ({"count": {"a": 3}}, "a whole number"),
+        ({"share": "a"}, "a number or true or false or null"),
+        ({"share": [0.5]}, "a number or true or false or null"),
+        ({"share": None}, None),
+        ({"share": False}, None),
+        ({"old": None}, None),
+        ({"names": "abc"}, "a list or null"),
+        ({"names": 3}, "a list or null"),
+        ({"names": ["abc"]}, None),
+        ({"either": "abc"}, None),
+        ({"anything": [3]}, None),
+    ],
+)
+def test_a_value_is_one_that_the_annotation_allows(setting, wanted):
+    node = OmegaConf.create({"part": {"_target_": "tests.detection.model.test_build.takes", **setting}})
+    if wanted is None:
+        instantiate(node)
+    else:
+        ((key, value),) = setting.items()
+        with pytest.raises(InputError, match=re.escape(f"part.{key}={value}: expected {wanted}")):
+            instantiate(node)
+
+
+def takes(
+    count: int = 1,
+    share: float | bool | None = 0.5,
+    old: int = None,  # noqa: RUF013 - as older code is annotated
+    names: Sequence[str] | None = None,
+    either: int | str = 3,
+    anything=None,
+):
+    return count, share, old, names, either, anything
 
 
 def test_any_setting_goes_where_the_target_takes_any():

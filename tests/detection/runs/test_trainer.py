@@ -74,6 +74,10 @@ def test_a_training_without_a_logger_has_none():
         (["+trainer.strategy=ddp_spawn", "trainer.devices=2"], r"trainer\.strategy: spawn is not supported\. Use strategy=ddp"),
         (["+trainer.strategy=ddp_notebook", "trainer.devices=2"], r"trainer\.strategy: fork is not supported"),
         (["+trainer.enable_checkpointing=false"], r"trainer\.enable_checkpointing: the scripts decide this"),
+        (["trainer.devices=a"], r"Lightning does not take these settings of trainer: .*devices"),
+        (["trainer.precision=half"], r"Lightning does not take these settings of trainer: Precision 'half' is invalid"),
+        (["trainer.max_steps=-7"], r"Lightning does not take these settings of trainer: `max_steps`"),
+        (["+trainer.steps=3"], r"^trainer\.steps: pytorch_lightning\.Trainer has no such setting"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_by_name(trainer_of, overrides, message):

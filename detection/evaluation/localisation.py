@@ -25,7 +25,6 @@ class Localisation:
 
     Attributes:
         image_id, category_id, score: `[N]`.
-        object_id: `[N]`, index of the object among those of all evaluated images. An object has the same one in every run.
         truth: the object's box.
         detection: the box after regression.
         proposal: the box before regression, which is the RoI. None where the results lack it.
@@ -35,7 +34,6 @@ class Localisation:
     image_id: np.ndarray
     category_id: np.ndarray
     score: np.ndarray
-    object_id: np.ndarray
     truth: np.ndarray
     detection: np.ndarray
     proposal: np.ndarray | None
@@ -113,7 +111,6 @@ def localisation(coco_gt: COCO, results: Sequence[Mapping], image_ids: Sequence[
         image_id=np.array([d["image_id"] for d, _ in pairs], dtype=np.int64),
         category_id=np.array([d["category_id"] for d, _ in pairs], dtype=np.int64),
         score=np.array([d["score"] for d, _ in pairs], dtype=np.float64),
-        object_id=np.array([t["id"] for _, t in pairs], dtype=np.int64),
         truth=_boxes([t["bbox"] for _, t in pairs]),
         detection=_boxes([d["bbox"] for d, _ in pairs]),
         proposal=_boxes([d["proposal"] for d, _ in pairs]) if with_proposal else None,

@@ -81,7 +81,7 @@ def match(
         A COCOeval whose `cocoGt` and `cocoDt` are copies with ids from 1.
 
     Raises:
-        ValueError: a result or an image that `coco_gt` does not have, or a number that is not finite.
+        ValueError: a result or an image that `coco_gt` does not have, a number that is not finite, or a result without the mask.
     """
     if max_detections < 1:
         raise InputError(f"max_detections must be at least 1, got {max_detections}")
@@ -164,6 +164,9 @@ def _ground_truth(coco_gt: COCO, image_ids: Sequence[int], masks: bool) -> COCO:
 def _detections(ground_truth: COCO, results: Sequence[Mapping], masks: bool) -> COCO:
     """Do as `COCO.loadRes`, for an empty list as well, and without modifying the results. The size of a mask is its own, not its box's."""
     kept = [result for result in results if result["image_id"] in ground_truth.imgs]
+    without_mask = next((result for result in kept if masks and "segmentation" not in result), None)
+    if without_mask is not None:
+        raise InputError(f"a result of image {without_mask['image_id']} has no segmentation, and masks are evaluated")
     areas = [coco_mask.area(result["segmentation"]) if masks else result["bbox"][2] * result["bbox"][3] for result in kept]
     annotations = [
         {**result, "id": number, "area": float(area), "iscrowd": 0}

@@ -142,10 +142,13 @@ class Findings:
         return self._match(masks=True)
 
     def _match(self, masks: bool) -> dict[Path, MatchedDetections]:
-        truth, limit = self.sweep.annotations, self.protocol.max_detections
-        return {
-            run.folder: MatchedDetections(truth, run.results(), self.image_ids, limit, self.protocol, masks) for run in self.sweep.finished
-        }
+        truth, limit, matched = self.sweep.annotations, self.protocol.max_detections, {}
+        for run in self.sweep.finished:
+            try:
+                matched[run.folder] = MatchedDetections(truth, run.results(), self.image_ids, limit, self.protocol, masks)
+            except InputError as error:
+                raise InputError(f"{run.folder / 'results.json'}: {error}") from error
+        return matched
 
     @cached_property
     def image_ids(self) -> list[int]:

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from roi_quantization import ops
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.report import write_report
 from roi_quantization.detection.report.figures import make_figures
 from roi_quantization.detection.report.findings import Findings
@@ -51,6 +52,16 @@ def test_masks_have_a_table(tmp_path, undrawn, seeds):
     assert float(masks["pool"]["segm_AP90"]) < float(masks["pool"]["segm_AP75"])
     assert float(masks["pool"]["segm_AP75 - align low"]) < float(masks["pool"]["segm_AP75 - align"]), "an interval"
     assert "## Accuracy of the masks" in (folder / "report/report.md").read_text()
+
+
+def test_results_without_masks_in_a_sweep_with_masks_are_named(tmp_path, undrawn):
+    folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "pool": 7.5}, seeds=(0,), images=10, masks=True)
+    path = folder / "pool_seed0" / "results.json"
+    results = json.loads(path.read_text())
+    del results[3]["segmentation"]
+    path.write_text(json.dumps(results))
+    with pytest.raises(InputError, match=r"pool_seed0/results\.json: a result of image \d+ has no segmentation, and masks are evaluated"):
+        write_report(folder)
 
 
 def test_a_run_from_elsewhere_calls_nothing(tmp_path, caplog, undrawn):

@@ -20,6 +20,7 @@ from roi_quantization.detection.alignment.misalignment import Operator, is_suppo
 from roi_quantization.detection.common.config_sources import choices
 from roi_quantization.detection.common.configuration import (
     CONFIGS,
+    check_count,
     check_groups,
     differences,
     evaluated_split,
@@ -51,6 +52,8 @@ def predict_cost(cfg: DictConfig) -> tuple[Ceilings, Predictions]:
         The ceilings by stride and operator, and the predictions likewise, which are empty without results.
     """
     check_groups(cfg, ("data", "proposals"))
+    check_count(cfg.output_size, "output_size")
+    check_count(cfg.resamples, "resamples", least=2)
     strides, sides = check_strides(cfg.backbone.stride), resize_sides(cfg.data.get("eval_transform"))
     operators = load_operators([cfg.reference, *(name for name in cfg.operators if name != cfg.reference)])
     if cfg.reference not in operators:

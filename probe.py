@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from roi_quantization.detection.common.configuration import CONFIGS, check_groups
+from roi_quantization.detection.common.configuration import CONFIGS, check_count, check_groups
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.model.build import instantiate, read_operator
@@ -31,8 +31,8 @@ def probe_operators(cfg: DictConfig) -> Probe:
     """Print how well boxes are regressed from the features of each of `cfg.operators`."""
     check_groups(cfg, ("data", "proposals", "backbone"))
     for knob in ("rois_per_object", "channels", "output_size"):
-        if not (isinstance(cfg[knob], int) and cfg[knob] > 0):
-            raise InputError(f"{knob}={cfg[knob]}: expected a whole number above 0")
+        check_count(cfg[knob], knob)
+    check_count(cfg.resamples, "resamples", least=2)
     names = list(dict.fromkeys([cfg.reference, *cfg.operators]))
     operators = {name: instantiate(read_operator(name)) for name in names}
     dataset = load_split(cfg)

@@ -103,6 +103,8 @@ def test_an_operator_of_ones_own_is_left_out(composed, monkeypatch, capsys):
         ("backbone.stride=0", "backbone.stride=0: expected a whole number of pixels above 0"),
         ("backbone.stride=12.5", "backbone.stride=12.5: expected a whole number"),
         ("backbone.stride=[]", r"backbone.stride=\[\]: expected a whole number"),
+        ("output_size=a", "output_size=a: expected a whole number from 1 on"),
+        ("resamples=0", "resamples=0: expected a whole number from 2 on"),
         ("split=train", "split=train: expected test or val"),
         (
             "data.eval_transform._target_=torchvision.transforms.v2.Identity",

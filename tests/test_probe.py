@@ -39,8 +39,8 @@ def test_from_images_to_the_table(data, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rois_per_object=0", "rois_per_object=0: expected a whole number above 0"),
-        ("channels=none", "channels=none: expected a whole number above 0"),
+        ("rois_per_object=0", "rois_per_object=0: expected a whole number from 1 on"),
+        ("channels=none", "channels=none: expected a whole number from 1 on"),
         ("data.subset=3", "3 images have a proposal that overlaps an object by IoU 0.5, the probe needs 5"),
         ("proposals.scales=[0.02]", "No proposal overlaps an object by IoU 0.5"),
         ("operators=[rol]", "there is no operator rol"),

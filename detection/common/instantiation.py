@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from roi_quantization.detection.common.errors import InputError
 
 SPECIAL = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")  # Hydra's own
+ANNOTATED = ("roi_quantization.", "pytorch_lightning.")
 NUMBERS = {bool, int, float}
 LISTS = {list, tuple, Sequence, Iterable}
 
@@ -18,7 +19,8 @@ LISTS = {list, tuple, Sequence, Iterable}
 def check_settings(node: Any) -> None:
     """Check that each `_target_` in a configuration is there and takes the settings beside it.
 
-    Numbers, true or false, and lists are checked where the annotation of a parameter allows nothing else.
+    Of this project and of Lightning numbers, true or false, and lists are checked as well, where the annotation of a parameter allows
+    nothing else. Annotations of others may say less than their code takes.
 
     Args:
         node: of a configuration. Anything else passes.
@@ -40,9 +42,8 @@ def check_settings(node: Any) -> None:
 
 
 def _check_keys(node: Any) -> None:
-    name, prefix = node["_target_"], node._get_full_key(None)
-    prefix = f"{prefix}." if prefix else ""
-    target = _find(name, f"{prefix}_target_")
+    name = node["_target_"]
+    target = _find(name, node._get_full_key("_target_"))
     parameters = named_parameters(target)
     if parameters is None:
         return
@@ -50,22 +51,21 @@ def _check_keys(node: Any) -> None:
     for key in keys:
         if key not in parameters:
             given = [known for known, has_default in parameters.items() if has_default or known in keys]  # the code gives the others
-            raise InputError(f"{prefix}{key}: {name} has no such setting. It has {', '.join(given) or 'none'}")
-    for key, (allowed, default) in _annotations(target).items():
+            raise InputError(f"{node._get_full_key(key)}: {name} has no such setting. It has {', '.join(given) or 'none'}")
+    for key, (allowed, default) in _annotations(target).items() if name.startswith(ANNOTATED) else ():
         if key not in keys or OmegaConf.is_missing(node, key):
             continue
         wanted = _wanted_instead(node[key], allowed)
         if wanted and not (node[key] is None and default is None):
-            raise InputError(f"{prefix}{key}={node[key]}: expected {wanted}")
+            raise InputError(f"{node._get_full_key(key)}={node[key]}: expected {wanted}")
 
 
 def _annotations(target: Callable) -> dict[str, tuple[set, Any]]:
     """Return the types that the annotation of a parameter allows, without their arguments, and its default."""
     function = target.__init__ if inspect.isclass(target) else target
     try:
-        hints = get_type_hints(function)
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError, NameError, AttributeError):  # builtins, and annotations that only type checkers can read
+        hints, parameters = get_type_hints(function), inspect.signature(function).parameters
+    except NameError:  # of a type that is imported for type checkers alone
         return {}
     members = {key: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for key, hint in hints.items()}
     return {
@@ -82,7 +82,7 @@ def _wanted_instead(value: Any, allowed: set) -> str | None:
         return None
     if types <= NUMBERS:
         is_number = type(value) in (int, float) and types != {bool} and (float in types or float(value).is_integer())
-        if is_number or (type(value) is bool and bool in types):
+        if is_number or (bool in types and value in (False, True)):
             return None
         words = ["a number"] if float in types else ["a whole number"] if int in types else []
         words += ["true or false"] if bool in types else []

@@ -133,30 +133,23 @@ def estimate_over_seeds(values: Mapping[str, Mapping[int, float]], combination: 
     return Estimate(estimate.value, estimate.low, estimate.high, estimate.standard_error, math.nan, estimate.n)
 
 
-def estimate_over_seeds_and_images(seeds: Estimate, images: Estimate, confidence: float = 0.95) -> Estimate:
+def estimate_over_seeds_and_images(seeds: Estimate, images: Estimate) -> Estimate:
     """Combine the intervals over seeds and over images of the same number into one for new trainings *and* new images.
 
-    The variances add up, and Student's t has the degrees of freedom of their sum (Satterthwaite, "An approximate distribution of
-    estimates of variance components", 1946). What varies with a training and an image together is counted in both, so the
-    interval is rather too wide than too narrow.
+    The distances of the two ends from the value are added as squares (Zou and Donner, "Construction of confidence limits about effect
+    measures", Statistics in Medicine 27, 2008), so that it is at least as wide as either. What varies with a training and an image
+    together is counted in both.
 
     Args:
         seeds: by `estimate_over_seeds`.
-        images: by `bootstrap_over_images`, of the mean over the same seeds.
-        confidence: level of the interval.
+        images: by `bootstrap_over_images`, of the mean over the same seeds and at the same level.
 
     Returns:
-        The estimate, with the p-value of the t-test against 0 and the number of seeds. NaN where there is a single seed.
+        The estimate, with the number of seeds and without a p-value. Without an interval where one has none, as of a single seed.
     """
-    parts = [(one.standard_error**2, one.n - 1) for one in (seeds, images)]
-    variance = math.fsum(part for part, _ in parts)
-    if math.isnan(variance) or variance == 0:
-        return Estimate(seeds.value, n=seeds.n)
-    freedom = variance**2 / math.fsum(part**2 / n for part, n in parts if part)
-    error = math.sqrt(variance)
-    low, high = stats.t.interval(confidence, freedom, seeds.value, error)
-    p_value = 2 * stats.t.sf(abs(seeds.value) / error, freedom)
-    return Estimate(seeds.value, float(low), float(high), error, float(p_value), seeds.n)
+    value = seeds.value
+    low, high = (value - math.hypot(value - seeds.low, value - images.low), value + math.hypot(seeds.high - value, images.high - value))
+    return Estimate(value, low, high, math.hypot(seeds.standard_error, images.standard_error), n=seeds.n)
 
 
 def is_comparison(combination: Combination) -> bool:
@@ -168,10 +161,10 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Correct p-values for their number by Holm's step-down method (1979), which controls the family-wise error rate.
 
     The smallest of m values is multiplied by m, the next by m - 1, and so on. Values never fall in this order and end at 1. A
-    NaN stays NaN and does not count.
+    NaN, of a comparison that has no p-value, stays NaN and is one of the m: it may have been looked at as well.
     """
     corrected, highest = dict(p_values), 0.0
     known = sorted((p, name) for name, p in p_values.items() if not math.isnan(p))
     for rank, (p, name) in enumerate(known):
-        highest = corrected[name] = max(highest, min(1.0, (len(known) - rank) * p))
+        highest = corrected[name] = max(highest, min(1.0, (len(p_values) - rank) * p))
     return corrected

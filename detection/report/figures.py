@@ -1,6 +1,6 @@
 """The report's figures. Each function returns one, or None where the sweep lacks its data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 
@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from roi_quantization.detection.evaluation.localisation import Localisation
 from roi_quantization.detection.evaluation.protocol import COCO_AREAS
 from roi_quantization.detection.evaluation.statistics import Estimate, TwoByTwo
 from roi_quantization.detection.report.findings import METRIC, Findings
@@ -73,7 +74,7 @@ def plot_differences(findings: Findings) -> ReportFigure | None:
         return figure
 
     caption = f"Difference of each operator to {findings.reference}, paired, with its 95 % interval over {findings.varies_over}. "
-    caption += "Where the interval excludes 0, a difference is shown."
+    caption += "An interval that excludes 0 shows a difference, if it is the only one looked at: the table has p corrected for all."
     return ReportFigure("differences", f"Difference to {findings.reference}", caption, draw)
 
 
@@ -144,7 +145,7 @@ def plot_thresholds(findings: Findings) -> ReportFigure:
 
 
 def plot_localisation(findings: Findings) -> ReportFigure | None:
-    arms = [arm for arm in findings.arms if any(len(one) and one.proposal is not None for one in findings.localisations(arm))]
+    arms = [arm for arm in findings.arms if _has_proposals(findings.localisations(arm))]
     if not arms:
         return None
 
@@ -182,6 +183,11 @@ def plot_localisation(findings: Findings) -> ReportFigure | None:
     caption = "Detections matched at IoU 0.5: median and interquartile range, before and after box regression, all seeds. "
     caption += "An operator that finds fewer objects is shown on the easier ones: the table has the share found."
     return ReportFigure("localisation", "Localisation errors", caption, draw)
+
+
+def _has_proposals(several: Sequence[Localisation]) -> bool:
+    found = [one for one in several if len(one)]
+    return bool(found) and all(one.proposal is not None for one in found)
 
 
 def _ious(findings: Findings, arm: str) -> tuple[np.ndarray, np.ndarray]:

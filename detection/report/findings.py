@@ -1,6 +1,7 @@
 """The numbers of a sweep's report, computed once: metrics, differences, costs, localisation, sizes, misalignment."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -281,6 +282,8 @@ class Findings:
             return {}
         evaluation = partial(evaluate, self.sweep.annotations, max_detections=self.protocol.max_detections, protocol=self.protocol)
         own = {run.folder: evaluation(results=results[run.folder], image_ids=self.image_ids).stats for run in runs}
+        if any(math.isnan(stats[METRIC]) for stats in own.values()):  # no objects
+            return {}
         found: dict[str, dict[str, float]] = {}
         for arm in tqdm(self.differences[METRIC], desc="predicting", unit="operator", leave=False):
             if arm not in self.operators:

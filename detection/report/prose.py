@@ -59,6 +59,9 @@ def cost_breakdown(findings: Findings) -> str:
     costs = findings.costs[METRIC]
     projection, bins, both = (costs[key].text() for key in ("projection", "bins", "both"))
     brackets = " (95 % intervals in brackets)" if costs["both"].has_interval else ""
+    seeds = costs["both"].n
+    if findings.varies_over == "seeds" and seeds < len(findings.seeds):
+        brackets += f", of the {'one seed' if seeds == 1 else f'{seeds} seeds'} of {len(findings.seeds)} that all four operators have"
     start = "With all else equal, rounding" if findings.is_controlled else "Rounding"
     return (
         f"{start} the RoI alone costs {projection} points of {METRIC}, quantizing its bins alone {bins}, and both "
@@ -77,17 +80,16 @@ def evidence(findings: Findings, arm: str, chosen_of: int = 1) -> str:
     Args:
         findings: of the sweep.
         arm: whose difference to the reference is meant.
-        chosen_of: number of arms of which it was chosen for its difference, for which p is corrected.
+        chosen_of: number of arms of which it was chosen for its difference. p is then corrected for all of them.
     """
     estimate = findings.differences[METRIC][arm]
     parts = []
     if estimate.has_interval:
         parts.append("95 % interval {:.1f} to {:.1f}".format(*_ends(estimate)))
-    parts.append(
-        f"{estimate.n} seed{'s' * (estimate.n != 1)}, paired"
-        if findings.varies_over == "seeds"
-        else f"one seed, {estimate.n} images resampled"
-    )
+    if findings.varies_over == "seeds":
+        parts.append(f"{estimate.n} seed{'s' * (estimate.n != 1)}, paired")
+    else:
+        parts.append(f"one seed, {estimate.n} images resampled" if estimate.has_interval else "one seed, one image")
     if chosen_of > 1:
         parts.append(f"the largest of {chosen_of} differences")
     p_value = estimate.p_value if chosen_of == 1 else findings.corrected_p_values[METRIC][arm]

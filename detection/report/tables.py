@@ -113,6 +113,9 @@ def main_table(findings: Findings) -> Table:
     first, *others = (Column(metric, format_estimate()) for metric in METRICS)
     apart = Column(f"{METRIC} - {findings.reference}", format_estimate(signed=True))
     numbers = (first, apart, *(Column(name, format_p_value) for name in ("p", "p, Holm") if of_p), *others)
+    fewer = {arm: change.n for arm, change in changes.items() if findings.varies_over == "seeds" and change.n < len(findings.runs(arm))}
+    if fewer:
+        paired += " Of fewer seeds, those of both operators: " + ", ".join(f"{arm} {n}" for arm, n in fewer.items()) + "."
     return Table(
         "main",
         "Accuracy of every operator",
@@ -161,9 +164,9 @@ def differences_table(findings: Findings) -> Table:
 
 def _describe_p_values(*corrected: Mapping[str, float]) -> str:
     """Say what p and Holm's p are, and for how many comparisons a group was corrected. Empty where there are none, as of one seed."""
-    counts = sorted({sum(not math.isnan(p) for p in group.values()) for group in corrected})
-    if counts in ([], [0]):
+    if all(math.isnan(p) for group in corrected for p in group.values()):
         return ""
+    counts = sorted({len(group) for group in corrected})
     number = " or ".join(map(str, counts))
     return f" p is two-sided and of one comparison. Holm's p is corrected for {number} comparison{'s' * (counts[-1] > 1)}."
 
@@ -174,9 +177,9 @@ def images_table(findings: Findings) -> Table | None:
         return None
     changes, over_seeds = findings.differences_over_images, findings.differences[METRIC]
     both = {arm: estimate_over_seeds_and_images(over_seeds[arm], change) for arm, change in changes[METRIC].items()}
-    rows = [(arm, *(changes[metric][arm] for metric in METRICS), both[arm], both[arm].p_value) for arm in both]
+    rows = [(arm, *(changes[metric][arm] for metric in METRICS), both[arm]) for arm in both]
     columns = [Column("operator"), *(Column(metric, format_estimate(signed=True)) for metric in METRICS)]
-    columns += [Column(f"{METRIC}, new seeds and images", format_estimate(signed=True)), Column("p", format_p_value)]
+    columns += [Column(f"{METRIC}, new seeds and images", format_estimate(signed=True))]
     return Table(
         "images",
         f"Paired differences to {findings.reference}, with intervals over images",
@@ -185,8 +188,7 @@ def images_table(findings: Findings) -> Table | None:
         f"Points of AP, mean over the same runs. In brackets the 95 % interval over the {len(findings.image_ids)} images, "
         "by a bootstrap that resamples all operators and seeds together: how the difference of these trained weights varies with the "
         "images. The intervals above are over seeds: how it varies from one training to the next on the same images. The last is over "
-        "both: their variances are added, so that it speaks of new trainings on new images. p is of it, two-sided and not corrected for "
-        "the number of comparisons.",
+        "both, of new trainings on new images: the distances of its ends are the roots of the sums of the squares of theirs.",
     )
 
 
@@ -208,9 +210,8 @@ def costs_table(findings: Findings) -> Table | None:
         tuple(columns),
         tuple(rows),
         "Points lost to {exact, rounded RoI} x {exact, whole-cell bins} with max pooling and without + 1: align_max, warp_max, pool_bins, "
-        "pool_exclusive. A negative interaction means that the second quantization costs less after the first."
-        + " p is two-sided and not corrected for the number of comparisons."
-        * has_p,
+        "pool_exclusive. Whole-cell bins make a RoI of less than a cell one cell, exact bins do not. A negative interaction means that the "
+        "second quantization costs less after the first." + " p is two-sided and not corrected for the number of comparisons." * has_p,
     )
 
 
@@ -220,7 +221,7 @@ def localisation_table(findings: Findings) -> Table | None:
     for arm in findings.arms:
         of_seeds = findings.localisations(arm)
         summaries = [one.summary() for one in of_seeds if len(one)]
-        if not summaries or "before" not in summaries[0]:
+        if not summaries or not all("before" in summary for summary in summaries):
             continue
         recall = 100 * np.mean([len(one) / max(one.objects, 1) for one in of_seeds])
         numbers = [

@@ -114,7 +114,9 @@ def _problems(sweep: Sweep, findings: Findings, reference: str) -> list[str]:
     problems += [f"{arm}: {differ}, so that its runs are not of one setting." for arm, differ in sweep.differing_seeds.items()]
     problems += findings.protocol.deviations
     if findings.varies_over == "images":
-        problems.append("There is one seed. Intervals are over images and do not include the variation between trainings.")
+        alone = len(findings.image_ids) < 2
+        over_images = "Intervals are over images and do not include the variation between trainings."
+        problems.append(f"There is one seed. {'With one image there are no intervals.' if alone else over_images}")
     return problems
 
 

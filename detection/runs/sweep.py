@@ -237,7 +237,7 @@ def planned_runs(config: DictConfig) -> dict[Path, dict]:
         config: of the sweep, with `hydra`, as Hydra's callbacks get it.
 
     Raises:
-        InputError: two runs would fill the same folder.
+        InputError: two runs would fill the same folder, or an `arm` is no name of a folder.
     """
     loader = GlobalHydra.instance().config_loader()
     overrides = OverridesParser.create(loader).parse_overrides(sweep_lines(config))
@@ -250,6 +250,8 @@ def planned_runs(config: DictConfig) -> dict[Path, dict]:
             cfg.run_dir = str(run_dir)
             del cfg["hydra"]
             run = OmegaConf.to_container(cfg, resolve=True)
+        if "/" in str(run.get("arm")) or os.sep in str(run.get("arm")):
+            raise InputError(f"arm={run['arm']} is a part of the name of a folder. Write another character in the place of {os.sep}")
         if run_dir in runs:
             differ = shorten(differences(runs[run_dir], run)) or "they are the same"
             raise InputError(

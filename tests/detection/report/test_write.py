@@ -64,6 +64,55 @@ def test_results_without_masks_in_a_sweep_with_masks_are_named(tmp_path, undrawn
         write_report(folder)
 
 
+def test_numbers_of_fewer_seeds_say_so(tmp_path, undrawn):
+    missing = ["warp_max_seed2", "pool_bins_seed2", "pool_exclusive_seed0"]
+    arms = {"align": 3.0, "align_max": 3.2, "warp_max": 9.0, "pool_bins": 4.6, "pool_exclusive": 6.0}
+    folder = write_fake_sweep(tmp_path / "made_up", arms=arms, missing=[*missing, "align_seed2"], images=10)
+    write_report(folder)
+    report = text(folder, "report.md")
+    assert "of the one seed of 3 that all four operators have" in report
+    assert "Of fewer seeds, those of both operators: align_max 2, pool_exclusive 1." in report
+    assert "corrected for 4 comparisons" in report, "pool_exclusive has no p, and could have been the one that differs most"
+    assert "the largest of 4 differences" in report and "with Holm's correction" in report
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_images_without_objects_have_a_report(tmp_path, seeds):
+    folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "pool": 7.5}, seeds=seeds, images=3)
+    path = tmp_path / "made_up_data" / "annotations" / "instances_test.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    for run in folder.glob("*_seed*"):
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics["stats"] = dict.fromkeys(metrics["stats"])
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    write_report(folder)
+    assert table(folder, "main")["pool"]["AP"] == ""
+
+
+def test_one_run_without_proposals_leaves_the_operator_out_of_the_localisation(tmp_path, undrawn):
+    folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "pool": 7.5}, seeds=(0, 1), images=10)
+    path = folder / "pool_seed1" / "results.json"
+    path.write_text(json.dumps([{key: value for key, value in one.items() if key != "proposal"} for one in json.loads(path.read_text())]))
+    write_report(folder)
+    assert list(table(folder, "localisation")) == ["align"]
+
+
+def test_one_image_and_one_seed_have_no_interval(tmp_path, undrawn):
+    folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "pool": 20.0}, seeds=(0,), images=1)
+    write_report(folder)
+    assert "(one seed, one image)" in text(folder, "report.md") and "With one image there are no intervals" in text(folder, "report.md")
+
+
+def test_a_bar_in_a_name_does_not_divide_a_cell(tmp_path, undrawn):
+    folder = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "pool": 7.5}, seeds=(0,), images=10)
+    config = OmegaConf.load(folder / "pool_seed0" / "config.yaml")
+    config.arm = "a|b"
+    OmegaConf.save(config, folder / "pool_seed0" / "config.yaml")
+    (folder / "pool_seed0").rename(folder / "a|b_seed0")
+    write_report(folder)
+    assert re.search(r"^\| a\\\|b \|", (folder / "report/report.md").read_text(), re.M)
+
+
 def test_a_run_from_elsewhere_calls_nothing(tmp_path, caplog, undrawn):
     """The operator of a run is a call written in a file. Only what configurations name is called."""
     folder, trace = write_fake_sweep(tmp_path / "made_up", arms={"align": 3.0, "warp": 6.0}, seeds=(0,), images=10), tmp_path / "trace"
@@ -171,12 +220,12 @@ def test_differences_have_an_interval_over_images_as_well(sweep):
         change = {end: float(images[arm][f"AP{end}"]) for end in ("", " low", " high")}
         assert change[""] == pytest.approx(float(main[arm]["AP - align"]))
         assert change[" low"] < change[""] < change[" high"], "also where one seed is shared"
-    assert float(images["pool"]["AP, new seeds and images low"]) < float(images["pool"]["AP low"])
+    ends = float(images["pool"]["AP low"]), float(main["pool"]["AP - align low"])
+    assert float(images["pool"]["AP, new seeds and images low"]) < min(ends)
     assert images["prroi"]["AP, new seeds and images low"] == "", "one seed is shared"
     assert images["pool"]["AP n"] == "30"
     assert "see the same images, proposals and sampled RoIs. p is" in text(sweep, "report.md")
-    assert "p is of it, two-sided and not corrected for the number of comparisons" in text(sweep, "report.md")
-    assert "Holm's p is corrected for 6 comparisons." in text(sweep, "report.md"), "of 8 operators prroi and pool_floor have one seed each"
+    assert "Holm's p is corrected for 8 comparisons." in text(sweep, "report.md"), "prroi and pool_floor, of one seed each, count as well"
     assert "with intervals over images" in text(sweep, "report.md") and "with intervals over images" in text(sweep, "report.html")
 
 

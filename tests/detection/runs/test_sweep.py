@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from roi_quantization.detection.common.configuration import differences_beside_seeds
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.data_fingerprint import DataFingerprint
 from roi_quantization.detection.model.build import instantiate
@@ -112,6 +113,18 @@ def test_the_folder_of_a_backbone_of_ones_own_has_its_name(tmp_path):
     assert list(runs) == [Path("runs/quantization_embedded_stride_of_own/align_seed5")]
     for path in (ROOT / "configs/experiment").glob("*.yaml"):
         assert "${backbone.stride}" not in path.read_text(), f"{path.name} needs a backbone whose configuration has a stride"
+
+
+def test_an_arm_is_a_part_of_the_name_of_a_folder():
+    overrides = ["experiment=quantization_core", "roi=align", "seed=5", "arm=some/align"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), pytest.raises(InputError, match=r"^arm=some/align is a part of"):
+        planned_runs(GlobalHydra.instance().config_loader().load_configuration("train", overrides, RunMode.MULTIRUN))
+
+
+def test_runs_of_one_arm_may_differ_in_seeds_of_a_training_alone():
+    before = {"seed": 0, "head": {"seed": 0}, "data": {"seed": 0, "subset_seed": 0, "source": {"seed": 0}}}
+    now = {"seed": 1, "head": {"seed": 1}, "data": {"seed": 1, "subset_seed": 1, "source": {"seed": 1}}}
+    assert differences_beside_seeds(before, now) == ["data.subset_seed was 0 and is 1", "data.source.seed was 0 and is 1"]
 
 
 def test_runs_that_would_share_a_folder_are_refused(tmp_path):

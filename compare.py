@@ -231,8 +231,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--max-detections {parsed.max_detections}: expected at least 1")
     if not 0 < parsed.confidence < 1:
         parser.error(f"--confidence {parsed.confidence:g}: expected a number between 0 and 1, such as 0.95")
-    if parsed.resamples < 1:
-        parser.error(f"--resamples {parsed.resamples}: expected at least 1")
+    if parsed.resamples < 2:
+        parser.error(f"--resamples {parsed.resamples}: expected at least 2")
     return parsed
 
 

@@ -41,7 +41,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         The metrics: `test/AP`, `test/AP50`, ... in percent, with the name of the split.
 
     Raises:
-        InputError: the folder has a training or a prediction, or another process is running there.
+        InputError: the folder has a training or a prediction, or another process is running there; or the configuration is of another
+            program.
     """
     cfg.run_dir = path_setting(cfg.run_dir, "run_dir")
     with exclusive_run_folder(cfg.run_dir):
@@ -49,6 +50,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 
 def _evaluate(cfg: DictConfig) -> dict[str, float]:
+    if "split" not in cfg:
+        raise InputError("this is a configuration of another program: it has no `split`. Compose one with compose('eval', [...], ckpt=...)")
     check_run_folder(cfg.run_dir, "eval.py")
     cfg.split = cfg.split or evaluated_split(cfg.data)
     if cfg.split not in ("test", "val", "train"):

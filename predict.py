@@ -38,7 +38,7 @@ def predict(cfg: DictConfig) -> list[dict]:
     An earlier prediction in this folder is replaced, once nothing is missing to begin this one.
 
     Raises:
-        InputError: the folder has a training or an evaluation, or another process is running there.
+        InputError: the folder has a training or an evaluation, or another process is running there; or a setting is wrong.
     """
     if cfg.image is None:
         raise InputError("no picture is given. Set image=<picture or folder of pictures>")
@@ -55,6 +55,8 @@ def _predict(cfg: DictConfig) -> list[dict]:
     drawn = Path(cfg.run_dir, "pictures").resolve()
     if any(path.parent.resolve().is_relative_to(drawn) for path in paths):
         raise InputError(f"image={image} contains {drawn}, where this run draws. Choose another folder with run_dir=runs/<name>")
+    if not 0 <= cfg.score_threshold <= 1:
+        raise InputError(f"score_threshold={cfg.score_threshold}: expected a number from 0 to 1")
     records, bad = read_images(paths, bar)
     if not records:
         raise InputError(f"image={image}: none of {len(paths)} pictures can be read; {paths[0].name}: {bad[paths[0]]}")

@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from roi_quantization.detection.common.configuration import CONFIGS, check_groups, evaluated_split
+from roi_quantization.detection.common.configuration import CONFIGS, check_count, check_groups, evaluated_split
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.proposals.recall import format_recall, recall_table
 from roi_quantization.detection.model.build import instantiate
@@ -30,6 +30,8 @@ def print_recall(cfg: DictConfig) -> list[dict]:
     cfg.split = cfg.split or evaluated_split(cfg.data)
     if cfg.split not in ("train", "val", "test"):
         raise InputError(f"split={cfg.split}: expected train, val or test")
+    for count in cfg.windows:
+        check_count(count, "windows")
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup({"train": "fit", "val": "validate", "test": "test"}[cfg.split])

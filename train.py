@@ -26,7 +26,7 @@ from roi_quantization.detection.runs.interruption import GracefulStop, Terminate
 from roi_quantization.detection.runs.last_validation import ValidateAtEnd
 from roi_quantization.detection.runs.lock import exclusive_run_folder
 from roi_quantization.detection.runs.results import draw_curves, report, report_cross
-from roi_quantization.detection.runs.resume import checkpoint_to_resume
+from roi_quantization.detection.runs.resume import check_fits, checkpoint_to_resume
 from roi_quantization.detection.runs.run_folder import check_run_folder, replace_results, write_config
 from roi_quantization.detection.runs.setup import check_metric, set_up_run
 from roi_quantization.detection.runs.sweep import run_in_sweep
@@ -49,6 +49,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Returns:
         The metrics by name: `cfg.optimized_metric` of the best checkpoint, and `test/AP`, `test/AP50`, ... in percent.
+
+    Raises:
+        InputError: the configuration is of another program; or a setting or a file is wrong, and the message names it.
     """
     cfg.run_dir = path_setting(cfg.run_dir, "run_dir")
     with exclusive_run_folder(cfg.run_dir):
@@ -56,6 +59,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 
 def _train(cfg: DictConfig) -> dict[str, float]:
+    if "optim" not in cfg:
+        raise InputError("this is a configuration of another program: it has no `optim`. Compose one with compose('train', [...])")
     check_operators(cfg.cross)
     check_run_folder(cfg.run_dir, "train.py")
     resumed = checkpoint_to_resume(cfg)
@@ -87,6 +92,9 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         coco_eval=coco_eval,
         average=instantiate(cfg.get("average")),
     )
+
+    if resumed is not None:
+        check_fits(resumed, module)
 
     monitor = coco_eval.protocol.logged(cfg.optimized_metric)
     best = ModelCheckpoint(run_dir, filename="best", monitor=monitor, mode=mode, save_weights_only=True, enable_version_counter=False)

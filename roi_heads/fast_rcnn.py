@@ -88,6 +88,13 @@ class FastRCNNHeads(RoIHeads):
             raise ValueError(
                 f"expected 0 <= low < high <= foreground_iou, got background_iou=[{low}, {high}], foreground_iou={foreground_iou}"
             )
+        shares = {"foreground_fraction": foreground_fraction, "foreground_iou": foreground_iou, "crowd_overlap": crowd_overlap}
+        for name, value in (shares | {"score_threshold": score_threshold, "nms_threshold": nms_threshold}).items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}: expected a number from 0 to 1")
+        for name, value in {"rois_per_image": rois_per_image, "detections_per_image": detections_per_image}.items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: expected a whole number from 1 on")
         super().__init__(
             box_roi_pool=extractor,
             box_head=box_head,

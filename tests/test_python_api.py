@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
 import roi_quantization
@@ -191,6 +191,9 @@ def test_compose_gives_the_configuration_of_the_command(trained, monkeypatch, tm
     assert HydraConfig.instance().cfg is before and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="expected a list of them, such as"):
         roi_quantization.compose("train", "roi=pool")
+    with pytest.raises(ValueError, match="expected a list of them, such as"):
+        roi_quantization.load("run/best.ckpt", "roi=pool")
+
     with pytest.raises(ValueError, match="eval needs one checkpoint, got 0"):
         roi_quantization.compose("eval")
     with pytest.raises(ValueError, match="the configuration of train has no checkpoint"):
@@ -258,3 +261,15 @@ def test_the_blocks_of_the_document_run(trained, paths, detector):
     names |= {"boxes": torch.rand(3, 2, 4).cumsum(2), "scores": torch.tensor([[0.9, 0.0], [0.0, 0.8], [0.01, 0.02]])}
     exec(nms, names)
     assert names["kept"].tolist() == [0, 1]
+
+
+def test_a_configuration_of_another_program_is_named(tmp_path):
+    cfg = roi_quantization.compose("train", [f"run_dir={tmp_path}"])
+    with pytest.raises(
+        ValueError, match=r"^this is a configuration of another program: it has no `split`\. Compose one with compose\('eval'"
+    ):
+        roi_quantization.evaluate(cfg)
+    with open_dict(cfg):
+        del cfg["optim"]
+    with pytest.raises(ValueError, match=r"^this is a configuration of another program: it has no `optim`"):
+        roi_quantization.train(cfg)

@@ -20,6 +20,12 @@ def test_the_table_of_a_split(tmp_path, capsys):
     assert "test: 3 images" in text and "    all  " in text
 
 
+@pytest.mark.parametrize("windows", ["[-3]", "[0]", "[1.5]"])
+def test_numbers_of_windows_are_counts(tmp_path, windows):
+    with pytest.raises(ValueError, match=r"windows=.*: expected a whole number from 1 on"):
+        print_recall(composed(f"data.root={tmp_path}", f"windows={windows}"))
+
+
 def test_a_missing_split_is_named_with_those_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"split=test: this data set has no such split\. Choose split= one of train, val"):
         print_recall(composed(f"data.root={tmp_path}", "data.test=null", "split=test"))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.runs.lock import exclusive_run_folder
 from roi_quantization.detection.runs.resume import check_replaceable, checkpoint_to_resume, run_folder
 from roi_quantization.detection.runs.training_checkpoints import periodic_checkpoints
@@ -174,6 +175,19 @@ def test_a_finished_run_that_is_trained_on_in_its_folder_keeps_its_end_until_the
     with pytest.raises(RuntimeError, match="power cut"):
         train(configuration(tmp_path / "run", data, "trainer.max_epochs=4", "checkpoint.every_n_steps=100", "resume=run/last.ckpt"))
     assert (tmp_path / "run" / "last.ckpt").is_file()
+
+
+def test_a_checkpoint_of_another_detector_or_optimizer_says_what_to_do(data, tmp_path):
+    run = tmp_path / "run"
+    train(configuration(run, data))
+    checkpoint = run / "last.ckpt"
+    for overrides, message in (
+        (["head.box_head.hidden=16"], r"weights differ: .*hidden.* set init_from="),
+        (["optim=sgd"], r"optim\.optimizer\._target_ was torch\.optim\.AdamW and is torch\.optim\.SGD.* set init_from="),
+        (["data.classes=[disc,ring]"], r"weights differ: .* another number of classes\? .* set init_from="),
+    ):
+        with pytest.raises(InputError, match=rf"^resume: {checkpoint}: (.|\n)*{message}"):
+            train(configuration(tmp_path / "new", data, f"resume={checkpoint}", "trainer.max_epochs=4", *overrides))
 
 
 class TestWhichRunGoesOn:

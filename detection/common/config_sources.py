@@ -51,7 +51,13 @@ def name_folders_of_command(arguments: Sequence[str]) -> None:
 
 
 def name_folders_of_overrides(overrides: Iterable[str]) -> None:
-    """Compose from the folders of an override `hydra.searchpath` too."""
+    """Compose from the folders of an override `hydra.searchpath` too.
+
+    Raises:
+        InputError: the overrides are one text, or a folder is not written as Hydra's grammar has it.
+    """
+    if isinstance(overrides, str):
+        raise InputError(f"overrides={overrides!r}: expected a list of them, such as ['{overrides}']")
     for text in overrides:
         if text.lstrip("+").startswith("hydra.searchpath="):
             try:

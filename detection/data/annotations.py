@@ -22,11 +22,13 @@ from roi_quantization.detection.data.masks import find_fault
 log = logging.getLogger(__name__)
 
 LAYOUT = """\
-COCO's layout is folders of images, and an instances json for each:
+COCO's layout is folders of images, and an instances json for each. Say where they are with data.root=<root>.
+data=custom:
+    <root>/train/, <root>/val/, <root>/annotations/instances_train.json, ..._val.json
+data=coco, the three archives of https://cocodataset.org/#download:
     <root>/train2017/000000000009.jpg ...                        from train2017.zip
     <root>/val2017/000000000139.jpg ...                          from val2017.zip
-    <root>/annotations/instances_train2017.json, ..._val2017.json    from annotations_trainval2017.zip
-(the three official archives are at https://cocodataset.org/#download; say where they are with data.root=<root>)"""
+    <root>/annotations/instances_train2017.json, ..._val2017.json    from annotations_trainval2017.zip"""
 
 PER_SPLIT_HINT = "Set it for one split with +data.val.subset=20 or +data.test.ids=[...]."
 

@@ -63,11 +63,19 @@ class Resize(v2.Resize):
     """
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        size, max_size = self._size_of(inpt)
         if not isinstance(inpt, tv_tensors.Mask):
-            return super().transform(inpt, params)
+            return F.resize(inpt, size, interpolation=self.interpolation, max_size=max_size, antialias=self.antialias)
         # not F.resize: versions of torchvision before 0.29 ignore the interpolation of masks
-        resized = F.resize_image(inpt.as_subclass(torch.Tensor), self.size, v2.InterpolationMode.NEAREST_EXACT, self.max_size)
+        resized = F.resize_image(inpt.as_subclass(torch.Tensor), size, v2.InterpolationMode.NEAREST_EXACT, max_size)
         return tv_tensors.wrap(resized, like=inpt)
+
+    def _size_of(self, inpt: Any) -> tuple[list[int] | None, int | None]:
+        """Return size and max_size. The shorter side of a very thin image is a pixel, where torchvision's would be none."""
+        height, width = F.get_size(inpt)
+        if self.max_size is None or self.max_size * min(height, width) >= max(height, width):
+            return self.size, self.max_size
+        return [1, self.max_size] if width > height else [self.max_size, 1], None
 
 
 class Shrink(Resize):

@@ -32,8 +32,8 @@ def parameter_groups(
         backbone_lr_factor: the rates of the backbone over those of the head; 1 puts both into the same groups.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not isinstance(value, int | float):
-            raise InputError(f"optim.groups.{name}={value}: expected a number")
+        if not (isinstance(value, int | float) and value >= 0):
+            raise InputError(f"optim.groups.{name}={value}: expected a number from 0 on")
     in_backbone = {id(parameter) for parameter in model.backbone.parameters()} if backbone_lr_factor != 1 else set()
     parts = {False: ([], [], []), True: ([], [], [])}
     for module in model.modules():

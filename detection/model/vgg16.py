@@ -43,6 +43,8 @@ class VGG16(nn.Module):
         super().__init__()
         if stride not in (16, 32):
             raise InputError(f"stride={stride}: expected 16 (without pool5) or 32 (with pool5)")
+        if not width > 0:
+            raise InputError(f"width={width}: expected a number above 0, 1 for VGG16's own number of channels")
         if norm not in ("none", "batch"):
             raise InputError(f"norm={norm}: expected 'none' or 'batch'")
         if not 0 <= frozen_blocks <= 5:

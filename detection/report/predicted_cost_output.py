@@ -99,7 +99,8 @@ def plot_costs(ceilings: Mapping[int, Ceilings], predictions: Mapping[int, Diffe
                     axes.plot(estimate.value, shift, "s", color=colour, label=f"predicted, stride {stride}" if y == 0 else None)
         axes.axvline(0, color=LIGHT.ink, linewidth=1)
         axes.set_xlabel(f"AP of the operator - AP of {reference}, points")
-        figure.legend(loc="outside lower center", ncols=2)
+        if axes.get_legend_handles_labels()[0]:  # none of the reference alone
+            figure.legend(loc="outside lower center", ncols=2)
         return figure
 
     with rc_context({"text.parse_math": False}):

@@ -54,8 +54,6 @@ def compose(
             there, such as roi=allign.
         hydra.errors.HydraException: an override is not valid, or there is no such choice.
     """
-    if isinstance(overrides, str):
-        raise InputError(f"overrides={overrides!r}: expected a list of them, such as ['{overrides}']")
     if config_dir is not None:
         name_config_folder(config_dir)
     name_folders_of_overrides(overrides)

@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from roi_quantization.detection.common.errors import ExpectedError, MissingFileError
+from roi_quantization.detection.common.errors import ExpectedError, InputError, MissingFileError
 from roi_quantization.detection.common.files import DISK_FULL, NotWrittenError, atomic_write
 from roi_quantization.detection.model.optim import is_fused
 from roi_quantization.detection.runs.step_flags import StepFlags
@@ -184,6 +184,10 @@ def explain_errors(run_dir: str | Path) -> Iterator[None]:
         if stop.code is None:
             stop.code = 128 + signal.SIGTERM
         raise
+    except ValueError as error:
+        if "val_check_interval" not in str(error):
+            raise
+        raise InputError(f"trainer.val_check_interval: {error}") from error
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise

@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from roi_quantization.detection.common.configuration import differences, shorten
+from roi_quantization.detection.common.configuration import differences, flatten, shorten
 from roi_quantization.detection.common.errors import ExpectedError, InputError, MissingFileError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
-from roi_quantization.detection.runs.checkpoint import load_checkpoint
+from roi_quantization.detection.model.lightning_module import DetectionModule
+from roi_quantization.detection.runs.checkpoint import check_weights, load_checkpoint
 from roi_quantization.detection.runs.lock import is_running
 from roi_quantization.detection.runs.training_checkpoints import FINISHED, periodic_checkpoints
 
@@ -125,6 +126,26 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
             "(checkpoint.every_n_steps)? Start anew, without resume"
         )
     return chosen
+
+
+def check_fits(checkpoint: Path, module: DetectionModule) -> None:
+    """Check that the training of `module` can go on from a checkpoint.
+
+    Raises:
+        InputError: its weights are those of another detector, or its optimizer or schedule is of another kind.
+    """
+    content = load_checkpoint(checkpoint)
+    remedy = f"To train this configuration from its weights set init_from={checkpoint} in the place of resume"
+    try:
+        check_weights(content["state_dict"], module.state_dict())
+    except InputError as error:
+        raise InputError(f"resume: {checkpoint}: {error} Or do the data have another number of classes? {remedy}") from error
+    before, now = (dict(flatten(config["optim"])) for config in (upgrade_config(content["config"]), module.config))
+    for part in ("optimizer._target_", "schedule._target_"):
+        if before.get(part) != now.get(part):
+            raise InputError(
+                f"resume: {checkpoint}: optim.{part} was {before.get(part)} and is {now.get(part)}, which has another state. {remedy}"
+            )
 
 
 def _newest_intact(run: Path, cfg: DictConfig) -> Path | None:

@@ -118,7 +118,7 @@ def warn_of_partial_validation(cfg: DictConfig) -> None:
 
 
 def check_trains_as_configured(cfg: DictConfig) -> None:
-    """Check for settings of `trainer` that change the data or leave out the results of a training.
+    """Check for settings of `trainer` that change the data, leave out the results of a training or do nothing.
 
     Raises:
         InputError: there is one; the message says what to set instead.
@@ -127,6 +127,9 @@ def check_trains_as_configured(cfg: DictConfig) -> None:
         raise InputError(
             f"trainer.fast_dev_run={cfg.fast_dev_run}: it leaves out loggers and checkpoints. Set trainer.max_steps=1 and data.subset=4"
         )
+    clip = cfg.get("gradient_clip_val")
+    if clip is not None and not clip >= 0:
+        raise InputError(f"trainer.gradient_clip_val={clip}: expected a number from 0 on, the norm of all gradients, or null")
     if cfg.get("overfit_batches"):
         raise InputError(
             f"trainer.overfit_batches={cfg.overfit_batches}: it replaces the order of images, so that a run could not go on. Set "

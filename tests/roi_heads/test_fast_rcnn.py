@@ -67,6 +67,22 @@ def test_bounds_in_the_wrong_order_are_refused():
         make(background_iou=(0.5, 0.1))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("score_threshold", 50, "a number from 0 to 1"),
+        ("nms_threshold", -1, "a number from 0 to 1"),
+        ("foreground_iou", 50, "a number from 0 to 1"),
+        ("foreground_fraction", float("nan"), "a number from 0 to 1"),
+        ("detections_per_image", 0, "a whole number from 1 on"),
+        ("rois_per_image", 0, "a whole number from 1 on"),
+    ],
+)
+def test_percent_and_nothing_at_all_are_refused(name, value, expected):
+    with pytest.raises(ValueError, match=f"^{name}={value}: expected {expected}"):
+        make(**{name: value})
+
+
 def test_background_inside_a_crowd_is_not_sampled_but_foreground_is():
     """The crowd covers all but the last proposal and just half of that one."""
     crowd = torch.tensor([[0.0, 0.0, 15.0, 15.0], [25.0, 0.0, 99.0, 99.0]])

@@ -46,6 +46,14 @@ def test_resize_scales_boxes_by_the_ratio_of_the_sizes(short, longest, size):
     assert moved["boxes"][0].tolist() == pytest.approx([10 * width, 5 * height, 30 * width, 15.5 * height])
 
 
+@pytest.mark.parametrize(("size", "expected"), [((2, 300), (1, 30)), ((300, 2), (30, 1)), ((1, 31), (1, 30)), ((1, 30), (1, 30))])
+@pytest.mark.parametrize("short", [None, 20])
+def test_a_very_thin_image_keeps_a_pixel(size, expected, short):
+    image, moved = resize_and_flip(short, 30)(*inputs(box=(0.0, 0.0, size[1], size[0]), size=size))
+    assert image.shape[-2:] == expected
+    assert moved["boxes"][0].tolist() == pytest.approx([0, 0, expected[1], expected[0]])
+
+
 def test_axes_have_their_own_ratio_where_sides_are_rounded():
     image, moved = resize_and_flip(20, 1000)(*inputs(box=(0.0, 0.0, 59.0, 33.0), size=(33, 59)))
     assert image.shape[-2:] == (20, 35)  # 59 * 20 / 33 = 35.76

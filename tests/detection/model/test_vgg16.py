@@ -75,7 +75,7 @@ def test_all_five_blocks_can_be_frozen_at_stride_16():
     assert not any(parameter.requires_grad for parameter in VGG16(width=0.0625, frozen_blocks=5).parameters())
 
 
-@pytest.mark.parametrize("knobs", [{"stride": 8}, {"norm": "group"}, {"frozen_blocks": 6}])
+@pytest.mark.parametrize("knobs", [{"stride": 8}, {"norm": "group"}, {"frozen_blocks": 6}, {"width": 0}, {"width": -1.0}])
 def test_what_there_is_not(knobs):
     with pytest.raises(ValueError, match=f"{next(iter(knobs))}="):
         VGG16(**knobs)

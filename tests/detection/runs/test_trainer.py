@@ -90,9 +90,10 @@ def test_what_cannot_be_merged_is_refused_by_name(trainer_of, overrides, message
     [
         ("+trainer.fast_dev_run=true", r"trainer\.fast_dev_run=True: it leaves out loggers and checkpoints"),
         ("+trainer.overfit_batches=3", r"trainer\.overfit_batches=3: .* Set data\.train_subset"),
+        ("trainer.gradient_clip_val=-1", r"trainer\.gradient_clip_val=-1: expected a number from 0 on"),
     ],
 )
-def test_settings_that_change_the_data_of_a_training_are_refused(override, message):
+def test_settings_that_change_the_data_of_a_training_or_nothing_are_refused(override, message):
     with pytest.raises(InputError, match=message):
         check_trains_as_configured(composed("train", override).trainer)
 

@@ -1,5 +1,6 @@
 """Every shipped configuration is composed, and what it draws is built."""
 
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 
@@ -133,6 +134,20 @@ def test_an_error_in_what_is_built_comes_as_it_is():
         build_detector(composed("backbone.weights=missing.pth"), num_classes=3)
     with pytest.raises(ValueError, match=r"data\.root=<folder>"):
         instantiate(composed("data=coco").data)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "reference"),
+    [
+        ("quantization_core", "align"),
+        ("half_pixel", "align_half_pixel_True"),
+        ("length", None),
+        ("quantization_core,voc_animals_rates", None),
+    ],
+)
+def test_the_report_of_a_sweep_compares_with_an_arm_that_there_is(experiment, reference):
+    callback = instantiate(composed(f"experiment=[{experiment}]").hydra.callbacks.sweep)
+    assert callback.reference == reference and pickle.loads(pickle.dumps(callback)).reference == reference
 
 
 def test_the_folder_of_a_sweep_is_that_of_an_experiment_on_some_data():

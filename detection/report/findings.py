@@ -47,13 +47,13 @@ class Findings:
 
     Args:
         sweep: its finished runs.
-        reference: the arm that others are compared with. Where it has no finished run, the first arm that has one.
+        reference: the arm that others are compared with. Where it has no finished run, and for None, the first arm that has one.
 
     Raises:
         ValueError: no run is finished.
     """
 
-    def __init__(self, sweep: Sweep, reference: str = "align"):
+    def __init__(self, sweep: Sweep, reference: str | None = "align"):
         if not sweep.finished:
             why = f"; {len(sweep.failed)} failed, see {sweep.failed[0].folder / 'failed.txt'}" if sweep.failed else ""
             raise InputError(f"{sweep.folder} has no finished run to report on{why}")

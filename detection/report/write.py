@@ -34,12 +34,12 @@ class Section:
     table: Table | None
 
 
-def write_report(folder: Path | str, reference: str = "align") -> Path:
+def write_report(folder: Path | str, reference: str | None = "align") -> Path:
     """Write `<folder>/report/` from the finished runs of a sweep.
 
     Args:
         folder: of the sweep, see `roi_quantization.detection.report.sweep`.
-        reference: the arm that others are compared with. Where it has no finished run, the first arm that has one.
+        reference: the arm that others are compared with. Where it has no finished run, and for None, the first arm that has one.
 
     Returns:
         Path of report.html.
@@ -89,11 +89,11 @@ def _uri(svg: bytes) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
-def _problems(sweep: Sweep, findings: Findings, reference: str) -> list[str]:
+def _problems(sweep: Sweep, findings: Findings, reference: str | None) -> list[str]:
     """Return what a reader must know before trusting the numbers."""
     problems = [f"{run.arm}, seed {run.seed}: failed. {_reason(run)}" for run in sweep.failed]
     problems += [f"{arm}, seed {seed}: not finished." for arm, seed in sweep.missing]
-    if findings.reference != reference:
+    if reference is not None and findings.reference != reference:
         problems.append(f"There is no finished run of {reference}. The others are compared with {findings.reference}.")
     if sweep.partial:
         problems.append(f"All figures and tables are of {sweep.partial}.")

@@ -268,13 +268,18 @@ def sweep_folders(runs: Mapping[Path, dict]) -> list[Path]:
 
 
 class SweepCallback(Callback):
-    """Prepares the data of a Hydra sweep, checks existing runs, shows one progress bar for all runs, and writes the report."""
+    """Prepares the data of a Hydra sweep, checks existing runs, shows one progress bar for all runs, and writes the report.
 
-    def __init__(self) -> None:
+    Args:
+        reference: the arm that the report compares the others with, see `write_report`.
+    """
+
+    def __init__(self, reference: str | None = "align") -> None:
+        self.reference = reference
         self.progress: SweepProgress | None = None
 
     def __getstate__(self) -> dict:
-        return {"progress": None}  # other processes get a copy of this callback, without the bar
+        return {"reference": self.reference, "progress": None}  # other processes get a copy of this callback, without the bar
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         HydraConfig.instance().set_config(config)  # Hydra does so for each run only, and the folder of the sweep has ${hydra:...} as well
@@ -308,7 +313,7 @@ class SweepCallback(Callback):
             if not any(folder.glob(f"*_seed*/{FINISHED}")):  # of this sweep or an earlier one
                 continue
             try:
-                print(f"The report: {write_report(folder)}")
+                print(f"The report: {write_report(folder, self.reference)}")
             except Exception:
                 traceback.print_exc()
                 sys.exit(

@@ -365,6 +365,8 @@ def test_without_the_reference_another_arm_takes_its_place(tmp_path, undrawn):
     folder = write_fake_sweep(tmp_path / "other", arms={"warp": 5.0, "pool": 7.5}, seeds=(0, 1), images=10)
     write_report(folder)
     assert "There is no finished run of align. The others are compared with warp." in text(folder, "report.md")
+    write_report(folder, reference=None)
+    assert "no finished run of align" not in text(folder, "report.md"), "the first arm was meant"
     assert "RoIPool in the place of RoIWarp costs" in text(folder, "report.md")
 
 

@@ -93,7 +93,7 @@ def plot(rows: list[Row], path: Path) -> None:
         ends = [min(min(row.predicted[0], row.measured[0]) for row in measured) - 4, 6]
         axes.plot(ends, ends, color=LIGHT.faint, linewidth=1, zorder=0)
         axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel="predicted AP - AP of RoIAlign, points", ylabel="measured, points")
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower right")
         return figure
 
     atomic_write(path, render(draw, LIGHT, "png"))

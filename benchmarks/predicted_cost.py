@@ -80,7 +80,7 @@ def plot(rows: list[Row], path: Path) -> None:
     measured = [row for row in rows if not np.isnan(row.error)]
 
     def draw(_) -> Figure:
-        figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
+        figure = Figure(figsize=(WIDTH, WIDTH + 0.8), layout="constrained")
         axes = figure.subplots()
         settings = groupby(measured, key=lambda row: row.setting)
         for (name, some), colour, marker in zip(settings, cycle(COLOURS), cycle("osDP^vX*"), strict=False):
@@ -93,7 +93,7 @@ def plot(rows: list[Row], path: Path) -> None:
         ends = [min(min(row.predicted[0], row.measured[0]) for row in measured) - 4, 6]
         axes.plot(ends, ends, color=LIGHT.faint, linewidth=1, zorder=0)
         axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel="predicted AP - AP of RoIAlign, points", ylabel="measured, points")
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small", columnspacing=1, handlelength=1)
         return figure
 
     atomic_write(path, render(draw, LIGHT, "png"))

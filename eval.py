@@ -50,9 +50,9 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 
 def _evaluate(cfg: DictConfig) -> dict[str, float]:
+    check_run_folder(cfg.run_dir, "eval.py")
     if "split" not in cfg:
         raise InputError("this is a configuration of another program: it has no `split`. Compose one with compose('eval', [...], ckpt=...)")
-    check_run_folder(cfg.run_dir, "eval.py")
     cfg.split = cfg.split or evaluated_split(cfg.data)
     if cfg.split not in ("test", "val", "train"):
         raise InputError(f"split={cfg.split}: expected test, val or train")

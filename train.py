@@ -59,10 +59,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 
 def _train(cfg: DictConfig) -> dict[str, float]:
-    if "optim" not in cfg:
-        raise InputError("this is a configuration of another program: it has no `optim`. Compose one with compose('train', [...])")
     check_operators(cfg.cross)
     check_run_folder(cfg.run_dir, "train.py")
+    if "optim" not in cfg:
+        raise InputError("this is a configuration of another program: it has no `optim`. Compose one with compose('train', [...])")
     resumed = checkpoint_to_resume(cfg)
     run_dir = set_up_run(cfg, groups=("optim", "coco_eval"))
     check_trains_as_configured(cfg.trainer)

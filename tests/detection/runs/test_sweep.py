@@ -366,7 +366,7 @@ def test_the_end_of_a_sweep_counts_failed_runs_and_reports_finished_ones(tmp_pat
     for run_dir in runs:
         run_dir.mkdir()
         (run_dir / ("metrics.json" if finished and "align" in run_dir.name else "failed.txt")).touch()
-    monkeypatch.setattr("roi_quantization.detection.runs.sweep.write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr("roi_quantization.detection.runs.sweep.write_report", lambda folder, _: folder / "report.html")
     with pytest.raises(
         SystemExit, match=rf"^{2 - finished} of 2 runs failed; .*_seed0/failed\.txt says why\. The same command repeats them$"
     ):

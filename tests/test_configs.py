@@ -13,7 +13,7 @@ from omegaconf import OmegaConf, open_dict
 from torchvision.models.resnet import ResNet
 
 from roi_quantization.detection.common.config_security import check_targets_allowed
-from roi_quantization.detection.common.configuration import ADDED_SETTINGS, differences, flatten
+from roi_quantization.detection.common.configuration import ADDED_SETTINGS, differences, differences_beside_seeds, flatten
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.transforms import seeded_rng
 from roi_quantization.detection.evaluation.protocol import Protocol
@@ -101,6 +101,12 @@ def test_a_head_needs_no_settings_of_the_backbone_that_are_vgg16s():
     )
     earlier, now = ({"head": {"box_head": {"weights": text}}} for text in ("${backbone.weights}", "${oc.select:backbone.weights,null}"))
     assert not differences(upgrade_config(earlier), upgrade_config(now)), "a run of an earlier version goes on"
+
+
+def test_runs_of_one_arm_may_differ_in_seeds_of_a_training_alone():
+    before = {"seed": 0, "head": {"seed": 0}, "data": {"seed": 0, "subset_seed": 0, "source": {"seed": 0}}}
+    now = {"seed": 1, "head": {"seed": 1}, "data": {"seed": 1, "subset_seed": 1, "source": {"seed": 1}}}
+    assert differences_beside_seeds(before, now) == ["data.subset_seed was 0 and is 1", "data.source.seed was 0 and is 1"]
 
 
 def test_a_proposal_file_of_val_is_not_that_of_test_in_runs_of_earlier_versions_either():

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 from hydra import initialize_config_dir
@@ -17,7 +16,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from roi_quantization.detection.common.configuration import differences_beside_seeds
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.data_fingerprint import DataFingerprint
 from roi_quantization.detection.model.build import instantiate
@@ -81,50 +79,6 @@ def test_a_sweep_outlives_a_failure_goes_on_where_it_stopped_and_is_not_mixed_wi
     third = sweep(tmp_path, "optim.groups.lr=0.5")
     assert third.returncode == 1
     assert "optim.groups.lr was 0.003 and is 0.5" in third.stderr and "hydra.sweep.dir=runs/<name>" in third.stderr
-
-
-def test_planning_a_sweep_leaves_what_hydra_knows_of_this_process(tmp_path):
-    overrides = ["experiment=quantization_core", "roi=align,pool", "seed=5", f"data.root={tmp_path}"]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = GlobalHydra.instance().config_loader().load_configuration("train", overrides, RunMode.MULTIRUN)
-        before = HydraConfig.instance().cfg
-        runs = planned_runs(config)
-    assert HydraConfig.instance().cfg is before
-    folder = Path("runs/quantization_embedded_stride16")
-    assert {run_dir: (run["arm"], run["run_dir"]) for run_dir, run in runs.items()} == {
-        folder / f"{arm}_seed5": (arm, str(folder / f"{arm}_seed5")) for arm in ("align", "pool")
-    }
-
-
-def test_an_interpolated_name_of_an_arm_has_the_value_of_each_run(tmp_path):
-    overrides = ["experiment=quantization_core", "roi=align", "seed=5", "trainer.max_steps=10,20", "arm=steps${trainer.max_steps}"]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        runs = planned_runs(GlobalHydra.instance().config_loader().load_configuration("train", overrides, RunMode.MULTIRUN))
-    assert [(run_dir.name, run["trainer"]["max_steps"]) for run_dir, run in runs.items()] == [("steps10_seed5", 10), ("steps20_seed5", 20)]
-
-
-def test_the_folder_of_a_backbone_of_ones_own_has_its_name(tmp_path):
-    """Its configuration need not say the stride."""
-    (tmp_path / "backbone").mkdir()
-    (tmp_path / "backbone/own.yaml").write_text("_target_: my.backbone\n")
-    overrides = ["experiment=quantization_core", "roi=align", "seed=5", "backbone=own", f"hydra.searchpath=['file://{tmp_path}']"]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        runs = planned_runs(GlobalHydra.instance().config_loader().load_configuration("train", overrides, RunMode.MULTIRUN))
-    assert list(runs) == [Path("runs/quantization_embedded_stride_of_own/align_seed5")]
-    for path in (ROOT / "configs/experiment").glob("*.yaml"):
-        assert "${backbone.stride}" not in path.read_text(), f"{path.name} needs a backbone whose configuration has a stride"
-
-
-def test_an_arm_is_a_part_of_the_name_of_a_folder():
-    overrides = ["experiment=quantization_core", "roi=align", "seed=5", "arm=some/align"]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), pytest.raises(InputError, match=r"^arm=some/align is a part of"):
-        planned_runs(GlobalHydra.instance().config_loader().load_configuration("train", overrides, RunMode.MULTIRUN))
-
-
-def test_runs_of_one_arm_may_differ_in_seeds_of_a_training_alone():
-    before = {"seed": 0, "head": {"seed": 0}, "data": {"seed": 0, "subset_seed": 0, "source": {"seed": 0}}}
-    now = {"seed": 1, "head": {"seed": 1}, "data": {"seed": 1, "subset_seed": 1, "source": {"seed": 1}}}
-    assert differences_beside_seeds(before, now) == ["data.subset_seed was 0 and is 1", "data.source.seed was 0 and is 1"]
 
 
 def test_runs_that_would_share_a_folder_are_refused(tmp_path):

@@ -9,7 +9,7 @@ import roi_quantization  # noqa: F401 -- first, because it says so where the pac
 import sys
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from roi_quantization.detection.common.configuration import CONFIGS, check_count, check_groups, evaluated_split
@@ -30,6 +30,8 @@ def print_recall(cfg: DictConfig) -> list[dict]:
     cfg.split = cfg.split or evaluated_split(cfg.data)
     if cfg.split not in ("train", "val", "test"):
         raise InputError(f"split={cfg.split}: expected train, val or test")
+    if not OmegaConf.is_list(cfg.windows):
+        raise InputError(f"windows={cfg.windows}: expected a list of numbers, such as [300,1000]")
     for count in cfg.windows:
         check_count(count, "windows")
     data = instantiate(cfg.data)

@@ -20,6 +20,11 @@ def test_the_table_of_a_split(tmp_path, capsys):
     assert "test: 3 images" in text and "    all  " in text
 
 
+def test_numbers_of_windows_are_a_list(tmp_path):
+    with pytest.raises(ValueError, match=r"windows=300: expected a list of numbers"):
+        print_recall(composed(f"data.root={tmp_path}", "windows=300"))
+
+
 @pytest.mark.parametrize("windows", ["[-3]", "[0]", "[1.5]"])
 def test_numbers_of_windows_are_counts(tmp_path, windows):
     with pytest.raises(ValueError, match=r"windows=.*: expected a whole number from 1 on"):

@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 # keys that do not change the result: paths, logging and the number of workers
 IGNORED_KEYS = {"run_dir", "default_root_dir", "save_dir", "root", "cache_dir", "resume", "checkpoint", "logger", "num_workers"}
-IGNORED_KEYS |= {"sweep_suffix", "enable_progress_bar", "enable_model_summary", "log_every_n_steps"}
+IGNORED_KEYS |= {"sweep_suffix", "sweep_variant", "enable_progress_bar", "enable_model_summary", "log_every_n_steps"}
 
 FAST_RCNN = {"_target_": "roi_quantization.detection.model.build.build_fast_rcnn", "_partial_": True}  # the detector of earlier versions
 

@@ -1,6 +1,6 @@
 """The report's figures. Each function returns one, or None where the sweep lacks its data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import cycle
 
@@ -145,7 +145,8 @@ def plot_thresholds(findings: Findings) -> ReportFigure:
 
 
 def plot_localisation(findings: Findings) -> ReportFigure | None:
-    arms = [arm for arm in findings.arms if _has_proposals(findings.localisations(arm))]
+    found = {arm: _found(findings, arm) for arm in findings.arms}
+    arms = [arm for arm, several in found.items() if several and all(one.proposal is not None for one in several)]
     if not arms:
         return None
 
@@ -185,18 +186,17 @@ def plot_localisation(findings: Findings) -> ReportFigure | None:
     return ReportFigure("localisation", "Localisation errors", caption, draw)
 
 
-def _has_proposals(several: Sequence[Localisation]) -> bool:
-    found = [one for one in several if len(one)]
-    return bool(found) and all(one.proposal is not None for one in found)
+def _found(findings: Findings, arm: str) -> list[Localisation]:
+    return [one for one in findings.localisations(arm) if len(one)]
 
 
 def _ious(findings: Findings, arm: str) -> tuple[np.ndarray, np.ndarray]:
-    several = [one for one in findings.localisations(arm) if len(one)]
+    several = _found(findings, arm)
     return np.concatenate([one.proposal_iou for one in several]), np.concatenate([one.iou for one in several])
 
 
 def _offsets(findings: Findings, arm: str) -> tuple[np.ndarray, np.ndarray]:
-    several = [one for one in findings.localisations(arm) if len(one)]
+    several = _found(findings, arm)
     return np.abs(np.concatenate([one.proposal_offset for one in several])), np.abs(np.concatenate([one.offset for one in several]))
 
 

@@ -80,12 +80,12 @@ def _evaluate(cfg: DictConfig) -> dict[str, float]:
         check_categories(checkpoint, data.categories)
         detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=False)
         load_weights(detector, checkpoint)
-    if cfg.get("features") is not None:
-        instantiate(cfg.features).attach(detector, data)
 
     module = DetectionModule(detector, categories=data.categories, coco_eval=instantiate(cfg.coco_eval))
     trainer = build_trainer(cfg.trainer, enable_checkpointing=False)
     share_run_dir_with_ranks(trainer, run_dir)
+    if cfg.get("features") is not None:
+        instantiate(cfg.features).attach(detector, data)
     run = {"test": trainer.test, "val": trainer.validate}[split]
     replace_results(cfg, run_dir, "eval.py")
     with explain_errors(run_dir):

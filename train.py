@@ -81,8 +81,6 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     mode = check_metric(cfg.optimized_metric, data.val is not None, objects, detector.has_evaluation_losses, data.masks)
     if cfg.init_from is not None and resumed is None:
         initialize_from(detector, path_setting(cfg.init_from, "init_from"), data.categories)
-    if cfg.get("features") is not None:
-        instantiate(cfg.features).attach(detector, data)
     module = DetectionModule(
         detector,
         **instantiate(cfg.optim),
@@ -106,6 +104,8 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         callbacks += [best, ValidateAtEnd()]
     trainer = build_trainer(cfg.trainer, callbacks, [AtomicCheckpointIO()], build_loggers(cfg.get("logger")))
     share_run_dir_with_ranks(trainer, run_dir)
+    if cfg.get("features") is not None:  # which takes long, so all that can be refused was refused before
+        instantiate(cfg.features).attach(detector, data)
     if resumed is None:
         replace_results(cfg, run_dir, "train.py")
     else:  # a finished run that is trained on keeps its results until the first step

@@ -17,6 +17,7 @@ from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
 from roi_quantization.detection.runs.cross_evaluation import complete
 from roi_quantization.detection.runs.frozen_features import FrozenFeatures
+from roi_quantization.scripts.train import train
 from tests.configuration import composed
 from tests.trainings import TINY, run_eval, run_train
 
@@ -224,6 +225,14 @@ def test_what_changes_the_maps_is_refused_before_anything_is_computed(root, tmp_
         data.test.transform = v2.Compose([v2.ColorJitter(0.1)])
     with pytest.raises(InputError, match=message):
         FrozenFeatures(tmp_path / "cache").attach(detector, data)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_training_that_is_refused_computes_no_maps(root, tmp_path):
+    """Lightning alone knows its precisions, and it says so late."""
+    cached = ["features=cached", f"features.cache_dir={tmp_path / 'cache'}", "trainer.precision=half"]
+    with pytest.raises(InputError, match=r"settings of trainer: .*half"):
+        train(composed("train", *FROZEN, f"data.root={root}", f"run_dir={tmp_path / 'run'}", *cached))
     assert not (tmp_path / "cache").exists()
 
 

@@ -1,11 +1,8 @@
 """A sweep of two tiny runs, through the command line: one fails, the sweep goes on without it and is completed by the same command."""
 
-import copy
 import json
 import multiprocessing
 import os
-import re
-import shutil
 import subprocess
 import time
 
@@ -17,24 +14,12 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.data.data_fingerprint import DataFingerprint
-from roi_quantization.detection.model.build import instantiate
-from roi_quantization.detection.report.origin import read_origin
+from roi_quantization.detection.runs.planned_runs import planned_runs
 from roi_quantization.detection.runs.sweep import SWEEP as SWEEP_PROCESS
-from roi_quantization.detection.runs.sweep import (
-    SweepCallback,
-    SweepProgress,
-    _exit_with_sweep,
-    check_arms,
-    check_configuration,
-    check_data,
-    planned_runs,
-    record_origin,
-    run_in_sweep,
-    share_done,
-)
+from roi_quantization.detection.runs.sweep import SweepCallback, _exit_with_sweep, run_in_sweep
+from roi_quantization.detection.runs.sweep_progress import SweepProgress
 from tests import commands
-from tests.configuration import ROOT, composed
+from tests.configuration import ROOT
 from tests.fake_slurm import install
 from tests.trainings import TINY
 
@@ -162,80 +147,8 @@ def test_a_worker_whose_sweep_was_gone_before_it_asked_ends(monkeypatch):
     assert worker.exitcode == 1
 
 
-def config_of(folder, **more):
-    return OmegaConf.create({"run_dir": str(folder), "optimized_metric": "val/AP", "optim": {"lr": 0.1}, **more})
-
-
-def test_places_may_differ_settings_may_not(tmp_path):
-    OmegaConf.save(config_of("/elsewhere", data={"root": "/there", "subset": None}), tmp_path / "config.yaml")
-    check_configuration(
-        tmp_path, {"run_dir": "here", "optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"root": "/here", "subset": None}}
-    )
-    with pytest.raises(ValueError, match=r"cross was not there and is \['pool'\]; data.subset was None and is 5\. Choose another folder"):
-        check_configuration(tmp_path, {"optimized_metric": "val/AP", "optim": {"lr": 0.1}, "data": {"subset": 5}, "cross": ["pool"]})
-
-
-def test_data_may_be_moved_and_not_be_others(tmp_path, caplog):
-    def config(root):
-        return OmegaConf.to_container(composed("train", *TINY, f"data.root={root}", f"run_dir={tmp_path / 'run'}"), resolve=True)
-
-    here, there = tmp_path / "cats", tmp_path / "ships"
-    data = instantiate(OmegaConf.create(config(here)["data"]))
-    data.prepare_data()
-    data.setup()
-    shutil.copytree(here, there)
-    OmegaConf.save(config(here), tmp_path / "config.yaml")
-    caplog.clear()
-    check_data({tmp_path: config(here)}, complete=False)
-    assert caplog.text == "", "the same folder needs no record"
-    check_data({tmp_path: config(there)}, complete=True)
-    assert f"data.root={here}, and this sweep has data.root={there}. Whether these are the same data is not known" in caplog.text
-
-    DataFingerprint(data).write(tmp_path)
-    check_data({tmp_path: config(there)}, complete=True)
-    check_data({tmp_path: config(here)}, complete=False)
-    path = there / "annotations/instances_test.json"
-    instances = json.loads(path.read_text())
-    instances["annotations"][0]["bbox"][2] -= 1
-    path.write_text(json.dumps(instances))
-    with pytest.raises(
-        InputError, match=rf"data\.root={here}, and this sweep has data\.root={there}, which has other .* \(test\)\. Choose"
-    ):
-        check_data({tmp_path: config(there)}, complete=True)
-    shutil.copy(path, here / "annotations")
-    check_data({tmp_path: config(here)}, complete=True)  # nothing is going to be trained on them
-    with pytest.raises(InputError, match=rf"{here} has other .* \(test\) than when {tmp_path} was trained\. Choose"):
-        check_data({tmp_path: config(here)}, complete=False)
-
-
-def test_runs_of_an_arm_that_differ_in_more_than_their_seeds_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def plan(*overrides):
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            words = ["experiment=quantization_core", "roi=align", *overrides]
-            return planned_runs(GlobalHydra.instance().config_loader().load_configuration("train", words, RunMode.MULTIRUN))
-
-    ((run_dir, run),) = plan("seed=0").items()
-    run_dir.mkdir(parents=True)
-    OmegaConf.save(run, run_dir / "config.yaml")
-    (run_dir / "metrics.json").touch()
-    check_arms(plan("seed=0,1"))
-    check_arms(plan("seed=1", "trainer.max_epochs=9", "arm=long"))
-    with pytest.raises(InputError, match=r"align_seed0 and .*align_seed1 are runs of one arm.*: trainer\.max_epochs was 4 and is 9"):
-        check_arms(plan("seed=1", "trainer.max_epochs=9"))
-
-
-def test_the_origin_describes_the_data_of_each_run(tmp_path):
-    runs = {}
-    for images in (4, 5):
-        run_dir = tmp_path / "sweep" / f"{images}_seed0"
-        words = (f"data.root={tmp_path / 'data'}", f"run_dir={run_dir}", f"data.train_subset={images}", f"arm={images}")
-        runs[run_dir] = OmegaConf.to_container(composed("train", *TINY, *words), resolve=True)
-    record_origin(runs)
-    (start,) = read_origin(tmp_path / "sweep")
-    assert re.search(r"4 images.* or 5 images", start["data"]["train"]) and " or " not in start["data"]["test"]
-    assert start["runs"] == [["4", 0], ["5", 0]]
+def config_of(folder):
+    return OmegaConf.create({"run_dir": str(folder), "optimized_metric": "val/AP", "optim": {"lr": 0.1}})
 
 
 def test_a_sweep_over_other_data_does_not_begin(tmp_path, monkeypatch):
@@ -251,22 +164,6 @@ def test_a_sweep_over_other_data_does_not_begin(tmp_path, monkeypatch):
         (run_dir / "data.json").write_text('{"train": "0", "val": "0", "test": "0"}')
         with pytest.raises(SystemExit, match=r"data\.root=cats, and this sweep has data\.root=ships, .* \(train, val, test\)\. Choose"):
             SweepCallback().on_multirun_start(config)
-
-
-def test_a_run_of_an_earlier_version_is_the_same_as_one_with_the_defaults_of_what_was_added(tmp_path):
-    config = OmegaConf.to_container(composed("train", "run_dir=x", "data.root=x"), resolve=True)
-    earlier = copy.deepcopy(config)
-    for keys in (("init_from",), ("model",), ("data", "classes"), ("head", "box_predictor", "class_agnostic"), ("coco_eval",)):
-        node = earlier
-        for key in keys[:-1]:
-            node = node[key]
-        del node[keys[-1]]
-    earlier["coco_eval"] = {"_target_": "roi_quantization.detection.evaluation.matching.SilentCOCOeval", "_partial_": True}
-    OmegaConf.save(earlier, tmp_path / "config.yaml")
-    check_configuration(tmp_path, config)
-    config["coco_eval"]["iou_thresholds"], config["init_from"] = [0.3, 0.5], "best.ckpt"
-    with pytest.raises(ValueError, match=r"init_from was not there and is best\.ckpt; coco_eval\.iou_thresholds was not there and is"):
-        check_configuration(tmp_path, config)
 
 
 def test_a_run_with_an_arm_that_is_in_no_sweep_raises_what_it_fails_with(tmp_path):
@@ -338,18 +235,3 @@ def test_a_report_that_fails_does_not_hide_the_runs_that_failed(tmp_path, monkey
         (run_dir / name).touch()
     with pytest.raises(SystemExit, match=r"^1 of 2 runs failed; .*\. Their report failed\. Repeat it with: python -m "):
         callback.on_multirun_end(None)
-
-
-def test_the_share_of_a_run_that_is_done(tmp_path):
-    """Training is ten parts of eleven, evaluation the last."""
-    four_epochs, forty_steps = {"max_epochs": 4, "max_steps": -1}, {"max_epochs": -1, "max_steps": 40}
-    assert share_done(tmp_path, four_epochs) == share_done(tmp_path, forty_steps) == 0
-    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,9,1.5\n1,19,1.2\n,20,\n")
-    assert share_done(tmp_path, four_epochs) == pytest.approx(1 / 4 * 10 / 11)
-    assert share_done(tmp_path, forty_steps) == pytest.approx(20 / 40 * 10 / 11)
-    assert share_done(tmp_path, {"max_epochs": 2, "max_steps": 22}) == pytest.approx(20 / 22 * 10 / 11), "the nearer end"
-    assert share_done(tmp_path, {"max_epochs": None, "max_steps": -1}) == 0, "without end"
-    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n4,50,1.5\n")
-    assert share_done(tmp_path, four_epochs) == pytest.approx(10 / 11)
-    (tmp_path / "metrics.json").touch()
-    assert share_done(tmp_path, four_epochs) == 1

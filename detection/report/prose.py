@@ -30,16 +30,20 @@ def headline(findings: Findings) -> str:
         f"{ours:.1f} against {theirs:.1f} {evidence(findings, arm, chosen_of=1 if arm == 'pool' else len(changes))}."
     )
     others = " and ".join(
-        f"{_verdict(of_metric)} {metric} {_bracket(of_metric)}".rstrip()
+        f"{_verdict(of_metric)} {metric} {_bracket(of_metric)}".rstrip() + " (not shown)" * _may_be_zero(of_metric)
         for metric in METRICS
         if metric != METRIC and (of_metric := findings.differences[metric].get(arm)) is not None
     )
-    unclear = f" The interval of {METRIC} holds 0." if change.has_interval and not change.excludes_zero else ""
+    unclear = f" The interval of {METRIC} holds 0." if _may_be_zero(change) else ""
     return f"{sentence}{unclear} It {others}.{partial}"
 
 
 def _verdict(change: Estimate) -> str:
     return f"{'costs' if change.value < 0 else 'gains'} {abs(change.value):.1f}"
+
+
+def _may_be_zero(change: Estimate) -> bool:
+    return change.has_interval and not change.excludes_zero
 
 
 def _ends(change: Estimate) -> tuple[float, float]:

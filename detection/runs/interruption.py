@@ -176,7 +176,7 @@ class WorkerDiedError(ExpectedError, RuntimeError):
 def explain_errors(run_dir: str | Path) -> Iterator[None]:
     """Say what to do when a data-loader worker dies, the disk is full or the run folder is gone during training or evaluation.
 
-    So it is where validations would be further apart than an epoch, which Lightning finds when training begins.
+    Likewise where `trainer.val_check_interval` is longer than an epoch, which Lightning notices only when training begins.
 
     Where SIGTERM ends an evaluation the exit status is 143; Lightning's 0 would read as success.
     """

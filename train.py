@@ -92,13 +92,12 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         average=instantiate(cfg.get("average")),
     )
 
-    if resumed is not None:
-        check_fits(resumed, module)
-
     monitor = coco_eval.protocol.logged(cfg.optimized_metric)
     best = ModelCheckpoint(run_dir, filename="best", monitor=monitor, mode=mode, save_weights_only=True, enable_version_counter=False)
     periodic = PeriodicCheckpoint(run_dir, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep)
     fingerprint = DataFingerprint(data, required=cfg.checkpoint.same_data)
+    if resumed is not None:
+        check_fits(resumed, module, fingerprint)
     stop = GracefulStop()
     callbacks = [fingerprint, periodic, stop, TerminateOnNonFiniteLoss(run_dir, cfg.seed, stop), LoadingTimeMonitor()]
     if data.val is not None:

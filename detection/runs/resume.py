@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from roi_quantization.detection.common.configuration import differences, flatten, shorten
 from roi_quantization.detection.common.errors import ExpectedError, InputError, MissingFileError
 from roi_quantization.detection.common.renamed_targets import upgrade_config
+from roi_quantization.detection.data.data_fingerprint import DataFingerprint
 from roi_quantization.detection.model.lightning_module import DetectionModule
 from roi_quantization.detection.runs.checkpoint import check_weights, load_checkpoint
 from roi_quantization.detection.runs.lock import is_running
@@ -128,11 +129,12 @@ def checkpoint_to_resume(cfg: DictConfig) -> Path | None:
     return chosen
 
 
-def check_fits(checkpoint: Path, module: DetectionModule) -> None:
+def check_fits(checkpoint: Path, module: DetectionModule, fingerprint: DataFingerprint) -> None:
     """Check that the training of `module` can go on from a checkpoint.
 
     Raises:
-        InputError: its weights are those of another detector, or its optimizer or schedule is of another kind.
+        InputError: its weights are those of another detector, its optimizer or schedule is of another kind, or its data were others and
+            `fingerprint` requires the same.
     """
     content = load_checkpoint(checkpoint)
     remedy = f"To train this configuration from its weights set init_from={checkpoint} in the place of resume"
@@ -146,6 +148,9 @@ def check_fits(checkpoint: Path, module: DetectionModule) -> None:
             raise InputError(
                 f"resume: {checkpoint}: optim.{part} was {before.get(part)} and is {now.get(part)}, which has another state. {remedy}"
             )
+    state = content.get("callbacks", {}).get(fingerprint.state_key)
+    if fingerprint.required and state is not None:  # else it warns when Lightning restores it
+        fingerprint.load_state_dict(state)
 
 
 def _newest_intact(run: Path, cfg: DictConfig) -> Path | None:

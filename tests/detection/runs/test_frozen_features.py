@@ -236,6 +236,21 @@ def test_a_training_that_is_refused_computes_no_maps(root, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_training_that_goes_on_with_other_data_computes_no_maps(root, tmp_path):
+    data = shutil.copytree(root, tmp_path / "data")
+    options = [*FROZEN, f"data.root={data}", f"run_dir={tmp_path / 'run'}"]
+    train(composed("train", *options, "trainer.max_epochs=1"))
+    path = data / "annotations/instances_train.json"
+    instances = json.loads(path.read_text())
+    instances["annotations"][0]["bbox"][0] += 1
+    path.write_text(json.dumps(instances))
+    goes_on = [f"resume={tmp_path / 'run/last.ckpt'}", "trainer.max_epochs=2"]
+    cached = ["features=cached", f"features.cache_dir={tmp_path / 'cache'}"]
+    with pytest.raises(InputError, match=r"the data are not those that this run began with: 1 images of train have other annotations"):
+        train(composed("train", *options, *goes_on, *cached))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_full_disk_leaves_no_half_map(root, tmp_path, monkeypatch):
     detector, data = build(root)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))

@@ -26,7 +26,7 @@ from roi_quantization.detection.runs.distributed import share_run_dir_with_ranks
 from roi_quantization.detection.runs.errors import handle_errors
 from roi_quantization.detection.runs.interruption import explain_errors
 from roi_quantization.detection.runs.lock import exclusive_run_folder
-from roi_quantization.detection.runs.memory import keep_freed_memory
+from roi_quantization.detection.runs.memory import set_up_memory
 from roi_quantization.detection.runs.results import report, report_cross, report_differences
 from roi_quantization.detection.runs.run_folder import check_run_folder, replace_results
 from roi_quantization.detection.runs.setup import set_up_run
@@ -102,7 +102,7 @@ def _evaluate(cfg: DictConfig) -> dict[str, float]:
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")
 def _main(cfg: DictConfig) -> float:
     silence_other_ranks()
-    keep_freed_memory()
+    set_up_memory()
     metrics = {}
     with handle_errors("eval.py"):
         metrics = evaluate(compose_with_checkpoint(cfg))

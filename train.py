@@ -25,7 +25,7 @@ from roi_quantization.detection.runs.fine_tuning import initialize_from
 from roi_quantization.detection.runs.interruption import GracefulStop, TerminateOnNonFiniteLoss, explain_errors, reraise_signal
 from roi_quantization.detection.runs.last_validation import ValidateAtEnd
 from roi_quantization.detection.runs.lock import exclusive_run_folder
-from roi_quantization.detection.runs.memory import keep_freed_memory
+from roi_quantization.detection.runs.memory import set_up_memory
 from roi_quantization.detection.runs.results import draw_curves, report, report_cross
 from roi_quantization.detection.runs.resume import check_fits, checkpoint_to_resume
 from roi_quantization.detection.runs.run_folder import check_run_folder, replace_results, write_config
@@ -143,7 +143,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def _main(cfg: DictConfig) -> float:
     silence_other_ranks()
-    keep_freed_memory()
+    set_up_memory()
     metrics = {}
     with handle_errors("train.py"), reraise_signal():
         metrics = train(cfg) if cfg.arm is None else run_in_sweep(train, cfg)

@@ -46,9 +46,6 @@ def set_up_run(cfg: DictConfig, groups: Sequence[str] = ()) -> Path:
         if cfg.trainer.get("strategy", "auto") != "auto":
             os.environ["OMP_NUM_THREADS"] = str(cfg.threads)  # without it Lightning shares the cores among its processes
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    # with trainer.deterministic PyTorch fills all memory that it allocates, a tenth of the time of a step. It is for programs that read
-    # memory before they write it
-    torch.utils.deterministic.fill_uninitialized_memory = False
     return run_dir
 
 

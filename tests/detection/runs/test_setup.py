@@ -1,7 +1,6 @@
 """Settings are checked before anything is written."""
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
@@ -43,12 +42,6 @@ def test_a_setting_that_nothing_can_run_with_is_named(tmp_path, overrides, messa
 def test_what_can_be_left_out_is_left_out(tmp_path, overrides, threads_as_before):
     run_dir = set_up_run(composed("train", "trainer=cpu", f"run_dir={tmp_path / 'run'}", *overrides), groups=("optim", "coco_eval"))
     assert run_dir == tmp_path / "run" and not list(run_dir.iterdir()), "config.yaml comes once nothing is missing to begin"
-
-
-def test_memory_is_not_filled(tmp_path, threads_as_before, monkeypatch):
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    set_up_run(composed("train", "trainer=cpu", f"run_dir={tmp_path / 'run'}"), groups=("optim", "coco_eval"))
-    assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
 @pytest.mark.parametrize("override", ["+max_epochs=4", "++max_epochs=4", "+foo.bar=1", "+checkpoint.every=5"])

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from roi_quantization.detection.common.configuration import CONFIGS, evaluated_split, path_setting
-from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.errors import InputError, named_setting
 from roi_quantization.detection.data.data_fingerprint import DataFingerprint
 from roi_quantization.detection.data.loading_time import LoadingTimeMonitor
 from roi_quantization.detection.model.build import build_detector, instantiate
@@ -82,6 +82,8 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     mode = check_metric(cfg.optimized_metric, data.val is not None, objects, detector.has_evaluation_losses, data.masks)
     if cfg.init_from is not None and resumed is None:
         initialize_from(detector, path_setting(cfg.init_from, "init_from"), data.categories)
+    with named_setting("average"):
+        average = instantiate(cfg.get("average"))
     module = DetectionModule(
         detector,
         **instantiate(cfg.optim),
@@ -89,7 +91,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         config=OmegaConf.to_container(cfg),  # with its interpolations: in eval.py the others follow when one part changes
         seed=cfg.seed,
         coco_eval=coco_eval,
-        average=instantiate(cfg.get("average")),
+        average=average,
     )
 
     monitor = coco_eval.protocol.logged(cfg.optimized_metric)

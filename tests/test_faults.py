@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from roi_quantization.detection.common import files
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.common.files import NotWrittenError
 from roi_quantization.detection.runs.checkpoint import load_checkpoint
 from roi_quantization.detection.runs.interruption import GracefulStop, TerminateOnNonFiniteLoss, explain_errors, reraise_signal
@@ -188,6 +189,20 @@ def test_mistakes_that_would_show_after_training_are_errors_before_it(data, tmp_
         with pytest.raises(ValueError, match=message):
             train(configuration(tmp_path, data, override))
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.optimizer.betas=[2,2]"], r"optim\.optimizer: Invalid beta parameter at index 0: 2"),
+        (["optim.optimizer.betas=3"], r"optim\.optimizer: "),
+        (["optim.schedule.warmup_fraction=2"], r"optim\.schedule\.warmup_fraction=2: expected a number from 0 to 1"),
+        (["average=ema", "average.multi_avg_fn.decay=2"], r"average: Invalid decay value 2"),
+    ],
+)
+def test_what_a_library_refuses_has_the_name_of_the_setting(data, tmp_path, overrides, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        train(configuration(tmp_path, data, *overrides))
 
 
 def test_without_objects_ap_chooses_no_checkpoint():

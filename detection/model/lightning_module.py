@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.errors import InputError, named_setting
 from roi_quantization.detection.data.masks import encode
 from roi_quantization.detection.evaluation.coco import CocoEvaluation, Metrics, to_coco_results
 from roi_quantization.detection.evaluation.protocol import COCO_MAX_DETECTIONS
@@ -78,7 +78,8 @@ class DetectionModule(pl.LightningModule):
         return self.detector if self.averaged is None else self.averaged.module
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.optimizer, self.groups(self.detector), self._may_fuse())
+        with named_setting("optim.optimizer"):
+            optimizer = build_optimizer(self.optimizer, self.groups(self.detector), self._may_fuse())
         steps, wanted = self.trainer.estimated_stepping_batches, self.trainer.max_steps
         if steps < wanted:
             raise InputError(
@@ -91,7 +92,8 @@ class DetectionModule(pl.LightningModule):
             raise InputError(
                 "optim.schedule needs the length of the training. Set trainer.max_epochs or trainer.max_steps, or optim.schedule=null"
             )
-        scheduler = self.schedule(optimizer, total_steps=int(steps))
+        with named_setting("optim.schedule"):
+            scheduler = self.schedule(optimizer, total_steps=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _may_fuse(self) -> bool:

@@ -95,7 +95,15 @@ def one_cycle(
     """Raise each group's rate from `start_factor` of it over `warmup_fraction` of the steps, then lower it to `end_factor` of it; cosine.
 
     With `cycle_momentum` the momentum (Adam's first beta) falls from 0.95 to 0.85 while the rate rises, and returns.
+
+    Raises:
+        InputError: `warmup_fraction` is not from 0 to 1, or a factor is not above 0.
     """
+    if not 0 <= warmup_fraction <= 1:
+        raise InputError(f"optim.schedule.warmup_fraction={warmup_fraction}: expected a number from 0 to 1")
+    for name, value in (("start_factor", start_factor), ("end_factor", end_factor)):
+        if not value > 0:
+            raise InputError(f"optim.schedule.{name}={value}: expected a number above 0")
     return _OneCycle(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
@@ -115,7 +123,14 @@ def step_decay(
     warmup_steps: int = 0,
     warmup_factor: float = 0.1,
 ) -> LambdaLR:
-    """Multiply the rate by `gamma` at each milestone (a step), after a linear warm-up from `warmup_factor` of it. Ignores `total_steps`."""
+    """Multiply the rate by `gamma` at each milestone (a step), after a linear warm-up from `warmup_factor` of it. Ignores `total_steps`.
+
+    Raises:
+        InputError: a number is below 0.
+    """
+    for name, value in (("gamma", gamma), ("warmup_steps", warmup_steps), ("warmup_factor", warmup_factor)):
+        if not value >= 0:
+            raise InputError(f"optim.schedule.{name}={value}: expected a number from 0 on")
     milestones = sorted(milestones)
 
     def factor(step: int) -> float:

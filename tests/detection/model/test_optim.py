@@ -1,3 +1,4 @@
+import math
 from collections import OrderedDict
 from functools import partial
 from types import SimpleNamespace
@@ -6,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.model.optim import build_optimizer, is_fused, one_cycle, parameter_groups, step_decay
 
 
@@ -72,6 +74,24 @@ def test_one_cycle_peaks_at_each_groups_own_rate():
     first, second = zip(*seen, strict=True)
     assert (first[0], max(first), first[-1]) == pytest.approx((0.1, 1.0, 0.01), rel=1e-3)
     assert second == pytest.approx([rate / 10 for rate in first])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "setting", "wanted"),
+    [
+        (one_cycle, {"warmup_fraction": -0.1}, "from 0 to 1"),
+        (one_cycle, {"start_factor": 0}, "above 0"),
+        (one_cycle, {"end_factor": -1}, "above 0"),
+        (step_decay, {"gamma": -0.1}, "from 0 on"),
+        (step_decay, {"warmup_steps": -1}, "from 0 on"),
+        (step_decay, {"warmup_factor": math.nan}, "from 0 on"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_named(schedule, setting, wanted):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    ((name, value),) = setting.items()
+    with pytest.raises(InputError, match=rf"optim\.schedule\.{name}={value}: expected a number {wanted}"):
+        schedule(optimizer, total_steps=10, **setting)
 
 
 def test_a_cycle_goes_on_with_another_length():

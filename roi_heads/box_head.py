@@ -26,7 +26,7 @@ class TwoFCHead(nn.Sequential):
         norm: of the backbone. With "batch" a name in `weights` means `vgg16_bn`, whose fc6 and fc7 belong to its convolutions.
 
     Raises:
-        ValueError: the weights hold fc6 and fc7 of another shape.
+        ValueError: `hidden` is not positive, or the weights hold fc6 and fc7 of another shape.
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class TwoFCHead(nn.Sequential):
         weights: str | Path | None = None,
         norm: Literal["none", "batch"] = "none",
     ):
+        if hidden < 1:
+            raise ValueError(f"hidden={hidden}: expected a whole number from 1 on")
         fc6, fc7 = nn.Linear(in_channels * output_size**2, hidden), nn.Linear(hidden, hidden)
         super().__init__(nn.Flatten(), fc6, nn.ReLU(inplace=True), nn.Dropout(dropout), fc7, nn.ReLU(inplace=True), nn.Dropout(dropout))
         self.out_features = hidden
@@ -72,9 +74,15 @@ class BoxPredictor(FastRCNNPredictor):
         num_classes: background (0) included.
         score_std, delta_std: standard deviations of the initial weights, 0.01 and 0.001 in the paper (section 2.3).
         class_agnostic: regress one box for all classes; its deltas are repeated for each.
+
+    Raises:
+        ValueError: a deviation is negative.
     """
 
     def __init__(self, in_channels: int, num_classes: int, score_std: float = 0.01, delta_std: float = 0.001, class_agnostic: bool = False):
+        for name, std in (("score_std", score_std), ("delta_std", delta_std)):
+            if not std >= 0:
+                raise ValueError(f"{name}={std}: expected a number from 0 on")
         super().__init__(in_channels, num_classes)
         self.num_classes, self.class_agnostic = num_classes, class_agnostic
         if class_agnostic:

@@ -1,5 +1,6 @@
 """Fast R-CNN's heads on torchvision's `RoIHeads`: what the paper has and torchvision lacks, and nothing else."""
 
+import math
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -83,11 +84,15 @@ class FastRCNNHeads(RoIHeads):
         mask_head: nn.Module | None = None,
         mask_predictor: nn.Module | None = None,
     ):
-        low, high = background_iou
-        if not 0 <= low < high <= foreground_iou:
+        if len(background_iou) != 2 or not 0 <= background_iou[0] < background_iou[1] <= foreground_iou:
             raise ValueError(
-                f"expected 0 <= low < high <= foreground_iou, got background_iou=[{low}, {high}], foreground_iou={foreground_iou}"
+                f"background_iou={list(background_iou)}: expected [low, high], 0 <= low < high <= {foreground_iou} (foreground_iou)"
             )
+        low, high = background_iou
+        if len(box_weights) != 4 or not all(0 < weight < math.inf for weight in box_weights):
+            raise ValueError(f"box_weights={list(box_weights)}: expected four numbers above 0")
+        if not smooth_l1_beta >= 0:
+            raise ValueError(f"smooth_l1_beta={smooth_l1_beta}: expected a number from 0 on")
         shares = {"foreground_fraction": foreground_fraction, "foreground_iou": foreground_iou, "crowd_overlap": crowd_overlap}
         for name, value in (shares | {"score_threshold": score_threshold, "nms_threshold": nms_threshold}).items():
             if not 0 <= value <= 1:

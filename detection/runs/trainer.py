@@ -13,6 +13,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from roi_quantization.detection.common.configuration import check_count
 from roi_quantization.detection.common.errors import InputError, MissingPackageError
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.runs.distributed import cluster_plugins
@@ -130,6 +131,12 @@ def check_trains_as_configured(cfg: DictConfig) -> None:
     clip = cfg.get("gradient_clip_val")
     if clip is not None and not clip >= 0:
         raise InputError(f"trainer.gradient_clip_val={clip}: expected a number from 0 on, the norm of all gradients, or null")
+    for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        if cfg.get(key) is not None:
+            check_count(cfg[key], f"trainer.{key}")
+    interval = cfg.get("val_check_interval")
+    if interval is not None and not interval > 0:
+        raise InputError(f"trainer.val_check_interval={interval}: expected training batches, a share of them such as 0.5, or null")
     if cfg.get("overfit_batches"):
         raise InputError(
             f"trainer.overfit_batches={cfg.overfit_batches}: it replaces the order of images, so that a run could not go on. Set "

@@ -53,6 +53,19 @@ def test_weights_of_another_shape_name_the_layer_and_both_shapes(tmp_path):
         TwoFCHead(in_channels=2, output_size=7, hidden=6, weights=tmp_path / "vgg16.pth")
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TwoFCHead(in_channels=2, output_size=7, hidden=0), "hidden=0: expected a whole number from 1 on"),
+        (lambda: BoxPredictor(4, 3, score_std=-1), "score_std=-1: expected a number from 0 on"),
+        (lambda: BoxPredictor(4, 3, delta_std=-1), "delta_std=-1: expected a number from 0 on"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
 def test_weights_without_fully_connected_layers_are_logged(tmp_path, caplog):
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "vgg16.pth")
     TwoFCHead(in_channels=2, output_size=3, hidden=6, weights=tmp_path / "vgg16.pth")

@@ -91,6 +91,9 @@ def test_what_cannot_be_merged_is_refused_by_name(trainer_of, overrides, message
         ("+trainer.fast_dev_run=true", r"trainer\.fast_dev_run=True: it leaves out loggers and checkpoints"),
         ("+trainer.overfit_batches=3", r"trainer\.overfit_batches=3: .* Set data\.train_subset"),
         ("trainer.gradient_clip_val=-1", r"trainer\.gradient_clip_val=-1: expected a number from 0 on"),
+        ("trainer.accumulate_grad_batches=0", r"trainer\.accumulate_grad_batches=0: expected a whole number from 1 on"),
+        ("trainer.check_val_every_n_epoch=0", r"trainer\.check_val_every_n_epoch=0: expected a whole number from 1 on"),
+        ("trainer.val_check_interval=0", r"trainer\.val_check_interval=0: expected training batches"),
     ],
 )
 def test_settings_that_change_the_data_of_a_training_or_nothing_are_refused(override, message):

@@ -50,11 +50,16 @@ def test_maxima_computed_in_chunks_of_rois_are_the_same(name, monkeypatch):
 
 
 @pytest.fixture
-def deterministic_mode():
+def filled_memory(monkeypatch):
+    """A command that a test ran in this process may have switched it off."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+
+
+@pytest.fixture
+def deterministic_mode(filled_memory):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.mark.parametrize("operator", [ops.roi_align, ops.prroi_pool])
@@ -84,6 +89,6 @@ def test_calls_that_overlap_restore_the_fill_of_deterministic_mode(deterministic
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_outside_deterministic_mode_the_setting_is_left_alone():
+def test_outside_deterministic_mode_the_setting_is_left_alone(filled_memory):
     with library.unfilled_memory():
         assert torch.utils.deterministic.fill_uninitialized_memory

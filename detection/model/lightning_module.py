@@ -78,8 +78,9 @@ class DetectionModule(pl.LightningModule):
         return self.detector if self.averaged is None else self.averaged.module
 
     def configure_optimizers(self) -> Any:
+        groups = self.groups(self.detector)
         with named_setting("optim.optimizer"):
-            optimizer = build_optimizer(self.optimizer, self.groups(self.detector), self._may_fuse())
+            optimizer = build_optimizer(self.optimizer, groups, self._may_fuse())
         steps, wanted = self.trainer.estimated_stepping_batches, self.trainer.max_steps
         if steps < wanted:
             raise InputError(

@@ -84,7 +84,7 @@ def test_bounds_in_the_wrong_order_are_refused():
     ],
 )
 def test_percent_and_nothing_at_all_are_refused(name, value, expected):
-    with pytest.raises(ValueError, match=re.escape(f"{name}={value}: expected {expected}")):
+    with pytest.raises(ValueError, match="^" + re.escape(f"{name}={value}: expected {expected}")):
         make(**{name: value})
 
 

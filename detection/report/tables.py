@@ -113,8 +113,9 @@ def main_table(findings: Findings) -> Table:
     first, *others = (Column(metric, format_estimate()) for metric in METRICS)
     apart = Column(f"{METRIC} - {findings.reference}", format_estimate(signed=True))
     numbers = (first, apart, *(Column(name, format_p_value) for name in ("p", "p, Holm") if of_p), *others)
-    fewer = {arm: change.n for arm, change in changes.items() if findings.varies_over == "seeds" and change.n < len(findings.runs(arm))}
-    if fewer:
+    runs = {arm: len(findings.runs(arm)) for arm in findings.arms}
+    fewer = {arm: change.n for arm, change in changes.items() if change.n < max(runs[arm], runs[findings.reference])}
+    if fewer and findings.varies_over == "seeds":
         paired += " Of fewer seeds, those of both operators: " + ", ".join(f"{arm} {n}" for arm, n in fewer.items()) + "."
     return Table(
         "main",

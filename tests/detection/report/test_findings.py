@@ -81,6 +81,14 @@ def test_costs_are_all_else_equal_only_where_it_is(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
+def test_a_reference_with_more_seeds_says_that_a_difference_is_of_fewer(tmp_path):
+    arms = {"align": 3.0, "warp": 7.0, "pool": 9.0}
+    findings = Findings(read_sweep(write_fake_sweep(tmp_path / "made_up", arms=arms, missing=["warp_seed2"], images=10)))
+    means, warp = findings.means["AP"], findings.differences["AP"]["warp"]
+    assert warp.value != pytest.approx(means["warp"].value - means["align"].value), "of two seeds and of three"
+    assert "Of fewer seeds, those of both operators: warp 2." in main_table(findings).note
+
+
 def test_equal_predictions_have_no_rank(tmp_path):
     arms = {"align": 3.0, "align_max": 3.2, "prroi": 3.4, "align_adaptive": 3.6}
     findings = Findings(read_sweep(write_fake_sweep(tmp_path / "equal", arms=arms, seeds=(0,), images=6)))

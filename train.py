@@ -17,6 +17,7 @@ from roi_quantization.detection.data.data_fingerprint import DataFingerprint
 from roi_quantization.detection.data.loading_time import LoadingTimeMonitor
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.lightning_module import DetectionModule
+from roi_quantization.detection.runs.checkpoint import load_checkpoint
 from roi_quantization.detection.runs.command_line import log_into_run_folder, replace_null_choices
 from roi_quantization.detection.runs.cross_evaluation import check_operators, cross_evaluate
 from roi_quantization.detection.runs.distributed import share_run_dir_with_ranks, silence_other_ranks
@@ -107,6 +108,8 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     trainer = build_trainer(cfg.trainer, callbacks, [AtomicCheckpointIO()], build_loggers(cfg.get("logger")))
     share_run_dir_with_ranks(trainer, run_dir)
     if cfg.get("features") is not None:  # which takes long, so all that can be refused was refused before
+        if resumed is not None:  # the maps are those of its weights, which Lightning loads afterwards
+            module.load_state_dict(load_checkpoint(resumed)["state_dict"])
         instantiate(cfg.features).attach(detector, data)
     if resumed is None:
         replace_results(cfg, run_dir, "train.py")

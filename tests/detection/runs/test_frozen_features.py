@@ -251,6 +251,17 @@ def test_a_training_that_goes_on_with_other_data_computes_no_maps(root, tmp_path
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_training_that_goes_on_computes_the_maps_of_its_weights(root, tmp_path):
+    """Lightning loads them later, and those of a new detector are other ones: of another seed here, as with `init_from`."""
+    caches = []
+    for overrides in (["seed=0"], ["seed=1", f"resume={tmp_path / 'run/last.ckpt'}", "trainer.max_epochs=2"]):
+        caches.append(tmp_path / f"cache{len(caches)}")
+        cached = ["features=cached", f"features.cache_dir={caches[-1]}", "trainer.max_epochs=1"]
+        train(composed("train", *FROZEN, f"data.root={root}", f"run_dir={tmp_path / 'run'}", *cached, *overrides))
+    first, second = ([path.name for path in cache.glob("*.float16")] for cache in caches)
+    assert first == second
+
+
 def test_a_full_disk_leaves_no_half_map(root, tmp_path, monkeypatch):
     detector, data = build(root)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))

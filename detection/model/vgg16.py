@@ -67,9 +67,10 @@ class VGG16(nn.Module):
     def split(self) -> tuple[nn.Sequential, nn.Sequential]:
         """Return the layers before the first one that is trained, and the others. They share their weights with this backbone.
 
-        Where none is trained, the others are pool5: strides 16 and 32 have the same maps before it.
+        Where none is trained, the others are pool5: strides 16 and 32 have the same maps before it. `requires_grad` is not asked: in a copy
+        with averaged weights no weight is trained, and its maps are those of this backbone.
         """
-        trained = (i for i, layer in enumerate(self.features) if any(weight.requires_grad for weight in layer.parameters()))
+        trained = (i for i in range(len(self._frozen()), len(self.features)) if list(self.features[i].parameters()))
         first = next(trained, len(self.features) - isinstance(self.features[-1], nn.MaxPool2d))
         return self.features[:first], self.features[first:]
 

@@ -1,5 +1,6 @@
 """Feature maps of a frozen backbone from a file: the same numbers as from the pixels, and nothing else is ever read."""
 
+import csv
 import errno
 import json
 import shutil
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
 
 from roi_quantization.detection.common.errors import InputError
@@ -64,21 +66,35 @@ def test_an_item_has_the_map_and_the_boxes_of_its_pixels(root, tmp_path):
     assert flips == {("train", True), ("train", False), ("test", False)}
 
 
-@pytest.mark.parametrize("frozen", [5, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_training_has_the_numbers_of_one_on_pixels(tmp_path, frozen, monkeypatch):
-    options = [f"backbone.frozen_blocks={frozen}", "threads=1", "trainer.max_epochs=2", "optim.groups.lr=5e-3"]
+@pytest.mark.parametrize("frozen", [0, 3, 4, 5])
+@pytest.mark.parametrize("stride", [16, 32])
+def test_an_average_of_weights_reads_the_same_maps(root, stride, frozen):
+    detector, _ = build(root, f"backbone.frozen_blocks={frozen}", f"backbone.stride={stride}")
+    averaged = AveragedModel(detector).requires_grad_(False).module
+    ends = [[len(part) for part in backbone.split()] for backbone in (detector.backbone, averaged.backbone)]
+    assert ends[0] == ends[1] and sum(ends[0]) == len(detector.backbone.features)
+    first = [weight.requires_grad for weight in detector.backbone.split()[1].parameters()][:1]
+    assert first == ([True] if frozen < 5 else [])
+    assert not any(weight.requires_grad for weight in detector.backbone.split()[0].parameters())
+
+
+@pytest.mark.parametrize(
+    ("frozen", "more"),
+    [(5, []), (4, ["average=ema", "average.multi_avg_fn.decay=0.5"]), pytest.param(3, [], marks=pytest.mark.slow)],
+)
+def test_a_training_has_the_numbers_of_one_on_pixels(tmp_path, frozen, more, monkeypatch):
+    options = [f"backbone.frozen_blocks={frozen}", "threads=1", "trainer.max_epochs=2", "optim.groups.lr=5e-3", *more]
     (tmp_path / "pixels").mkdir()
     on_pixels = run_train(tmp_path / "pixels", *options)
     shutil.copytree(tmp_path / "pixels/data", tmp_path / "maps/data")
     cached = ["features=cached", f"features.cache_dir={tmp_path / 'cache'}"]
     on_maps = run_train(tmp_path / "maps", *options, *cached)
-    losses = [
-        [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
-        for folder in ("pixels", "maps")
-        for rows in [(tmp_path / folder / "run/metrics.csv").read_text().splitlines()]
-        for column in [rows[0].split(",").index("train/loss")]
-    ]
-    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=5e-3)
+    for name, steps in (("train/loss", 4), ("val/loss", 2)):
+        losses = []
+        for folder in ("pixels", "maps"):
+            with open(tmp_path / folder / "run/metrics.csv", newline="") as file:
+                losses.append([float(row[name]) for row in csv.DictReader(file) if row[name]])
+        assert len(losses[0]) == steps and losses[1] == pytest.approx(losses[0], rel=5e-3)
     assert on_maps == pytest.approx(on_pixels, abs=1.0, nan_ok=True)
     files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     again = run_eval(tmp_path / "maps/run/best.ckpt", tmp_path / "eval", *cached)

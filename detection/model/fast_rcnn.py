@@ -105,8 +105,8 @@ def frozen_and_trained(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Take a backbone apart into the layers whose output training does not change, and the others.
 
     Args:
-        backbone: with a method `split`, as `VGG16` has it, which gives the same layers in a copy of which nothing is trained; without, it is
-            a whole that is frozen or not.
+        backbone: with a method `split`, as `VGG16` has it, which gives the same layers in a copy of which nothing is trained; without, it
+            is a whole that is frozen or not.
 
     Raises:
         InputError: its first layers are trained, so that nothing stays as it is.

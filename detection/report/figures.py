@@ -103,7 +103,7 @@ def plot_factorial(findings: Findings) -> ReportFigure | None:
         figure, (axes,) = _panels(3.1)
         lines = ((cells.exact, cells.rounded_roi, "bins exact"), (cells.quantized_bins, cells.both, "bins of whole cells"))
         for shift, (left, right, name) in zip((-0.02, 0.02), lines, strict=True):
-            estimates = [findings.means[METRIC][arm] for arm in (left, right)]
+            estimates = [findings.means_of_costs[METRIC][arm] for arm in (left, right)]
             axes.plot(
                 [shift, 1 + shift], [e.value for e in estimates], color=theme.ink, linestyle=styles[left].line, linewidth=1.2, label=name
             )
@@ -123,7 +123,8 @@ def plot_factorial(findings: Findings) -> ReportFigure | None:
         return figure
 
     caption = "The two quantizations, separately and together, all with max pooling and without Caffe's + 1. Without interaction the lines "
-    caption += f"are parallel. Bars: 95 % intervals over {findings.varies_over}."
+    seeds = f", {findings.seeds_of_costs}" if findings.seeds_of_costs else ""
+    caption += f"are parallel. Bars: 95 % intervals over {findings.varies_over}{seeds}."
     return ReportFigure("two_by_two", "The 2 x 2 of the two quantizations", caption, draw)
 
 
@@ -231,7 +232,7 @@ def plot_sizes(findings: Findings) -> ReportFigure:
             axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
         return figure
 
-    caption = "The side is the square root of the area. Mean over seeds."
+    caption = "The side is the square root of the area. Mean over the seeds that an operator has."
     if has_cells:
         caption = f"A cell has {findings.stride} pixels of the network's input. {caption}"
     if equal:

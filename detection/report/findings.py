@@ -111,10 +111,24 @@ class Findings:
     @cached_property
     def costs(self) -> dict[str, dict[str, Estimate]]:
         """Metric -> projection, bins, both, interaction -> estimate. Empty where the four arms have no common seed."""
-        cells = TwoByTwo()
-        seeds = [{run.seed for run in self.runs(arm)} for arm in cells.arms]
-        common = set.intersection(*seeds)
-        return self._estimates(cells.costs(), common) if common else {}
+        return self._estimates(TwoByTwo().costs(), self._seeds_of_costs) if self._seeds_of_costs else {}
+
+    @cached_property
+    def means_of_costs(self) -> dict[str, dict[str, Estimate]]:
+        """Metric -> each of the four arms -> estimate, of the seeds that `costs` is of."""
+        return self._estimates({arm: {arm: 1} for arm in TwoByTwo().arms}, self._seeds_of_costs) if self._seeds_of_costs else {}
+
+    @property
+    def seeds_of_costs(self) -> str:
+        """Say of which seeds `costs` is, where they are not all: `of the 2 seeds of 3 that all four operators have`."""
+        seeds = len(self._seeds_of_costs)
+        if self.varies_over == "images" or seeds == len(self.seeds):
+            return ""
+        return f"of the {'one seed' if seeds == 1 else f'{seeds} seeds'} of {len(self.seeds)} that all four operators have"
+
+    @cached_property
+    def _seeds_of_costs(self) -> set[int]:
+        return set.intersection(*({run.seed for run in self.runs(arm)} for arm in TwoByTwo().arms))
 
     def _estimates(self, combinations: Mapping[str, Combination], seeds: set[int] | None = None) -> dict[str, dict[str, Estimate]]:
         if not combinations:
@@ -289,7 +303,7 @@ class Findings:
             if arm not in self.operators:
                 continue
             changes = []
-            for run in runs:
+            for run in (run for run in runs if run.seed in self._paired_seeds(arm)):  # as what was measured
                 moved = predicted_results(results[run.folder], self.operators[arm], self.stride, scales, size)
                 stats = evaluation(results=moved, image_ids=self.image_ids).stats
                 changes.append([stats[metric] - own[run.folder][metric] for metric in METRICS])

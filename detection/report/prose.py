@@ -63,13 +63,11 @@ def cost_breakdown(findings: Findings) -> str:
     costs = findings.costs[METRIC]
     projection, bins, both = (costs[key].text() for key in ("projection", "bins", "both"))
     brackets = " (95 % intervals in brackets)" if costs["both"].has_interval else ""
-    seeds = costs["both"].n
-    if findings.varies_over == "seeds" and seeds < len(findings.seeds):
-        brackets += f", of the {'one seed' if seeds == 1 else f'{seeds} seeds'} of {len(findings.seeds)} that all four operators have"
+    seeds = f", {findings.seeds_of_costs}" if findings.seeds_of_costs else ""
     start = "With all else equal, rounding" if findings.is_controlled else "Rounding"
     return (
         f"{start} the RoI alone costs {projection} points of {METRIC}, quantizing its bins alone {bins}, and both "
-        f"together {both}{brackets}."
+        f"together {both}{brackets}{seeds}."
     )
 
 

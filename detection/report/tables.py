@@ -202,7 +202,9 @@ def costs_table(findings: Findings) -> Table | None:
     rows = [
         (words, first[name], *([first[name].p_value] if has_p else []), *(costs[name] for costs in others)) for name, words in COSTS.items()
     ]
+    seeds = f", {findings.seeds_of_costs}" if findings.seeds_of_costs else ""
     columns = [Column("cost of"), *(Column(metric, format_estimate(signed=True)) for metric in METRICS)]
+    of_p = " p is two-sided and not corrected for the number of comparisons." if has_p else ""
     if has_p:
         columns.insert(2, Column("p", format_p_value))
     return Table(
@@ -211,8 +213,8 @@ def costs_table(findings: Findings) -> Table | None:
         tuple(columns),
         tuple(rows),
         "Points lost to {exact, rounded RoI} x {exact, whole-cell bins} with max pooling and without + 1: align_max, warp_max, pool_bins, "
-        "pool_exclusive. Whole-cell bins make a RoI of less than a cell one cell, exact bins do not. A negative interaction means that the "
-        "second quantization costs less after the first." + " p is two-sided and not corrected for the number of comparisons." * has_p,
+        f"pool_exclusive{seeds}. Whole-cell bins make a RoI of less than a cell one cell, exact bins do not. A negative interaction means "
+        f"that the second quantization costs less after the first.{of_p}",
     )
 
 
@@ -247,7 +249,7 @@ def localisation_table(findings: Findings) -> Table | None:
         ),
         tuple(rows),
         "Of detections matched at IoU 0.5: mean IoU with the object, median distance of the edges in pixels, and the mean signed offset of "
-        "each edge after regression (positive: right, down). Mean over seeds.",
+        "each edge after regression (positive: right, down). Mean over the seeds that an operator has.",
     )
 
 
@@ -261,7 +263,7 @@ def sizes_table(findings: Findings) -> Table:
         "AP by the size of the object",
         (Column("operator"), *(Column(name, format_number()) for name in names)),
         tuple(rows),
-        f"Size is the square root of the object's area: in pixels of the image{cells}. Mean over seeds.",
+        f"Size is the square root of the object's area: in pixels of the image{cells}. Mean over the seeds that an operator has.",
     )
 
 
@@ -277,7 +279,7 @@ def cross_table(findings: Findings, metric: str = METRIC) -> Table | None:
         f"Trained with one operator, tested with another: {metric}",
         (Column("trained with"), *(Column(f"tested: {name}", format_number()) for name in tested)),
         tuple(rows),
-        "Mean over seeds.",
+        "Mean over the seeds that an operator has.",
     )
 
 

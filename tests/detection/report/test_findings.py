@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.report import write_report
+from roi_quantization.detection.report.figures import plot_factorial
 from roi_quantization.detection.report.findings import Findings
 from roi_quantization.detection.report.prose import cost_breakdown
 from roi_quantization.detection.report.sweep import read_sweep
@@ -65,7 +66,11 @@ def test_costs_are_all_else_equal_only_where_it_is(tmp_path):
     both = {seed: findings.values["AP"]["align_max"][seed] - findings.values["AP"]["pool_exclusive"][seed] for seed in (0, 1)}
     assert findings.costs["AP"]["both"].value == pytest.approx(sum(both.values()) / 2)
     shutil.move(folder / "warp_max_seed1", tmp_path)
-    costs = Findings(read_sweep(folder), "align_max").costs["AP"]
+    findings = Findings(read_sweep(folder), "align_max")
+    costs, means = findings.costs["AP"], findings.means_of_costs["AP"]
+    assert means["align_max"].value - means["pool_exclusive"].value == pytest.approx(both[0]), "the figure and the table agree"
+    for words in (costs_table(findings).note, plot_factorial(findings).caption, cost_breakdown(findings)):
+        assert ", of the one seed of 2 that all four operators have." in words
     assert {cost.n for cost in costs.values()} == {1} and costs["both"].value == pytest.approx(both[0]), "of the seeds that all four have"
     assert costs["both"].value == pytest.approx(sum(costs[name].value for name in ("projection", "bins", "interaction")))
     shutil.move(tmp_path / "warp_max_seed1", folder)
@@ -87,6 +92,16 @@ def test_a_reference_with_more_seeds_says_that_a_difference_is_of_fewer(tmp_path
     means, warp = findings.means["AP"], findings.differences["AP"]["warp"]
     assert warp.value != pytest.approx(means["warp"].value - means["align"].value), "of two seeds and of three"
     assert "Of fewer seeds, those of both operators: warp 2." in main_table(findings).note
+
+
+def test_a_prediction_is_of_the_seeds_that_were_measured(tmp_path):
+    arms = {"align": 3.0, "pool": 9.0, "warp": 7.0}
+    folder = write_fake_sweep(tmp_path / "sweep", arms=arms, missing=["pool_seed1"], seeds=(0, 1), images=12)
+    predicted = Findings(read_sweep(folder)).predicted
+    shutil.rmtree(folder / "align_seed1")
+    shutil.rmtree(folder / "warp_seed1")
+    of_seed_0 = Findings(read_sweep(folder)).predicted
+    assert predicted["pool"] == pytest.approx(of_seed_0["pool"]) and predicted["warp"] != pytest.approx(of_seed_0["warp"])
 
 
 def test_equal_predictions_have_no_rank(tmp_path):

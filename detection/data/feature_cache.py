@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 VERSION = 2  # increment it when the same settings give other maps
 PART = 50  # maps between two writings of the index: a killed run loses at most so many
+SAMPLED = 64  # values of the sample that the index has
+TOLERANCE = 0.05  # of the sample's norm: other devices and numbers of threads give other last bits, other layers other values
 
 Map = tuple[ImageRecord, bool]  # an image, and whether it is flipped left-right
 
@@ -46,12 +48,15 @@ class FeatureCache:
 
     Args:
         folder: of the files.
-        key: of all that the maps depend on beside the images: the backbone, its weights, the resizing.
-        channels: C.
+        key: of what the maps depend on beside the images: the structure of the backbone, its weights, the resizing.
+        sample: `[C, h, w]`, what the layers make of a fixed input. The index has some of its values, because a key does not tell how
+            somebody else's layers compute.
     """
 
-    def __init__(self, folder: Path | str, key: str, channels: int):
-        self.folder, self.channels = Path(folder), channels
+    def __init__(self, folder: Path | str, key: str, sample: Tensor):
+        self.folder, self.channels = Path(folder), len(sample)
+        values = sample.detach().float().cpu().flatten()
+        self.sample = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].numpy()
         digest = hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:12]
         self.path = self.folder / f"features_{digest}.float16"
         self.index_path = self.path.with_suffix(".json")
@@ -75,7 +80,8 @@ class FeatureCache:
 
         Raises:
             NotWrittenError: the folder cannot be written.
-            InputError: the disk has not the room, or a map has values that float16 does not hold.
+            InputError: the maps in the file are of layers that compute otherwise; the disk has not the room, or a map has values that
+                float16 does not hold.
         """
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             fingerprints = list(pool.map(fingerprint, images))
@@ -150,7 +156,8 @@ class FeatureCache:
             )
 
     def _write_index(self) -> None:
-        content = {"version": VERSION, "channels": self.channels, "maps": {name: list(entry) for name, entry in self.index.items()}}
+        maps = {name: list(entry) for name, entry in self.index.items()}
+        content = {"version": VERSION, "channels": self.channels, "sample": self.sample.tolist(), "maps": maps}
         atomic_write(self.index_path, json.dumps(content).encode())
 
     def _read_index(self) -> None:
@@ -161,8 +168,14 @@ class FeatureCache:
         try:
             content = json.loads(self.index_path.read_text())
             entries = {name: Entry(*entry) for name, entry in content["maps"].items()}
+            sample = np.array(content.get("sample", self.sample), np.float32)  # earlier versions wrote none
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s is damaged and ignored (%s): its maps are computed anew", self.index_path, error)
             return
+        if sample.shape != self.sample.shape or np.linalg.norm(sample - self.sample) > TOLERANCE * np.linalg.norm(sample):
+            raise InputError(
+                f"{self.path}: its maps were computed by layers with these names and weights that gave other values. Has the code of the "
+                "backbone changed, or one of its settings? Remove the file, or choose another folder with features.cache_dir"
+            )
         length = self.path.stat().st_size
         self.index = {name: e for name, e in entries.items() if e.offset + self._bytes(e.height, e.width) <= length}

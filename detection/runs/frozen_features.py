@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -80,15 +81,16 @@ class FrozenFeatures:
             with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
                 return run()(detector.batch([pixels.flip(-1) if flipped else pixels]))[0]
 
-        sample = frozen(torch.zeros(1, 3, 2 * stride, 2 * stride, device=device))
-        cells = sample.shape[-1] // 2  # along the side of a square of one stride
+        side = max(2 * stride, 64)  # the same for strides 16 and 32, whose maps are shared
+        sample = frozen(torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device))
+        cells = sample.shape[-1] * stride // side  # along the side of a square of one stride
 
         def size(image: ImageRecord) -> tuple[int, int]:
             canvas = tv_tensors.BoundingBoxes(torch.zeros(1, 4), format="XYXY", canvas_size=(image.height, image.width))
             return tuple(-(-side // stride) * cells for side in resize(canvas).canvas_size)
 
         key = "\n".join([layers_key(frozen), str((detector.backbone.mean, detector.backbone.std)), repr(resize), self.precision])
-        split.features = FeatureCache(self.cache_dir, key, sample.shape[1])
+        split.features = FeatureCache(self.cache_dir, key, sample[0])
         split.features.prepare(split.records, flips, size, compute)
 
 
@@ -115,9 +117,10 @@ def resize_and_flips(transform: Callable | None, split: str) -> tuple[nn.Module,
 
 
 def layers_key(layers: nn.Module) -> str:
-    """Return the structure of these layers and a hash of their weights."""
+    """Return the structure of these layers, with the code of traced ones, and a hash of their weights."""
     content = hashlib.sha256()
+    code = "".join(layer.code for layer in layers.modules() if isinstance(layer, GraphModule))
     for name, value in sorted(layers.state_dict().items()):
         content.update(name.encode())
         content.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return f"{layers}\n{content.hexdigest()}"
+    return f"{layers}\n{code}{content.hexdigest()}"

@@ -17,8 +17,9 @@ from roi_quantization.detection.data import feature_cache
 from roi_quantization.detection.evaluation.protocol import COCO_PROTOCOL
 from roi_quantization.detection.model.build import build_detector, instantiate
 from roi_quantization.detection.model.fast_rcnn import FastRCNN
+from roi_quantization.detection.model.torchvision_backbone import TorchvisionBackbone
 from roi_quantization.detection.runs.cross_evaluation import complete
-from roi_quantization.detection.runs.frozen_features import FrozenFeatures
+from roi_quantization.detection.runs.frozen_features import FrozenFeatures, layers_key
 from roi_quantization.scripts.train import train
 from tests.configuration import composed
 from tests.trainings import TINY, run_eval, run_train
@@ -155,10 +156,10 @@ def test_a_backbone_of_somebody_else_is_frozen_as_a_whole_or_refused(root, tmp_p
 
         def __init__(self):
             super().__init__()
-            self.layers = whole.features
+            self.layers, self.scale = whole.features, 1
 
         def forward(self, images):
-            return self.layers(images)
+            return self.scale * self.layers(images)
 
     detector.backbone = Own()
     FrozenFeatures(tmp_path).attach(detector, data)
@@ -166,9 +167,33 @@ def test_a_backbone_of_somebody_else_is_frozen_as_a_whole_or_refused(root, tmp_p
     with torch.no_grad():
         expected = detector.backbone(detector.batch([image]))[0]
     torch.testing.assert_close(data.test[0][1]["features"].float(), expected, rtol=1e-3, atol=1e-3)
+    detector.backbone.scale = 1.2
+    with pytest.raises(InputError, match=r"features_\w+\.float16: its maps were computed by layers .* that gave other values"):
+        FrozenFeatures(tmp_path).attach(detector, build(root)[1])
     detector.backbone.layers[-2].weight.requires_grad_(True)
     with pytest.raises(InputError, match=r"layers\.\d+\.weight is trained"):
         FrozenFeatures(tmp_path).attach(detector, build(root)[1])
+
+
+def test_other_ends_of_a_traced_backbone_have_other_maps():
+    """Before and after a relu a backbone has the same layers and weights."""
+    ends = [TorchvisionBackbone("resnet18", f"layer1.1.{end}", 4) for end in ("add", "relu_1", "add")]
+    for backbone in ends[1:]:
+        backbone.load_state_dict(ends[0].state_dict())
+    keys = [layers_key(backbone) for backbone in ends]
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_maps_of_an_earlier_version_are_read(root, tmp_path, monkeypatch):
+    FrozenFeatures(tmp_path).attach(*build(root))
+    (index,) = tmp_path.glob("*.json")
+    content = json.loads(index.read_text())
+    assert len(content.pop("sample")) > 8
+    index.write_text(json.dumps(content))
+    detector, data = build(root)
+    monkeypatch.setattr(detector, "batch", lambda *_: pytest.fail("pixels were read"))
+    FrozenFeatures(tmp_path).attach(detector, data)
+    assert data.test[0][1]["features"].isfinite().all()
 
 
 def test_other_weights_sizes_and_images_have_other_maps(root, tmp_path):

@@ -70,6 +70,7 @@ class ProposalNetwork(RegionProposalNetwork):
             post_nms_top_n=after_nms or {"training": 1000, "testing": 300},
             nms_thresh=nms_threshold,
         )
+        keep_coordinates(self)
         self.crowd_overlap = crowd_overlap
         self.seed = seed
         self.epoch = 0
@@ -133,6 +134,25 @@ class FasterRCNN(FastRCNN):
         super().finish(detection, target, shape, proposals)
         if "boxes" in target:
             detection["best_overlap"] = best_overlaps(proposals, target["boxes"])
+
+
+def keep_coordinates(rpn: RegionProposalNetwork) -> None:
+    """Let a network propose in float32 where autocast makes its maps and offsets 16 bits wide.
+
+    torchvision gives anchors the dtype of the maps, and boxes that of the offsets: 301.3 pixels are 302 in bfloat16.
+    """
+    rpn.anchor_generator.register_forward_pre_hook(_without_maps)
+    rpn.head.register_forward_hook(to_float32)
+
+
+def _without_maps(_: nn.Module, arguments: tuple[ImageList, list[Tensor]]) -> tuple[ImageList, list[Tensor]]:
+    images, maps = arguments  # of which anchors need the size, the device and the dtype
+    return images, [map_.new_empty(()).float().expand(map_.shape) for map_ in maps]
+
+
+def to_float32(module: nn.Module, arguments: tuple, output: Any) -> Any:
+    """Convert what a layer returns, a tensor or lists and tuples of such: a forward hook."""
+    return output.float() if isinstance(output, Tensor) else type(output)(to_float32(module, arguments, part) for part in output)
 
 
 def build_faster_rcnn(

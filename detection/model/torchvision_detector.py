@@ -24,6 +24,7 @@ from roi_quantization.detection.common.configuration import path_setting
 from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.model.build import build_operator
 from roi_quantization.detection.model.fast_rcnn import MASK_THRESHOLD, check_images, to_original
+from roi_quantization.detection.model.faster_rcnn import keep_coordinates, to_float32
 from roi_quantization.detection.model.torchvision_backbone import freeze_norm
 from roi_quantization.roi_heads.extractor import MultiScaleRoIExtractor, RoIOperator
 from roi_quantization.roi_heads.weights import read_state
@@ -62,6 +63,8 @@ class TorchvisionDetector(GeneralizedRCNN):
             pooler = getattr(self.roi_heads, name)
             if pooler is not None:
                 setattr(self.roi_heads, name, MultiScaleRoIExtractor(operator, pooler))
+        keep_coordinates(self.rpn)
+        self.roi_heads.box_predictor.register_forward_hook(to_float32)  # its offsets, for the same reason
         self.backbone.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         self.class_names, self.masks = class_names, masks
         self.register_buffer("data_labels", None, persistent=False)

@@ -16,6 +16,7 @@ from roi_quantization.detection.model.build import build_detector
 from roi_quantization.detection.model.torchvision_detector import EPS_0, TorchvisionDetector, builders_with_heads
 from roi_quantization.roi_heads import MultiScaleRoIExtractor
 from tests.configuration import composed
+from tests.detection.model.test_faster_rcnn import assert_coordinates_are_kept
 from tests.detection.model.tiny_rcnn import NAMES, TinyWeights, tiny, tiny_rcnn  # noqa: F401 -- a fixture
 
 BOTH = [{"id": 1, "name": "disc"}, {"id": 3, "name": "star"}]
@@ -54,6 +55,19 @@ def random_model(builder=tiny_rcnn, **options):
             nn.init.uniform_(module.running_var, 0.5, 2.0)
             nn.init.normal_(module.running_mean, std=0.1)
     return model
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("training", [True, False])
+def test_mixed_precision_leaves_coordinates_in_float32(training):
+    detector = build_detector(configuration("roi=align"), num_classes=3).train(training)
+    proposals = []
+    detector.rpn.register_forward_hook(lambda *call: proposals.extend(call[-1][0]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        detections, losses = detector(*images_and_targets())
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    for boxes in (*proposals, *(found["boxes"] for found in detections)):
+        assert_coordinates_are_kept(boxes)
 
 
 def assert_same_detections(found, expected):

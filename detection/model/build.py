@@ -84,6 +84,7 @@ def build_parts(cfg: DictConfig, num_classes: int, pretrained: bool, masks: bool
     check_groups(cfg, ("backbone", "head"))
     if masks and "mask_predictor" not in cfg.head:
         raise InputError("detector.masks=true: the head has no branch for masks. Choose mask_head=two_conv_small or four_conv")
+    weights = cfg.backbone.get("weights")
     if not pretrained:
         cfg = copy.deepcopy(cfg)
         for part in (cfg.backbone, cfg.head.get("box_head", {})):
@@ -91,6 +92,8 @@ def build_parts(cfg: DictConfig, num_classes: int, pretrained: bool, masks: bool
                 part.weights = None
     with input_errors(cfg.backbone):
         backbone = instantiate(cfg.backbone)
+    if weights is not None and hasattr(backbone, "normalize_as"):  # those of a checkpoint started from them
+        backbone.normalize_as(weights)
     build_operator(cfg.roi)
     known = {
         "extractor": {"spatial_scale": 1 / backbone.stride},

@@ -48,7 +48,12 @@ class TorchvisionBackbone(nn.Module):
         if name not in networks:
             raise InputError(f"backbone.name={name}: torchvision has no such classification network. It has {', '.join(networks)}")
         network = get_model_builder(name)(weights=None)
-        self.mean, self.std = _load(network, name, weights)
+        if hasattr(network, "transform_input"):  # GoogLeNet's and Inception's builders set it where they load weights
+            network.transform_input = True
+        self.name = name
+        self.normalize_as(weights)
+        if weights is not None:
+            _load(network, name, weights)
         if frozen_norm:
             freeze_norm(network)
         self.body = _extract(network, name, layer)
@@ -74,6 +79,17 @@ class TorchvisionBackbone(nn.Module):
             part.eval()
         return self
 
+    def normalize_as(self, weights: str | Path | None) -> None:
+        """Expect pixels with the mean and standard deviation that these weights were trained with, without loading them.
+
+        Those of a file are what all of torchvision's weights of this network have, and ImageNet's where these differ.
+        """
+        presets = {name: entry.transforms() for name, entry in get_model_weights(self.name).__members__.items()}
+        known = {name: (tuple(preset.mean), tuple(preset.std)) for name, preset in presets.items()}
+        imagenet = IMAGENET["mean"], IMAGENET["std"]
+        of_files = known.popitem()[1] if len(set(known.values())) == 1 else imagenet
+        self.mean, self.std = imagenet if weights is None else known.get(str(weights), of_files)
+
     def _frozen(self) -> list[nn.Module]:
         return [self.body.get_submodule(part) for part in self.frozen]
 
@@ -89,16 +105,11 @@ def freeze_norm(module: nn.Module) -> None:
             freeze_norm(child)
 
 
-def _load(network: nn.Module, name: str, weights: str | Path | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Load weights into a network. Return mean and standard deviation of the pixels that they were trained with."""
-    if weights is None:
-        return IMAGENET["mean"], IMAGENET["std"]
+def _load(network: nn.Module, name: str, weights: str | Path) -> None:
     entries = get_model_weights(name).__members__
     if str(weights) in entries:
-        entry = entries[str(weights)]
-        network.load_state_dict(entry.get_state_dict(progress=True, check_hash=True))
-        preset = entry.transforms()
-        return tuple(preset.mean), tuple(preset.std)
+        network.load_state_dict(entries[str(weights)].get_state_dict(progress=True, check_hash=True))
+        return
     path = path_setting(weights, "backbone.weights")
     if not Path(path).is_file():
         raise InputError(f"backbone.weights={path}: no such file, and no name of torchvision's weights of {name} ({', '.join(entries)})")
@@ -107,7 +118,6 @@ def _load(network: nn.Module, name: str, weights: str | Path | None) -> tuple[tu
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"backbone.weights={path}: not the state dict of torchvision's {name}: {reason}") from error
-    return IMAGENET["mean"], IMAGENET["std"]
 
 
 def _extract(network: nn.Module, name: str, layer: str) -> nn.Module:

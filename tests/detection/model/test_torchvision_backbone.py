@@ -1,11 +1,15 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
-from torchvision.models import ResNet18_Weights, resnet18
+from torchvision.models import ResNet18_Weights, googlenet, resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
 from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.model.build import build_detector
 from roi_quantization.detection.model.torchvision_backbone import IMAGENET, TorchvisionBackbone
+from tests.configuration import composed
 
 C4 = {"name": "resnet18", "layer": "layer3", "stride": 16}
 
@@ -97,3 +101,45 @@ def test_errors(settings, message):
 def test_weights_of_another_network(weights):
     with pytest.raises(InputError, match=r"not the state dict of torchvision's resnet50"):
         TorchvisionBackbone(name="resnet50", layer="layer3", stride=16, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "mean", "std"),
+    [
+        ("resnet18", "IMAGENET1K_V1", *IMAGENET.values()),
+        ("efficientnet_v2_l", "IMAGENET1K_V1", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("efficientnet_v2_l", "own.pth", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("efficientnet_v2_l", None, *IMAGENET.values()),
+        ("vgg16", "IMAGENET1K_FEATURES", (0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255)),
+        ("vgg16", "own.pth", *IMAGENET.values()),
+    ],
+)
+def test_pixels_are_those_of_the_weights(name, weights, mean, std):
+    backbone = SimpleNamespace(name=name)
+    TorchvisionBackbone.normalize_as(backbone, weights)
+    assert backbone.mean == pytest.approx(mean, abs=1e-4) and backbone.std == pytest.approx(std, abs=1e-4)
+
+
+normalize = TorchvisionBackbone.normalize_as
+
+
+def test_a_checkpoint_expects_the_pixels_of_the_weights_that_it_was_trained_from(monkeypatch):
+    asked = []
+    monkeypatch.setattr(TorchvisionBackbone, "normalize_as", lambda self, weights: asked.append(weights) or normalize(self, weights))
+    options = ["backbone=torchvision", "backbone.name=resnet18", "backbone.layer=layer3", "backbone.stride=16", "head=two_fc_small"]
+    build_detector(composed("train", *options, "backbone.weights=IMAGENET1K_V1"), num_classes=3, pretrained=False)
+    assert asked[-1] == "IMAGENET1K_V1"
+
+
+def test_googlenet_has_the_input_that_its_weights_were_trained_with(tmp_path):
+    """Its builder sets `transform_input` where it loads weights."""
+    torch.manual_seed(0)
+    network = googlenet(weights=None, init_weights=False, transform_input=True).eval()
+    torch.save(network.state_dict(), tmp_path / "own.pth")
+    backbone = TorchvisionBackbone("googlenet", "inception3a", 8, weights=str(tmp_path / "own.pth")).eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        found, x = backbone(images), network._transform_input(images)
+        for layer in ("conv1", "maxpool1", "conv2", "conv3", "maxpool2", "inception3a"):
+            x = getattr(network, layer)(x)
+    torch.testing.assert_close(found, x)

@@ -89,6 +89,11 @@ def digest(data: DetectionData) -> dict[str, str]:
     return _digest(DataFingerprint(data).fingerprints)
 
 
+def changed_splits(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """List the splits of two `digest`s whose images, annotations or proposals differ."""
+    return [split for split in {**recorded, **now} if recorded.get(split) != now.get(split)]
+
+
 def _digest(fingerprints: Mapping[str, Fingerprints]) -> dict[str, str]:
     return {name: f"{_hash(json.dumps(of_split, sort_keys=True).encode()):016x}" for name, of_split in fingerprints.items()}
 

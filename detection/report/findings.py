@@ -92,7 +92,8 @@ class Findings:
     @cached_property
     def is_controlled(self) -> bool:
         """Whether the runs differ in nothing but operator and seed."""
-        return not (self.sweep.differing_settings or self.sweep.differing_geometry or self.sweep.differing_seeds)
+        sweep = self.sweep
+        return not (sweep.differing_settings or sweep.differing_geometry or sweep.differing_seeds or sweep.changed_data)
 
     @cached_property
     def differences_over_images(self) -> dict[str, dict[str, Estimate]]:

@@ -111,6 +111,11 @@ def _problems(sweep: Sweep, findings: Findings, reference: str | None) -> list[s
             f"Sizes in cells, sampled regions and predicted costs are left out, because the configurations do not say enough: "
             f"{'; '.join(sweep.unknown_geometry)}."
         )
+    if sweep.changed_data:
+        problems.append(
+            f"Images, annotations or proposals ({', '.join(sweep.changed_data)}) changed from one run to another. Differences between runs "
+            "are of this as well."
+        )
     problems += [f"{arm}: {differ}, so that its runs are not of one setting." for arm, differ in sweep.differing_seeds.items()]
     problems += findings.protocol.deviations
     if findings.varies_over == "images":

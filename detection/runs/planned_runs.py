@@ -20,9 +20,10 @@ from roi_quantization.detection.common.configuration import (
     sweep_lines,
 )
 from roi_quantization.detection.common.errors import InputError
+from roi_quantization.detection.common.files import read_json
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.data_fingerprint import NAME as DATA
-from roi_quantization.detection.data.data_fingerprint import digest
+from roi_quantization.detection.data.data_fingerprint import changed_splits, digest
 from roi_quantization.detection.data.module import DetectionData, describe
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.report.origin import add_origin
@@ -111,6 +112,27 @@ def check_arms(runs: Mapping[Path, dict]) -> None:
             )
 
 
+def earlier_runs(runs: Mapping[Path, dict]) -> dict[Path, dict]:
+    """List the finished runs that an earlier sweep left in the folders of this one and that a report compares with its runs.
+
+    Args:
+        runs: folder of each run of this sweep -> its resolved configuration.
+
+    Returns:
+        Folder of each -> the configuration of a run of this sweep with the same settings of the data. Those with other settings are meant
+        to have other data.
+    """
+    found = {}
+    for folder in sweep_folders(runs):
+        for path in sorted(folder.glob(f"*_seed*/{FINISHED}")):
+            if path.parent not in runs and (path.parent / "config.yaml").is_file():
+                data = {"data": _read_configuration(path.parent)["data"]}
+                own = (run for run_dir, run in runs.items() if run_dir.parent == folder)
+                if same := next((run for run in own if not differences_beside_seeds(data, {"data": run["data"]})), None):
+                    found[path.parent] = same
+    return found
+
+
 def check_data(runs: Mapping[Path, dict], complete: bool) -> None:
     """Check that finished runs had the data of this sweep, as they are now.
 
@@ -139,8 +161,7 @@ def check_data(runs: Mapping[Path, dict], complete: bool) -> None:
         key = _data_key(run)
         if key not in digests:
             digests[key] = digest(_set_up(run["data"]))
-        recorded = json.loads((run_dir / DATA).read_bytes())
-        if others := [split for split in {**recorded, **digests[key]} if recorded.get(split) != digests[key].get(split)]:
+        if others := changed_splits(read_json(run_dir / DATA, dict), digests[key]):
             what = f"other images, annotations or proposals ({', '.join(others)})"
             raise InputError(
                 (f"{said}, which has {what}. " if moved else f"{now} has {what} than when {run_dir} was trained. ")

@@ -28,6 +28,7 @@ from roi_quantization.detection.runs.planned_runs import (
     check_arms,
     check_configuration,
     check_data,
+    earlier_runs,
     planned_runs,
     record_origin,
     sweep_folders,
@@ -131,7 +132,8 @@ class SweepCallback(Callback):
                 elif run.get("resume") == "auto":
                     check_replaceable(run_dir, run)
             check_arms(runs)
-            check_data({run_dir: runs[run_dir] for run_dir in finished}, complete=len(finished) == len(runs))
+            there = {run_dir: runs[run_dir] for run_dir in finished} | earlier_runs(runs)
+            check_data(there, complete=len(finished) == len(runs))
             if len(finished) < len(runs):  # what the runs share is computed once, on all cores, and its errors are printed once
                 record_origin(runs)
         except Exception as error:

@@ -13,7 +13,7 @@ from roi_quantization.detection.report.findings import Findings
 from roi_quantization.detection.report.prose import cost_breakdown
 from roi_quantization.detection.report.sweep import read_sweep
 from roi_quantization.detection.report.tables import costs_table, main_table, predicted_table
-from tests.detection.report.fake_sweep import write_fake_sweep
+from tests.detection.report.fake_sweep import text, write_fake_sweep
 
 
 def test_annotations_that_changed_since_the_runs_are_refused(tmp_path):
@@ -92,6 +92,22 @@ def test_a_reference_with_more_seeds_says_that_a_difference_is_of_fewer(tmp_path
     means, warp = findings.means["AP"], findings.differences["AP"]["warp"]
     assert warp.value != pytest.approx(means["warp"].value - means["align"].value), "of two seeds and of three"
     assert "Of fewer seeds, those of both operators: warp 2." in main_table(findings).note
+
+
+def test_data_that_changed_from_one_run_to_another_are_told(tmp_path, undrawn):
+    folder = write_fake_sweep(tmp_path / "sweep", arms={"align": 3.0, "pool": 9.0}, seeds=(0, 1), images=6)
+    runs = sorted(folder.glob("*_seed*"))
+    for run in runs:
+        (run / "data.json").write_text(json.dumps({"train": "a", "test": "b"}))
+    assert Findings(read_sweep(folder)).is_controlled
+    (runs[-1] / "data.json").write_text(json.dumps({"train": "c", "test": "b"}))
+    assert read_sweep(folder).changed_data == ["train"] and not Findings(read_sweep(folder)).is_controlled
+    write_report(folder)
+    assert "Images, annotations or proposals (train) changed from one run to another." in text(folder, "report.md")
+    config = OmegaConf.load(runs[-1] / "config.yaml")
+    config.data.train.subset = 5
+    OmegaConf.save(config, runs[-1] / "config.yaml")
+    assert read_sweep(folder).changed_data == [], "other settings of the data are told by themselves"
 
 
 def test_a_prediction_is_of_the_seeds_that_were_measured(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import time
 
@@ -14,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.runs.planned_runs import planned_runs
+from roi_quantization.detection.runs.planned_runs import earlier_runs, planned_runs
 from roi_quantization.detection.runs.sweep import SWEEP as SWEEP_PROCESS
 from roi_quantization.detection.runs.sweep import SweepCallback, _exit_with_sweep, run_in_sweep
 from roi_quantization.detection.runs.sweep_progress import SweepProgress
@@ -164,6 +165,12 @@ def test_a_sweep_over_other_data_does_not_begin(tmp_path, monkeypatch):
         (run_dir / "data.json").write_text('{"train": "0", "val": "0", "test": "0"}')
         with pytest.raises(SystemExit, match=r"data\.root=cats, and this sweep has data\.root=ships, .* \(train, val, test\)\. Choose"):
             SweepCallback().on_multirun_start(config)
+        shutil.move(run_dir, earlier := run_dir.with_name("pool_seed0"))  # which this sweep does not have, and its report does
+        OmegaConf.save(run | {"arm": "pool", "seed": 0}, earlier / "config.yaml")
+        with pytest.raises(SystemExit, match=r"ships has other .* \(train, val, test\) than when .*pool_seed0 was trained\. Choose"):
+            SweepCallback().on_multirun_start(config)
+        OmegaConf.save(run | {"arm": "pool", "seed": 0, "data": run["data"] | {"subset": 2}}, earlier / "config.yaml")
+        assert earlier_runs({run_dir: run}) == {}, "other data are meant to be"
 
 
 def test_a_run_with_an_arm_that_is_in_no_sweep_raises_what_it_fails_with(tmp_path):

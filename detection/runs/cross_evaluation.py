@@ -9,14 +9,17 @@ from collections.abc import Sequence
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from roi_quantization.detection.common.config_security import check_targets_allowed
 from roi_quantization.detection.common.config_sources import choices, name_config_folder
 from roi_quantization.detection.common.configuration import FAST_RCNN, read_configuration
 from roi_quantization.detection.common.errors import ExpectedError, InputError
+from roi_quantization.detection.common.files import read_json
 from roi_quantization.detection.common.renamed_targets import upgrade_config
+from roi_quantization.detection.data.data_fingerprint import NAME as DATA
+from roi_quantization.detection.data.data_fingerprint import changed_splits, digest
 from roi_quantization.detection.evaluation.coco import CocoEvaluation
 from roi_quantization.detection.model.build import build_detector, instantiate, read_operator
 from roi_quantization.detection.model.lightning_module import DetectionModule
@@ -60,13 +63,21 @@ def cross_evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningD
 
 
 def _evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataModule, split: str) -> Evaluation:
-    trainer = build_trainer(OmegaConf.merge(cfg.trainer, {"enable_progress_bar": False}), enable_checkpointing=False)
+    settings = OmegaConf.merge(cfg.trainer, {"enable_progress_bar": False})
+    with open_dict(settings):
+        for key in ("callbacks", "logger"):  # they belong to the run, whose checkpoints and curves they would write into
+            settings.pop(key, None)
+    trainer = build_trainer(settings, enable_checkpointing=False)
     {"test": trainer.test, "val": trainer.validate}[split](module, datamodule=data, verbose=False)
     return Evaluation(module.metrics, module.results)
 
 
 def complete(run: Run, operators: list[str]) -> None:
-    """Evaluate a finished run's best checkpoint with each of `operators` that its cross.json lacks, and add them to it."""
+    """Evaluate a finished run's best checkpoint with each of `operators` that its cross.json lacks, and add them to it.
+
+    Raises:
+        InputError: the data are not those that the run recorded, so that the operators would be compared on different ones.
+    """
     known = run.cross()
     config = without_training(OmegaConf.to_container(read_configuration(run.folder / "config.yaml")))
     check_targets_allowed(config, run.folder / "config.yaml")
@@ -77,6 +88,12 @@ def complete(run: Run, operators: list[str]) -> None:
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup()
+    recorded = run.folder / DATA
+    if recorded.is_file() and (others := changed_splits(read_json(recorded, dict), digest(data))):
+        raise InputError(
+            f"{cfg.data.root} has other images, annotations or proposals ({', '.join(others)}) than when {run.folder} was trained and "
+            "evaluated, with which other operators would be compared. Put the old data back, or repeat the run"
+        )
     checkpoint = load_checkpoint(run.folder / "best.ckpt")
     check_categories(checkpoint, data.categories)
     detector = build_detector(cfg, num_classes=len(data.categories) + 1, pretrained=False)

@@ -32,7 +32,7 @@ from roi_quantization.detection.evaluation.bootstrap import (
 from roi_quantization.detection.evaluation.coco import Metrics, class_names
 from roi_quantization.detection.evaluation.error_types import ERROR_TYPES, ErrorSplit, split_matched
 from roi_quantization.detection.evaluation.matching import check_results, match
-from roi_quantization.detection.evaluation.protocol import ALL_SIZES
+from roi_quantization.detection.evaluation.protocol import ALL_SIZES, COCO_PROTOCOL
 from roi_quantization.detection.evaluation.results_file import read_metrics, read_results
 from roi_quantization.detection.evaluation.statistics import Estimate, difference
 from roi_quantization.detection.runs.errors import handle_errors
@@ -124,7 +124,8 @@ def compare(
     annotated = set(coco.imgs)
     if len(annotated) < 2:
         raise InputError(f"{annotations} has {len(annotated)} images; intervals over images need at least 2.")
-    run_on = {name: _RunOn.of(read_metrics(path), coco) for name, path in zip(names, paths, strict=True)}
+    metrics = {name: read_metrics(path) for name, path in zip(names, paths, strict=True)}
+    run_on = {name: _RunOn.of(metrics[name], coco) for name in names}
     image_ids = sorted(set.intersection(*(one.images for one in run_on.values())))
     classes = set.intersection(*(one.classes for one in run_on.values()))
     each = ", ".join(f"{path}: {run_on[name].describe(coco) or 'all'}" for name, path in zip(names, paths, strict=True))
@@ -159,6 +160,16 @@ def compare(
     first, *others = names
     sums = {(name,): {name: 1.0} for name in names} | {(name, first): difference(name, first) for name in others}
     estimates = bootstrap_over_images(matched, sums, resamples, confidence)
+    protocol = dataclasses.replace(COCO_PROTOCOL, max_detections=max_detections)
+    for name, path in zip(names, paths, strict=True):
+        before, now = metrics[name], estimates[(name,)]["AP"].value
+        if before is None or before.protocol != protocol or set(before.image_ids or ()) != set(image_ids):
+            continue
+        if before.per_class.keys() == set(class_names(list(evaluated.cats.values())).values()) and abs(before.stats["AP"] - now) > 0.1:
+            log.warning(
+                "%s has AP %.1f by these annotations, and %.1f by metrics.json beside it. Is it of another split, or were the annotations "
+                "corrected?", path, now, before.stats["AP"],
+            )  # fmt: skip
     compared = [
         Compared(
             name=name,

@@ -122,6 +122,16 @@ def test_only_images_that_all_detectors_were_run_on_are_evaluated(truth, tmp_pat
     assert content["results"][1]["minus_first"]["AP"]["value"] == approx(0)
 
 
+def test_results_of_another_split_with_the_same_ids_are_warned_of(truth, tmp_path, caplog):
+    align = write(tmp_path / "align/results.json", [result(i) for i in IMAGES])
+    evaluated = {"per_class": {"cat": {}, "dog": {}}, "image_ids": list(IMAGES)}
+    for ap, warned in ((100.0, False), (41.0, True)):
+        write(tmp_path / "align/metrics.json", {**evaluated, "stats": {"AP": ap}})
+        run("--annotations", truth, align, "--resamples", 20)
+        said = f"{align} has AP 100.0 by these annotations, and 41.0 by metrics.json beside it. Is it of another split"
+        assert (said in caplog.text) == warned
+
+
 def test_images_by_metrics_that_do_not_fit_are_refused(truth, tmp_path):
     align, pool = two_detectors(tmp_path)
     write(tmp_path / "pool/metrics.json", metrics([1, 2]))

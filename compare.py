@@ -12,14 +12,14 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.common.files import atomic_write
+from roi_quantization.detection.common.files import atomic_write, read_json
 from roi_quantization.detection.data import plausibility
 from roi_quantization.detection.data.annotations import as_coco, choose_classes, read_instances, restrict
 from roi_quantization.detection.evaluation.bootstrap import (
@@ -147,6 +147,7 @@ def compare(
         results[name] = read_results(path)
         try:
             check_results(coco, results[name])
+            _check_pictures(Path(path), coco)
             run_on[name].check(results[name], coco)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
@@ -184,6 +185,19 @@ def compare(
         for name, path in zip(names, paths, strict=True)
     ]
     return evaluated, compared
+
+
+def _check_pictures(path: Path, coco: COCO) -> None:
+    """Raise InputError where instances.json beside the results, which predict.py writes, gives an id to another picture."""
+    beside = path.parent / "instances.json"
+    pictures = read_json(beside, dict).get("images", []) if beside.is_file() else []
+    for picture in pictures:
+        own, name = PurePath(str(picture.get("file_name"))).name, PurePath(str(coco.imgs.get(picture.get("id"), picture)["file_name"])).name
+        if own != name:
+            raise InputError(
+                f"image {picture['id']} is {own} by instances.json beside it, and {name} by the annotations. predict.py numbers pictures "
+                "itself. For these annotations take `python eval.py ckpt=...`, or give the results their ids"
+            )
 
 
 def format_comparison(coco: COCO, compared: Sequence[Compared], max_detections: int, confidence: float, resamples: int) -> str:

@@ -132,6 +132,17 @@ def test_results_of_another_split_with_the_same_ids_are_warned_of(truth, tmp_pat
         assert (said in caplog.text) == warned
 
 
+def test_pictures_that_predict_numbered_otherwise_are_refused(truth, tmp_path):
+    found = write(tmp_path / "found/results.json", [result(i) for i in IMAGES])
+    images = [{"id": i, "file_name": f"val/{i}.jpg"} for i in IMAGES]
+    write(tmp_path / "found/instances.json", {"images": images})
+    run("--annotations", truth, found, "--resamples", 20)
+    images[2]["file_name"] = "val/2b.jpg"
+    write(tmp_path / "found/instances.json", {"images": images})
+    expected = f"{found}: image 3 is 2b.jpg by instances.json beside it, and 3.jpg by the annotations. predict.py numbers pictures"
+    assert expected in message("--annotations", truth, found)
+
+
 def test_images_by_metrics_that_do_not_fit_are_refused(truth, tmp_path):
     align, pool = two_detectors(tmp_path)
     write(tmp_path / "pool/metrics.json", metrics([1, 2]))

@@ -1,5 +1,6 @@
 """A detection data set in COCO's layout: a folder of images and an instances json."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -77,6 +78,7 @@ class CocoDetection(Dataset):
         if not folder.is_dir():
             raise MissingFileError(f"{folder} is not a folder of images.\n{LAYOUT}")
         instances = choose_classes(read_instances(annotations, masks), classes)
+        self._content = _hash(annotations)
         self.image_ids = choose_images(instances, part, keep_empty, subset, ids, subset_seed)
         if not self.image_ids:
             raise InputError(f"{annotations} has no images to use.")
@@ -132,7 +134,15 @@ class CocoDetection(Dataset):
         """The annotations of these images as they are in the file, for COCOeval.
 
         Read on first access, because those of COCO's training set take 600 MB and training does not use them.
+
+        Raises:
+            InputError: the file has changed since, so that detections would be compared with other objects or classes.
         """
+        if _hash(self._annotations) != self._content:
+            raise InputError(
+                f"{self._annotations} has changed since this program began: detections would be compared with other objects or classes. "
+                "Restore it, and go on with the same command and resume=auto, or with `python eval.py ckpt=...`"
+            )
         return as_coco(restrict(choose_classes(read_instances(self._annotations, self.masks), self._classes), self.image_ids))
 
     def set_epoch(self, epoch: int) -> None:
@@ -185,6 +195,11 @@ def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
     """Collate items into a list of images and a list of targets. The detector pads the images, whose sizes differ."""
     images, targets = zip(*items, strict=True)
     return list(images), list(targets)
+
+
+def _hash(path: Path | str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).digest()
 
 
 def _check_files(records: list[ImageRecord], folder: Path) -> None:

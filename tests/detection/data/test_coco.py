@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from roi_quantization.detection.common.errors import InputError
 from roi_quantization.detection.data.coco import CocoDetection, collate
 from roi_quantization.detection.data.proposals.grid import Grid
 from roi_quantization.detection.data.transforms import resize_and_flip
@@ -58,6 +59,16 @@ def test_objects_of_pycocotools_are_made_for_evaluation_alone(small_set):
         dataset[index]
     assert "coco" not in vars(dataset)
     assert dataset.coco is dataset.coco
+
+
+def test_annotations_that_change_before_the_evaluation_are_refused(small_set):
+    dataset = CocoDetection(**small_set.paths)
+    content = small_set.paths["annotations"].read_bytes()
+    small_set.change("annotations", 0, bbox=[1, 2, 3, 4])
+    with pytest.raises(InputError, match=r"has changed since this program began.* Restore it, and go on"):
+        _ = dataset.coco
+    small_set.paths["annotations"].write_bytes(content)
+    assert len(dataset.coco.imgs) == 3
 
 
 def test_the_flip_of_an_image_depends_on_seed_epoch_and_id_not_on_order(small_set):

@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from roi_quantization.detection.common.errors import InputError, MissingFileError
 from roi_quantization.detection.data.garbage_collection import without_garbage_collection
 from roi_quantization.detection.data.images import check_size
-from roi_quantization.detection.data.masks import find_fault
+from roi_quantization.detection.data.masks import find_fault, to_masks
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ REQUIRED = {
 def read_instances(path: Path | str, masks: bool = False) -> dict:
     """Read and check an instances json.
 
-    Missing `id`, `area` and `iscrowd` of annotations are filled in. Boxes without area inside their image are dropped, counted and logged.
+    Missing `id`, `area` (of the mask, or else of the box) and `iscrowd` of annotations are filled in. Boxes without area inside their
+    image are dropped, counted and logged.
 
     Args:
         path: the file.
@@ -71,9 +72,13 @@ def read_instances(path: Path | str, masks: bool = False) -> dict:
     for number, annotation in enumerate(instances["annotations"]):
         _check_annotation(path, number, annotation)
     _drop_boxes_without_area(path, instances)
+    without_area = [annotation for annotation in instances["annotations"] if "area" not in annotation]
     _fill_in(path, instances["annotations"])
     if masks:
         _check_masks(path, instances)
+        sizes = {image["id"]: (image["height"], image["width"]) for image in instances["images"]}
+        for annotation in without_area:  # COCO's area is that of the mask, by which detections of masks are sorted into sizes
+            annotation["area"] = float(to_masks([annotation["segmentation"]], *sizes[annotation["image_id"]]).sum())
     return instances
 
 

@@ -18,6 +18,17 @@ def test_missing_fields_that_can_be_known_are_filled_in(small_set):
     assert (first["id"], first["area"], first["iscrowd"]) == (1, 20 * 10.25, 0)
 
 
+def test_an_area_that_is_missing_is_that_of_the_mask_where_masks_are_read(small_set):
+    """As COCO's: COCOeval sorts masks into sizes by it, and boxes too."""
+    for annotation in small_set.instances["annotations"]:
+        annotation["segmentation"] = [[10, 5, 20, 5, 20, 15]]
+    small_set.instances["annotations"][0].pop("area")
+    small_set.write()
+    of_mask, given = (read_instances(small_set.annotations, masks=True)["annotations"][number]["area"] for number in (0, 1))
+    assert of_mask == pytest.approx(50, abs=10) and given == 100
+    assert read_instances(small_set.annotations)["annotations"][0]["area"] == 20 * 10.25
+
+
 @pytest.mark.parametrize("size", [{"width": 60.0}, {"height": 40.0}, {"width": 60.0, "height": 40.0}])
 def test_whole_sizes_may_be_floats(small_set, size):
     small_set.change("images", 0, **size)

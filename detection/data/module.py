@@ -156,7 +156,7 @@ class DetectionData(pl.LightningDataModule):
         self.train: CocoDetection | None = None
         self.val: CocoDetection | None = None
         self.test: CocoDetection | None = None
-        self.start = {"epoch": 0, "batches": 0}  # where training starts; a checkpoint sets it
+        self.start = {"epoch": 0, "images": 0}  # where training starts; a checkpoint sets it
 
     def test_on_train(self) -> None:
         """Let the test split be the training images, with the transform of evaluation.
@@ -248,14 +248,16 @@ class DetectionData(pl.LightningDataModule):
             wanted = f"a batch of {self.batch_size}" + (f" in each of {world_size} processes" if world_size > 1 else "")
             raise InputError(f"{len(self.train)} training images do not fill {wanted}; lower data.batch_size.")
         sampler = EpochSampler(self.train, world_size, rank, self.seed)
-        sampler.resume(self.start["epoch"], skip=self.start["batches"] * self.batch_size)
+        seen = self.start.get("images", self.start.get("batches", 0) * self.batch_size * world_size)  # earlier versions counted batches
+        sampler.resume(self.start["epoch"], skip=seen // world_size)
         return self._loader(self.train, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what Lightning stores in a checkpoint: the epoch, and how many of its batches are done."""
+        """Return what Lightning stores in a checkpoint: the epoch, and how many of its images all processes together have seen."""
         loop = self.trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
-        return {"epoch": epochs.processed, "batches": batches.completed if epochs.ready > epochs.processed else 0}
+        done = batches.completed if epochs.ready > epochs.processed else 0
+        return {"epoch": epochs.processed, "images": done * self.batch_size * self.trainer.world_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set where training starts.

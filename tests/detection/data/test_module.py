@@ -217,6 +217,15 @@ class TestOrder:
         assert rest == [entry for entry in whole if entry[0] == 2]
 
 
+@pytest.mark.parametrize(("state", "left"), [({"images": 2}, [8, 8, 8]), ({"batches": 2}, [8, 6, 0])])
+def test_a_resumed_epoch_goes_on_at_the_same_image_with_another_batch_size(root, state, left):
+    """Earlier versions counted batches, which are of the size that they were in the same run."""
+    for batch_size, images in zip((1, 2, 4), left, strict=True):
+        made = data(root, batch_size=batch_size, num_workers=0)
+        made.load_state_dict({"epoch": 0, **state})
+        assert sum(len(batch) for batch, _ in made.train_dataloader()) == images
+
+
 class TestProcesses:
     """What each of several processes gets, without starting any."""
 

@@ -163,11 +163,11 @@ class DetectionData(pl.LightningDataModule):
 
         They are those that training takes (`train_subset`, `keep_empty`), or as many or those that `subset` or `ids` say.
         """
-        own, given = self.options["test"], {}
-        if own["subset"] is not None or own["ids"] is not None:
-            given = {"subset": own["subset"], "ids": own["ids"]}
+        chosen = ("subset", "ids")
+        own = self.options["test"] | {name: value for name, value in (self.paths["test"] or {}).items() if name in chosen}
+        given = {name: own[name] for name in chosen} if any(own[name] is not None for name in chosen) else {}
         self.options["test"] = self.options["train"] | {"transform": own["transform"]} | given
-        self.paths["test"] = self.paths["train"]
+        self.paths["test"] = {name: value for name, value in self.paths["train"].items() if name not in given}
         self.proposals = {**self.proposals, "test": self.proposals["train"]}
 
     def prepare_data(self) -> None:

@@ -128,6 +128,12 @@ def test_the_training_images_can_be_tested(root):
     few.test_on_train()
     few.setup("test")
     assert len(few.test) == 2 and set(few.test.image_ids) < set(data(root).train.image_ids)
+    of_splits = SPLITS | {"train": SPLITS["train"] | {"subset": 6}}
+    for settings, images in (({}, 6), ({"subset": 2}, 2), ({"ids": [1]}, 1), ({"test": SPLITS["test"] | {"subset": 3}}, 3)):
+        own = DetectionData(root, **of_splits | settings, proposals=Grid([0.5]))
+        own.test_on_train()
+        own.setup("test")
+        assert len(own.test) == images and set(own.test.image_ids) < set(data(root).train.image_ids)
 
 
 def test_splits_must_agree_in_their_categories(root, small_set):

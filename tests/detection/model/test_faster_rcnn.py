@@ -43,21 +43,20 @@ def test_training_gives_losses_that_reach_every_weight():
     assert all(parameter.grad.abs().sum() > 0 for parameter in detector.parameters())
 
 
-def assert_coordinates_are_kept(boxes):
-    assert boxes.dtype == torch.float32 and len(boxes) and not torch.equal(boxes, boxes.bfloat16().float())
+def assert_coordinates_are_kept(detector, images, targets):
+    """Where layers compute in 16 bits. torchvision gives anchors and proposals the dtype of the maps: 301.3 pixels are 302 in bfloat16."""
+    proposals = []
+    detector.rpn.register_forward_hook(lambda *call: proposals.extend(call[-1][0]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, losses = detector(images, targets)
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    for boxes in (*proposals, *(of_image["boxes"] for of_image in found)):
+        assert boxes.dtype == torch.float32 and len(boxes) and not torch.equal(boxes, boxes.bfloat16().float())
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_mixed_precision_leaves_coordinates_in_float32(training):
-    """torchvision gives anchors and proposals the dtype of the maps: 301.3 pixels are 302 in bfloat16."""
-    detector = build().train(training)
-    proposals = []
-    detector.rpn.register_forward_hook(lambda *call: proposals.extend(call[-1][0]))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        detections, losses = detector(*images_and_targets())
-    assert all(loss.dtype == torch.float32 for loss in losses.values())
-    for boxes in (*proposals, *(detection["boxes"] for detection in detections)):
-        assert_coordinates_are_kept(boxes)
+    assert_coordinates_are_kept(build().train(training), *images_and_targets())
 
 
 def test_evaluation_finds_boxes_with_the_proposals_of_the_network():

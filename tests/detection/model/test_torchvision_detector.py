@@ -61,13 +61,7 @@ def random_model(builder=tiny_rcnn, **options):
 @pytest.mark.parametrize("training", [True, False])
 def test_mixed_precision_leaves_coordinates_in_float32(training):
     detector = build_detector(configuration("roi=align"), num_classes=3).train(training)
-    proposals = []
-    detector.rpn.register_forward_hook(lambda *call: proposals.extend(call[-1][0]))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        detections, losses = detector(*images_and_targets())
-    assert all(loss.dtype == torch.float32 for loss in losses.values())
-    for boxes in (*proposals, *(found["boxes"] for found in detections)):
-        assert_coordinates_are_kept(boxes)
+    assert_coordinates_are_kept(detector, *images_and_targets())
 
 
 def assert_same_detections(found, expected):

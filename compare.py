@@ -161,16 +161,8 @@ def compare(
     first, *others = names
     sums = {(name,): {name: 1.0} for name in names} | {(name, first): difference(name, first) for name in others}
     estimates = bootstrap_over_images(matched, sums, resamples, confidence)
-    protocol = dataclasses.replace(COCO_PROTOCOL, max_detections=max_detections)
     for name, path in zip(names, paths, strict=True):
-        before, now = metrics[name], estimates[(name,)]["AP"].value
-        if before is None or before.protocol != protocol or set(before.image_ids or ()) != set(image_ids):
-            continue
-        if before.per_class.keys() == set(class_names(list(evaluated.cats.values())).values()) and abs(before.stats["AP"] - now) > 0.1:
-            log.warning(
-                "%s has AP %.1f by these annotations, and %.1f by metrics.json beside it. Is it of another split, or were the annotations "
-                "corrected?", path, now, before.stats["AP"],
-            )  # fmt: skip
+        _judge_ap(metrics[name], estimates[(name,)]["AP"].value, path, evaluated, max_detections)
     compared = [
         Compared(
             name=name,
@@ -185,6 +177,18 @@ def compare(
         for name, path in zip(names, paths, strict=True)
     ]
     return evaluated, compared
+
+
+def _judge_ap(metrics: Metrics | None, found: float, path: Path, coco: COCO, max_detections: int) -> None:
+    """Warn where metrics.json beside the results has another AP of the same images and classes."""
+    if metrics is None or metrics.protocol != dataclasses.replace(COCO_PROTOCOL, max_detections=max_detections):
+        return
+    classes = set(class_names(list(coco.cats.values())).values())
+    if set(metrics.image_ids or ()) == set(coco.imgs) and metrics.per_class.keys() == classes and abs(metrics.stats["AP"] - found) > 0.1:
+        log.warning(
+            "%s has AP %.1f by these annotations, and %.1f by metrics.json beside it. Is it of another split, or were the annotations "
+            "corrected?", path, found, metrics.stats["AP"],
+        )  # fmt: skip
 
 
 def _check_pictures(path: Path, coco: COCO) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.common.files import atomic_write
+from roi_quantization.detection.common.files import atomic_write, read_json
 from roi_quantization.detection.data.coco import CocoDetection
 from roi_quantization.detection.data.module import DetectionData
 
@@ -87,6 +87,11 @@ def compute_fingerprints(dataset: CocoDetection) -> Fingerprints:
 def digest(data: DetectionData) -> dict[str, str]:
     """Return split -> digest of the fingerprints of its images, which a copy of the data in another folder has too."""
     return _digest(DataFingerprint(data).fingerprints)
+
+
+def recorded_digest(run_dir: Path) -> dict[str, str] | None:
+    """Read what `DataFingerprint.write` wrote. None of a run of an earlier version, which wrote nothing."""
+    return read_json(run_dir / NAME, dict) if (run_dir / NAME).is_file() else None
 
 
 def changed_splits(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -92,7 +92,7 @@ def build_parts(cfg: DictConfig, num_classes: int, pretrained: bool, masks: bool
                 part.weights = None
     with input_errors(cfg.backbone):
         backbone = instantiate(cfg.backbone)
-    if weights is not None and hasattr(backbone, "normalize_as"):  # those of a checkpoint started from them
+    if not pretrained and weights is not None and hasattr(backbone, "normalize_as"):  # those of a checkpoint started from them
         backbone.normalize_as(weights)
     build_operator(cfg.roi)
     known = {

@@ -87,7 +87,8 @@ class TorchvisionBackbone(nn.Module):
         presets = {name: entry.transforms() for name, entry in get_model_weights(self.name).__members__.items()}
         known = {name: (tuple(preset.mean), tuple(preset.std)) for name, preset in presets.items()}
         imagenet = IMAGENET["mean"], IMAGENET["std"]
-        of_files = known.popitem()[1] if len(set(known.values())) == 1 else imagenet
+        (of_files, *others) = set(known.values()) or {imagenet}
+        of_files = imagenet if others else of_files
         self.mean, self.std = imagenet if weights is None else known.get(str(weights), of_files)
 
     def _frozen(self) -> list[nn.Module]:

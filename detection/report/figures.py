@@ -123,8 +123,7 @@ def plot_factorial(findings: Findings) -> ReportFigure | None:
         return figure
 
     caption = "The two quantizations, separately and together, all with max pooling and without Caffe's + 1. Without interaction the lines "
-    seeds = f", {findings.seeds_of_costs}" if findings.seeds_of_costs else ""
-    caption += f"are parallel. Bars: 95 % intervals over {findings.varies_over}{seeds}."
+    caption += f"are parallel. Bars: 95 % intervals over {findings.varies_over}{findings.seeds_of_costs}."
     return ReportFigure("two_by_two", "The 2 x 2 of the two quantizations", caption, draw)
 
 

@@ -121,11 +121,11 @@ class Findings:
 
     @property
     def seeds_of_costs(self) -> str:
-        """Say of which seeds `costs` is, where they are not all: `of the 2 seeds of 3 that all four operators have`."""
+        """Say of which seeds `costs` is, where they are not all: `, of the 2 seeds of 3 that all four operators have`. Else empty."""
         seeds = len(self._seeds_of_costs)
         if self.varies_over == "images" or seeds == len(self.seeds):
             return ""
-        return f"of the {'one seed' if seeds == 1 else f'{seeds} seeds'} of {len(self.seeds)} that all four operators have"
+        return f", of the {'one seed' if seeds == 1 else f'{seeds} seeds'} of {len(self.seeds)} that all four operators have"
 
     @cached_property
     def _seeds_of_costs(self) -> set[int]:

@@ -63,11 +63,10 @@ def cost_breakdown(findings: Findings) -> str:
     costs = findings.costs[METRIC]
     projection, bins, both = (costs[key].text() for key in ("projection", "bins", "both"))
     brackets = " (95 % intervals in brackets)" if costs["both"].has_interval else ""
-    seeds = f", {findings.seeds_of_costs}" if findings.seeds_of_costs else ""
     start = "With all else equal, rounding" if findings.is_controlled else "Rounding"
     return (
         f"{start} the RoI alone costs {projection} points of {METRIC}, quantizing its bins alone {bins}, and both "
-        f"together {both}{brackets}{seeds}."
+        f"together {both}{brackets}{findings.seeds_of_costs}."
     )
 
 

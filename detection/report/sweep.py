@@ -31,8 +31,7 @@ from roi_quantization.detection.common.errors import InputError, MissingFileErro
 from roi_quantization.detection.common.files import read_json
 from roi_quantization.detection.common.renamed_targets import upgrade_config
 from roi_quantization.detection.data.annotations import as_coco, choose_classes, choose_images, read_instances, restrict
-from roi_quantization.detection.data.data_fingerprint import NAME as DATA
-from roi_quantization.detection.data.data_fingerprint import changed_splits
+from roi_quantization.detection.data.data_fingerprint import changed_splits, recorded_digest
 from roi_quantization.detection.evaluation.coco import Metrics
 from roi_quantization.detection.evaluation.protocol import SEGM, Protocol
 from roi_quantization.detection.evaluation.results_file import read_results
@@ -161,8 +160,8 @@ class Sweep:
         first: list[tuple[dict, dict[str, str]]] = []  # settings, and digests of the splits
         found: dict[str, None] = {}
         for run in self.finished:
-            if (run.folder / DATA).is_file():
-                settings, now = {"data": upgrade_config(OmegaConf.to_container(run.config))["data"]}, read_json(run.folder / DATA, dict)
+            if (now := recorded_digest(run.folder)) is not None:
+                settings = {"data": upgrade_config(OmegaConf.to_container(run.config))["data"]}
                 before = next((digests for others, digests in first if not differences_beside_seeds(others, settings)), None)
                 if before is None:
                     first.append((settings, now))

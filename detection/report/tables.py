@@ -202,7 +202,6 @@ def costs_table(findings: Findings) -> Table | None:
     rows = [
         (words, first[name], *([first[name].p_value] if has_p else []), *(costs[name] for costs in others)) for name, words in COSTS.items()
     ]
-    seeds = f", {findings.seeds_of_costs}" if findings.seeds_of_costs else ""
     columns = [Column("cost of"), *(Column(metric, format_estimate(signed=True)) for metric in METRICS)]
     of_p = " p is two-sided and not corrected for the number of comparisons." if has_p else ""
     if has_p:
@@ -213,8 +212,8 @@ def costs_table(findings: Findings) -> Table | None:
         tuple(columns),
         tuple(rows),
         "Points lost to {exact, rounded RoI} x {exact, whole-cell bins} with max pooling and without + 1: align_max, warp_max, pool_bins, "
-        f"pool_exclusive{seeds}. Whole-cell bins make a RoI of less than a cell one cell, exact bins do not. A negative interaction means "
-        f"that the second quantization costs less after the first.{of_p}",
+        f"pool_exclusive{findings.seeds_of_costs}. Whole-cell bins make a RoI of less than a cell one cell, exact bins do not. A negative "
+        f"interaction means that the second quantization costs less after the first.{of_p}",
     )
 
 

@@ -16,10 +16,8 @@ from roi_quantization.detection.common.config_security import check_targets_allo
 from roi_quantization.detection.common.config_sources import choices, name_config_folder
 from roi_quantization.detection.common.configuration import FAST_RCNN, read_configuration
 from roi_quantization.detection.common.errors import ExpectedError, InputError
-from roi_quantization.detection.common.files import read_json
 from roi_quantization.detection.common.renamed_targets import upgrade_config
-from roi_quantization.detection.data.data_fingerprint import NAME as DATA
-from roi_quantization.detection.data.data_fingerprint import changed_splits, digest
+from roi_quantization.detection.data.data_fingerprint import changed_splits, digest, recorded_digest
 from roi_quantization.detection.evaluation.coco import CocoEvaluation
 from roi_quantization.detection.model.build import build_detector, instantiate, read_operator
 from roi_quantization.detection.model.lightning_module import DetectionModule
@@ -30,6 +28,8 @@ from roi_quantization.detection.runs.results import Evaluation, write_cross
 from roi_quantization.detection.runs.setup import silence_lightning
 from roi_quantization.detection.runs.trainer import build_trainer
 from roi_quantization.roi_heads.extractor import replaced_operator
+
+OF_THE_RUN = ("callbacks", "logger")  # of `trainer`: they would write into the checkpoints and curves of the run
 
 
 def check_operators(names: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ def cross_evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningD
 def _evaluate(cfg: DictConfig, module: DetectionModule, data: pl.LightningDataModule, split: str) -> Evaluation:
     settings = OmegaConf.merge(cfg.trainer, {"enable_progress_bar": False})
     with open_dict(settings):
-        for key in ("callbacks", "logger"):  # they belong to the run, whose checkpoints and curves they would write into
+        for key in OF_THE_RUN:
             settings.pop(key, None)
     trainer = build_trainer(settings, enable_checkpointing=False)
     {"test": trainer.test, "val": trainer.validate}[split](module, datamodule=data, verbose=False)
@@ -88,8 +88,8 @@ def complete(run: Run, operators: list[str]) -> None:
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup()
-    recorded = run.folder / DATA
-    if recorded.is_file() and (others := changed_splits(read_json(recorded, dict), digest(data))):
+    recorded = recorded_digest(run.folder)
+    if recorded is not None and (others := changed_splits(recorded, digest(data))):
         raise InputError(
             f"{cfg.data.root} has other images, annotations or proposals ({', '.join(others)}) than when {run.folder} was trained and "
             "evaluated, with which other operators would be compared. Put the old data back, or repeat the run"
@@ -111,7 +111,7 @@ def complete(run: Run, operators: list[str]) -> None:
 def without_training(config: dict) -> dict:
     """Return a run's configuration without the parts that only train, and whose `_target_`s an evaluation therefore does not call."""
     config = {key: value for key, value in config.items() if key not in ("optim", "average", "logger")}
-    trainer = {key: value for key, value in (config.get("trainer") or {}).items() if key not in ("callbacks", "logger")}
+    trainer = {key: value for key, value in (config.get("trainer") or {}).items() if key not in OF_THE_RUN}
     return config | {"trainer": trainer}
 
 

@@ -20,10 +20,8 @@ from roi_quantization.detection.common.configuration import (
     sweep_lines,
 )
 from roi_quantization.detection.common.errors import InputError
-from roi_quantization.detection.common.files import read_json
 from roi_quantization.detection.common.renamed_targets import upgrade_config
-from roi_quantization.detection.data.data_fingerprint import NAME as DATA
-from roi_quantization.detection.data.data_fingerprint import changed_splits, digest
+from roi_quantization.detection.data.data_fingerprint import changed_splits, digest, recorded_digest
 from roi_quantization.detection.data.module import DetectionData, describe
 from roi_quantization.detection.model.build import instantiate
 from roi_quantization.detection.report.origin import add_origin
@@ -153,7 +151,7 @@ def check_data(runs: Mapping[Path, dict], complete: bool) -> None:
         if complete and not moved:
             continue
         said = f"{run_dir} contains a finished run with data.root={before}, and this sweep has data.root={now}"
-        if not (run_dir / DATA).is_file():
+        if (recorded := recorded_digest(run_dir)) is None:
             if moved and (before, now) not in warned:
                 log.warning("%s. Whether these are the same data is not known: earlier versions did not record it", said)
             warned.add((before, now))
@@ -161,7 +159,7 @@ def check_data(runs: Mapping[Path, dict], complete: bool) -> None:
         key = _data_key(run)
         if key not in digests:
             digests[key] = digest(_set_up(run["data"]))
-        if others := changed_splits(read_json(run_dir / DATA, dict), digests[key]):
+        if others := changed_splits(recorded, digests[key]):
             what = f"other images, annotations or proposals ({', '.join(others)})"
             raise InputError(
                 (f"{said}, which has {what}. " if moved else f"{now} has {what} than when {run_dir} was trained. ")
